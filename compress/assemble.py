@@ -1,0 +1,88 @@
+"""From finished blocks to a finished artifact: the tensors around the blocks, shards, config, manifest, verification.
+
+Everything is made inside the working folder, read back and compared, and only then renamed to its final place.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.artifact import Manifest, carried_files, write_manifest
+from compress.checkpoint import (
+    file_sha256,
+    json_bytes,
+    merge_shards,
+    read_json,
+    save_atomically,
+    write_bytes_atomically,
+)
+from compress.journal import Journal, digest, publish
+from compress.model import StreamedModel
+from compress.verify import verify_written
+
+MAX_SHARD_BYTES = 5_000_000_000
+PUBLISHING = "publishing"
+
+
+def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor, str], Tensor]) -> list[Path]:
+    """Store every tensor that belongs to no block, converted; one file each, so that one is in memory at a time."""
+    prefixes = tuple(model.block_prefix(i) for i in range(model.num_blocks))
+    paths = []
+    names = [n for n in model.checkpoint.names() if not n.startswith(prefixes)]
+    for number, name in enumerate(names):
+        path = journal.folder / f"rest-{number:05d}.safetensors"
+        record = path.with_suffix(".json")
+        if not (record.exists() and path.exists() and file_sha256(path) == read_json(record)["sha256"]):
+            value = convert(model.checkpoint.tensor(name), name)
+            save_atomically(path, {name: value})
+            text = {"sha256": file_sha256(path), "meant": {name: digest(value)}}
+            write_bytes_atomically(record, json_bytes(text))
+        paths.append(path)
+    return paths
+
+
+def assemble(
+    journal: Journal,
+    model: StreamedModel,
+    out: Path,
+    *,
+    rest: list[Path],
+    config: Mapping[str, Any],
+    manifest: Manifest,
+) -> int:
+    """Merge the journal's tensors into `out`, write what goes with them, verify, publish.
+
+    Returns how many tensors were read back and compared. Raises ArtifactError, leaving `out` as it was, when one
+    differs.
+    """
+    staged = journal.folder / "final"
+    if staged.exists():
+        shutil.rmtree(staged)
+    staged.mkdir()
+    blocks = [journal.tensors_path(i) for i in range(model.num_blocks)]
+    merge_shards(rest + blocks, staged, max_shard_bytes=MAX_SHARD_BYTES)
+    write_bytes_atomically(staged / "config.json", json_bytes(config))
+    for path in carried_files(model.checkpoint.path):
+        write_bytes_atomically(staged / path.name, path.read_bytes())
+    write_manifest(staged, manifest)
+    meant: dict[str, str] = {}
+    for record in [
+        *(journal.record_path(i) for i in range(model.num_blocks)),
+        *(p.with_suffix(".json") for p in rest),
+    ]:
+        meant.update(read_json(record)["meant"])
+    compared = verify_written(staged, meant)
+    write_bytes_atomically(journal.folder / PUBLISHING, b"")
+    publish(staged, out)
+    journal.close()
+    return compared
+
+
+def was_published(folder: Path, out: Path) -> bool:
+    """Whether an earlier run was killed after its artifact was in place but before its working folder was removed."""
+    return out.exists() and (folder / PUBLISHING).exists() and not (folder / "final").exists()

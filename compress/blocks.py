@@ -1,0 +1,202 @@
+"""One decoder block at a time: the loop that every compression method shares.
+
+For each block: load its weights, run the calibration batches through it to collect statistics, hand it to the
+method, and store what the method returns. The next block's inputs are the original block's outputs, or, for a method
+that corrects errors, those of the block as it was stored. Peak memory is one block with its statistics plus the
+calibration set's hidden states, whatever the depth of the model.
+
+Shapes: N samples, B batch, T tokens, H hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ArtifactError
+from compress.groups import Group, find_groups
+from compress.model import StreamedModel, linears, set_weight_OI
+from compress.quantized import QuantizedWeight
+from compress.statistics import InputStatistics, collecting
+
+# Tokens run through a block at once: large enough for fast matrix products, small enough that a block's
+# activations stay below its weights.
+BATCH_TOKENS = 2048
+# Tokens that the folds are looked for with; enough for attention to mix.
+PROBE_TOKENS = 16
+# Tokens of the true forwards that confirm a choice: a share of the calibration set, within these bounds. Each choice
+# costs three of them, so they must stay cheap beside the passes over the whole set.
+CHECK_TOKENS = (512, 2048)
+CHECK_SHARE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedBlock:
+    """A block as a method sees it. `run()` returns its output on `check_input` with the weights as they are now.
+
+    check_input, check_output: `[B, T, H]`, a few calibration rows and the original block's output on them.
+    """
+
+    index: int
+    prefix: str
+    module: nn.Module
+    groups: list[Group]
+    statistics: list[InputStatistics]
+    run: Callable[[], Tensor]
+    check_input: Tensor
+    check_output: Tensor
+
+
+@dataclass(kw_only=True)
+class BlockResult:
+    """What a method made of a block: integer weights by layer name, other tensors (as stored) by parameter name.
+
+    `report` is JSON for the manifest: one entry a layer, one a group.
+    """
+
+    quantized: dict[str, QuantizedWeight]
+    dense: dict[str, Tensor]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class BlockStore(Protocol):
+    """Where finished blocks go, and come back from when a run is resumed."""
+
+    def load(self, index: int) -> BlockResult | None:
+        """The block if it was finished before, else None."""
+
+    def save(self, index: int, prefix: str, result: BlockResult) -> None:
+        """Keep the block durably; it must survive a crash once this returns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDone:
+    """One step of progress. `resumed` blocks were read back, not computed."""
+
+    index: int
+    total: int
+    resumed: bool
+    report: dict[str, Any]
+
+
+def stream(
+    model: StreamedModel,
+    ids_NT: Tensor,
+    method: Callable[[LoadedBlock], BlockResult],
+    store: BlockStore,
+    *,
+    propagate: str = "original",
+    on_stage: Callable[[int, str], None] = lambda index, stage: None,
+) -> Iterator[BlockDone]:
+    """Compress every block in order; yields after each.
+
+    ids_NT: int64 `[N, T]` calibration tokens. propagate: whether the next block sees the outputs of the `"original"`
+    block (one pass over the tokens) or of the `"compressed"` one (two; a method that corrects errors needs it).
+    Deterministic: the same model, ids and method give the same bytes, also when some blocks come from the store.
+    """
+    batch = max(1, BATCH_TOKENS // ids_NT.shape[1])
+    hidden = [model.embed(part) for part in ids_NT.split(batch)]
+    probe = model.embed(ids_NT[:1, :PROBE_TOKENS])
+    known: dict[tuple[Any, ...], list[Group]] = {}
+    with torch.no_grad():
+        for index in range(model.num_blocks):
+            module = model.load_block(index)
+            prefix = model.block_prefix(index)
+            structure = _structure(module)
+            if structure not in known:
+                on_stage(index, "finding groups")
+                # Always from the original weights of the first such block, so that a resumed run finds the same.
+                known[structure] = find_groups(module, partial(model.run_block, index, probe))
+            result = store.load(index)
+            resumed = result is not None
+            if result is None:
+                on_stage(index, "collecting statistics")
+                statistics, check_input, check_output = _collect(
+                    model, index, known[structure], hidden, advance=propagate == "original"
+                )
+                on_stage(index, "searching")
+                loaded = LoadedBlock(
+                    index=index,
+                    prefix=prefix,
+                    module=module,
+                    groups=known[structure],
+                    statistics=statistics,
+                    run=partial(model.run_block, index, check_input),
+                    check_input=check_input,
+                    check_output=check_output,
+                )
+                result = method(loaded)
+                store.save(index, prefix, result)
+            elif propagate == "original":
+                _advance(model, index, hidden)
+            if index + 1 == model.num_blocks:
+                pass  # nobody needs the last block's outputs
+            elif propagate == "compressed":
+                on_stage(index, "running the compressed block")
+                install(module, result)
+                _advance(model, index, hidden)
+            probe = hidden[0][:1, :PROBE_TOKENS]
+            _check_finite(hidden, prefix)
+            model.release_block(index)
+            yield BlockDone(index=index, total=model.num_blocks, resumed=resumed, report=result.report)
+
+
+def _collect(
+    model: StreamedModel, index: int, groups: list[Group], hidden: list[Tensor], advance: bool
+) -> tuple[list[InputStatistics], Tensor, Tensor]:
+    """Run every batch through the loaded block; returns statistics and the check batch's input and output.
+
+    With `advance`, `hidden` becomes the original block's outputs.
+    """
+    check_input = hidden[0][: _check_rows(hidden)]
+    check_output = check_input
+    with collecting(model.blocks[index], groups, model.device) as statistics:
+        for i, h in enumerate(hidden):
+            out = model.run_block(index, h)
+            if i == 0:
+                check_output = out[: check_input.shape[0]]
+            if advance:
+                hidden[i] = out
+    return statistics, check_input, check_output
+
+
+def _advance(model: StreamedModel, index: int, hidden: list[Tensor]) -> None:
+    """Replace each batch by the loaded block's output on it; in place, so that only one set is held."""
+    for i, h in enumerate(hidden):
+        hidden[i] = model.run_block(index, h)
+
+
+def _check_rows(hidden: list[Tensor]) -> int:
+    seq_len = hidden[0].shape[1]
+    total = sum(h.shape[0] for h in hidden) * seq_len
+    tokens = min(CHECK_TOKENS[1], max(CHECK_TOKENS[0], total // CHECK_SHARE))
+    return min(hidden[0].shape[0], max(1, tokens // seq_len))
+
+
+def install(module: nn.Module, result: BlockResult) -> None:
+    """Give a loaded block the weights as they were stored: dequantized integers and rounded tensors."""
+    layers = linears(module)
+    for name, q in result.quantized.items():
+        set_weight_OI(layers[name], q.dequantize())
+    state = module.state_dict()
+    for name, value in result.dense.items():
+        state[name].copy_(value)
+
+
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    """Blocks with equal structure have equal groups: module types and parameter shapes by name."""
+    types = tuple((name, type(m).__name__) for name, m in module.named_modules())
+    return types, tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+
+
+def _check_finite(hidden: list[Tensor], prefix: str) -> None:
+    if not all(bool(torch.isfinite(h).all()) for h in hidden):
+        raise ArtifactError(
+            f"{prefix.rstrip('.')}: its output on the calibration text is not finite; the model overflows in this "
+            "dtype (try --dtype float32) or its weights are damaged"
+        )

@@ -1,0 +1,327 @@
+"""Reading and writing safetensors checkpoints a few tensors at a time.
+
+Nothing here loads a whole model, and nothing here unpickles: only safetensors is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.errors import ArtifactError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_CHUNK_BYTES = 16 << 20
+
+# safetensors names of dtypes (https://github.com/huggingface/safetensors, format section)
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+_DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where a tensor lies and what it is; `dtype` is the safetensors name, such as `F16`."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        size = _DTYPE_BYTES.get(self.dtype, 1)
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A lazily read Hugging Face model folder (one safetensors file, or shards with an index).
+
+    Opening reads headers only, and refuses a folder whose index names files outside it, whose shards are
+    truncated, or whose tensors are not where the index says.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        path = Path(path)
+        if not path.is_dir():
+            raise ArtifactError(f"{path}: no such folder; pass a Hugging Face model folder with config.json")
+        config = read_json(path / "config.json")
+        tensors: dict[str, TensorInfo] = {}
+        if (path / INDEX).exists():
+            tensors = _read_index(path)
+        elif (path / SINGLE).exists():
+            tensors = _read_header(path / SINGLE)
+        else:
+            others = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
+            hint = (
+                f"; it holds {others[0]}, a pickle that could run code: convert it to safetensors first"
+                if others
+                else "; expected model.safetensors or model.safetensors.index.json"
+            )
+            raise ArtifactError(f"{path}: no safetensors weights{hint}")
+        return cls(path=path, config=config, tensors=tensors)
+
+    def names(self) -> list[str]:
+        return sorted(self.tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise ArtifactError(f"{self.path}: tensor {name} is missing; the download may be incomplete")
+        return self.tensors[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, copied out of the file."""
+        return self.read([name])[name]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Several tensors, each file opened once. Copies, so that no mapped page outlives the call."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.info(name).file, []).append(name)
+        out: dict[str, Tensor] = {}
+        for file, members in by_file.items():
+            try:
+                with safe_open(self.path / file, framework="pt") as f:
+                    for name in members:
+                        out[name] = f.get_tensor(name).clone()
+            except (SafetensorError, OSError) as e:
+                raise ArtifactError(f"{self.path / file}: cannot be read ({e}); fetch the shard again") from e
+        return out
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """The rows `indices` (int64, sorted, unique) of a matrix, without reading all of it at once."""
+        info = self.info(name)
+        parts: list[Tensor] = []
+        step = max(1, _CHUNK_BYTES * 4 // max(1, info.num_bytes // info.shape[0]))
+        with safe_open(self.path / info.file, framework="pt") as f:
+            rows = f.get_slice(name)
+            for start in range(0, info.shape[0], step):
+                wanted = indices[(indices >= start) & (indices < start + step)] - start
+                if wanted.numel():
+                    parts.append(rows[start : start + step][wanted].clone())
+        return torch.cat(parts)
+
+    def content_sha256(self) -> str:
+        """Hash of what the model computes: its config and every weight file's bytes, in order of name.
+
+        Streams at the speed of the disk; releases the interpreter lock, so it may run in a thread.
+        """
+        total = hashlib.sha256()
+        files = sorted({info.file for info in self.tensors.values()})
+        for name in ["config.json", *files]:
+            total.update(f"{name}\0{file_sha256(self.path / name)}\n".encode())
+        return total.hexdigest()
+
+    def identity(self) -> str:
+        """A cheap stand-in for `content_sha256` on this machine: names, sizes and modification times.
+
+        Only ever compared with an earlier run over the same folder, to decide whether it may be resumed.
+        """
+        files = sorted({info.file for info in self.tensors.values()})
+        stats = [(f, (s := (self.path / f).stat()).st_size, s.st_mtime_ns) for f in ["config.json", *files]]
+        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ArtifactError says which file is absent or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file; {path.parent} is not a complete model folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ArtifactError(f"{path}: not valid JSON ({e}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: holds a {type(value).__name__}, not a JSON object; fetch the file again")
+    return value
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensor infos from a safetensors file's header, checked against the file's length."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            if length > size:
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            header = json.loads(f.read(length))
+        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"{size} bytes, but its header describes {8 + length + end}")
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file, though the index names it; the download is incomplete") from None
+    except (ValueError, KeyError, TypeError, struct.error, OSError) as e:
+        raise ArtifactError(f"{path}: truncated or corrupt ({e}); fetch the shard again") from None
+    return {
+        name: TensorInfo(file=path.name, dtype=v["dtype"], shape=tuple(v["shape"]))
+        for name, v in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _read_index(path: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ArtifactError(f"{path / INDEX}: has no weight_map; fetch the file again")
+    for file in set(weight_map.values()):
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise ArtifactError(f"{path / INDEX}: names {file!r}, which is not a file of this folder; refused")
+    infos: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        infos.update(_read_header(path / file))
+    missing = sorted(name for name, file in weight_map.items() if name not in infos or infos[name].file != file)
+    if missing:
+        raise ArtifactError(f"{path}: tensor {missing[0]} is not in {weight_map[missing[0]]} as the index says")
+    return {name: infos[name] for name in weight_map}
+
+
+# ---- writing -----------------------------------------------------------------------------------------
+
+
+def fsync_dir(path: Path) -> None:
+    """Make a rename inside `path` durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """`path` holds all of `data` or what it held before; never half."""
+    tmp = path.with_name(f".{path.name}.tmp")
+    with open(tmp, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    fsync_dir(path.parent)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Stable, readable JSON: insertion order kept, newline at the end, NaN refused."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def save_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file that appears whole or not at all."""
+    tmp = path.with_name(f".{path.name}.tmp")
+    save_file({k: v.contiguous() for k, v in sorted(tensors.items())}, tmp, metadata={"format": "pt"})
+    with open(tmp, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    fsync_dir(path.parent)
+
+
+def merge_shards(parts: list[Path], out: Path, *, max_shard_bytes: int) -> dict[str, str]:
+    """Copy the tensors of `parts` (safetensors files) into Hugging Face shards in `out`; returns name -> file.
+
+    Bytes are streamed, so memory does not depend on the shard's size. One shard is called
+    `model.safetensors`; several get an index. Tensors keep the order of `parts`, then of name.
+    """
+    sources = [(part, name, info) for part in parts for name, info in sorted(_read_header(part).items())]
+    shards: list[list[tuple[Path, str, TensorInfo]]] = [[]]
+    filled = 0
+    for part, name, info in sources:
+        if shards[-1] and filled + info.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((part, name, info))
+        filled += info.num_bytes
+    weight_map: dict[str, str] = {}
+    for number, members in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _stream_shard(out / file, members)
+        weight_map.update({name: file for _, name, _ in members})
+    if len(shards) > 1:
+        total = sum(info.num_bytes for _, _, info in sources)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_bytes_atomically(out / INDEX, json_bytes(index))
+    return weight_map
+
+
+def _stream_shard(path: Path, members: list[tuple[Path, str, TensorInfo]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for _, name, info in members:
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.num_bytes],
+        }
+        offset += info.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    tmp = path.with_name(f".{path.name}.tmp")
+    with open(tmp, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for part, name, _ in members:
+            for chunk in _raw_chunks(part, name):
+                f.write(chunk)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    fsync_dir(path.parent)
+
+
+def _raw_chunks(path: Path, name: str) -> Iterator[bytes]:
+    with open(path, "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        begin, end = json.loads(f.read(length))[name]["data_offsets"]
+        f.seek(8 + length + begin)
+        left = end - begin
+        while left:
+            chunk = f.read(min(left, _CHUNK_BYTES))
+            if not chunk:
+                raise ArtifactError(f"{path}: ends inside tensor {name}")
+            left -= len(chunk)
+            yield chunk
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The safetensors name of a torch dtype."""
+    return _DTYPE_NAMES[dtype]

@@ -1,0 +1,452 @@
+"""A causal language model whose decoder blocks are on the meta device until each is needed.
+
+Any decoder-only architecture of transformers works without code of its own: the blocks are found as the model's
+longest module list, and what each block is called with (masks, rotary tables) is recorded by running the model's
+own forward with the blocks replaced by recorders. Peak memory is the loaded block, not the model.
+
+Shapes: B batch, T tokens, H hidden size, V vocabulary, O out_features, I in_features
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint import Checkpoint
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.formats import awq_gemm, pack_quantized
+from compress.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with besides its hidden states, for one shape `[B, T]`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Ends the model's forward once the last block's call is recorded."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A matrix product with a stored weight: `nn.Linear`, or GPT-2's `Conv1D`, which stores it transposed."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def weight_OI(module: nn.Module) -> Tensor:
+    """The layer's weight as `[out_features, in_features]`, a view."""
+    weight = parameter(module, "weight")
+    return weight.t() if is_conv1d(module) else weight
+
+
+def parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter's data by name."""
+    value = module._parameters[name]
+    assert value is not None
+    return value.data
+
+
+def set_weight_OI(module: nn.Module, w_OI: Tensor) -> None:
+    """Overwrite the layer's weight in place."""
+    weight_OI(module).copy_(w_OI)
+
+
+class StreamedModel:
+    """A checkpoint and its transformers model on the meta device. See `open`."""
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.model = model
+        self.dtype = dtype
+        self.device = device
+        self.base: nn.Module = getattr(model, str(model.base_model_prefix))
+        self.blocks_name, self.blocks = find_blocks(model)
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._source = _source_names(checkpoint, model)
+        self._returns_tuple = False
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> StreamedModel:
+        """Read a model folder's config and headers; no weight is loaded.
+
+        Weights stored as AutoAWQ gemm or compressed-tensors integers are dequantized when their block is loaded.
+        Raises ArtifactError for a damaged folder and UnsupportedError for an architecture that does not fit.
+        """
+        checkpoint = Checkpoint.open(path)
+        model = meta_model(checkpoint, trust_remote_code=trust_remote_code)
+        _refuse_experts(checkpoint, model)
+        return cls(checkpoint, model, dtype, torch.device(device))
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding; token ids must be below it."""
+        return int(self.base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+    def block_prefix(self, index: int) -> str:
+        """The checkpoint's own name of a block, with a final dot: `model.layers.3.`"""
+        prefix = f"{self.blocks_name}.{index}."
+        first = next(iter(self.blocks[index].state_dict()))
+        return self.source_name(prefix + first, suffix=first)
+
+    def source_name(self, name: str, suffix: str = "") -> str:
+        """The checkpoint's prefix for the model's parameter `name` once `suffix` is cut off."""
+        source = self._source[name]
+        return source[: len(source) - len(suffix)] if suffix else source
+
+    # ---- weights ---------------------------------------------------------------------------------
+
+    def load_block(self, index: int) -> nn.Module:
+        """Block `index` with its weights in `dtype` on `device`. Refuses NaN and infinite weights."""
+        block = self.blocks[index]
+        self._load(block, f"{self.blocks_name}.{index}.")
+        return block
+
+    def release_block(self, index: int) -> None:
+        """Put the block's parameters back on the meta device."""
+        _to_meta(self.blocks[index])
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """Materialise every parameter and persistent buffer of `module` from the checkpoint."""
+        wanted = {name: self._source[prefix + name] for name in module.state_dict()}
+        values = read_dense(self.checkpoint, sorted(set(wanted.values())))
+        for source, value in values.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                bad = int((~torch.isfinite(value)).sum())
+                raise ArtifactError(
+                    f"{self.checkpoint.path}: tensor {source} has {bad} NaN or infinite values; "
+                    "the model is damaged, fetch it again"
+                )
+        state = {}
+        for name, old in module.state_dict().items():
+            value = values[wanted[name]]
+            if tuple(value.shape) != tuple(old.shape):
+                raise ArtifactError(
+                    f"{self.checkpoint.path}: tensor {wanted[name]} has shape {tuple(value.shape)}, but config.json "
+                    f"says {tuple(old.shape)}; the config belongs to another model"
+                )
+            dtype = self.dtype if value.is_floating_point() else value.dtype
+            state[name] = value.to(self.device, dtype)
+        module.load_state_dict(state, assign=True)
+        for p in module.parameters():
+            p.requires_grad_(False)
+        for name, buffer in module.named_buffers():
+            if buffer.device != self.device:
+                owner, _, leaf = name.rpartition(".")
+                module.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+
+    # ---- running ---------------------------------------------------------------------------------
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states `[B, T, H]` that enter block 0; records what every block is called with at this shape."""
+        hidden, calls = self._shell(ids_BT)
+        self._calls[(ids_BT.shape[0], ids_BT.shape[1])] = calls
+        return hidden
+
+    def run_block(self, index: int, hidden: Tensor) -> Tensor:
+        """The loaded block's output `[B, T, H]`. The shape must have been embedded before."""
+        call = self._call(index, hidden)
+        out = self.blocks[index](hidden, *call.args, **call.kwargs)
+        self._returns_tuple = isinstance(out, tuple)
+        result = out[0] if isinstance(out, tuple) else out
+        assert isinstance(result, Tensor)
+        return result
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[B, T, V]` from the last block's output: final norm, output matrix, soft cap if any."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        logits, _ = self._shell(ids, last=hidden)
+        return logits
+
+    @contextlib.contextmanager
+    def head_loaded(self) -> Iterator[None]:
+        """Keep the modules around the blocks in memory for several calls of `head`."""
+        with self._outside_loaded(head=True):
+            yield
+
+    def _call(self, index: int, hidden: Tensor) -> Call:
+        shape = (hidden.shape[0], hidden.shape[1])
+        if shape not in self._calls:
+            self._shell(torch.zeros(shape, dtype=torch.int64), record=True)
+        return self._calls[shape][index]
+
+    def _shell(self, ids_BT: Tensor, last: Tensor | None = None, record: bool = False) -> tuple[Tensor, list[Call]]:
+        """Run the model's own forward with every block replaced by a recorder.
+
+        Without `last`: stops at the last block; returns block 0's input. With `last`: the last block "returns" it
+        and the forward goes on; returns the logits.
+        """
+        calls: list[Call] = []
+        first: list[Tensor] = []
+        final = len(self.blocks) - 1
+
+        def recorder(index: int, as_tuple: bool) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                kwargs = dict(kwargs)
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                if index == 0:
+                    first.append(hidden)
+                calls.append(Call(args=tuple(args[1:]), kwargs=kwargs))
+                if index == final and last is None:
+                    raise _Stop
+                value = last if index == final else first[0]
+                return (value,) if as_tuple else value
+
+            return forward
+
+        target = self.model if last is not None else self.base
+        compact, unique = self._compact_ids(ids_BT)
+        with self._outside_loaded(head=last is not None), self._embedding_rows(unique), torch.no_grad():
+            out: Any = None
+            try:
+                for i, block in enumerate(self.blocks):
+                    block.forward = recorder(i, self._returns_tuple)
+                try:
+                    out = target(input_ids=compact.to(self.device), use_cache=False)
+                except _Stop:
+                    pass
+            finally:
+                for block in self.blocks:
+                    del block.forward
+        if record or last is None:
+            self._calls[(ids_BT.shape[0], ids_BT.shape[1])] = calls
+        return (first[0] if last is None else out.logits), calls
+
+    def _compact_ids(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        if int(ids_BT.max()) >= self.vocab_size or int(ids_BT.min()) < 0:
+            raise ConfigError(
+                f"token id {int(ids_BT.max())} does not exist in the model's vocabulary of {self.vocab_size}; "
+                "the tokenizer belongs to another model"
+            )
+        unique, inverse = torch.unique(ids_BT.cpu(), return_inverse=True)
+        return inverse, unique
+
+    @contextlib.contextmanager
+    def _embedding_rows(self, unique: Tensor) -> Iterator[None]:
+        """The input embedding holding only the rows in use: a vocabulary of 128k costs gigabytes otherwise."""
+        embedding: nn.Embedding = self.base.get_input_embeddings()  # type: ignore[operator]
+        source = self._source[f"{self._names[id(embedding)]}.weight"]
+        rows = self.checkpoint.rows(source, unique).to(self.device, self.dtype)
+        held, padding = embedding._parameters["weight"], embedding.padding_idx
+        embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        embedding.padding_idx = None
+        try:
+            yield
+        finally:
+            embedding._parameters["weight"], embedding.padding_idx = held, padding
+
+    @contextlib.contextmanager
+    def _outside_loaded(self, head: bool) -> Iterator[None]:
+        """Load the modules outside the blocks, except the input embedding; the output matrix only for `head`."""
+        embedding = self.base.get_input_embeddings()  # type: ignore[operator]
+        output = self.model.get_output_embeddings()  # type: ignore[operator]
+        loaded: list[nn.Module] = []
+        for name, module in self.model.named_modules():
+            inside = name.startswith(self.blocks_name + ".")
+            own = [p for p in module._parameters.values() if p is not None]
+            if inside or module is embedding or (module is output and not head):
+                continue
+            for key, buffer in list(module._buffers.items()):
+                if buffer is not None and buffer.device != self.device:
+                    module._buffers[key] = buffer.to(self.device)
+            if own and any(p.is_meta for p in own):
+                self._load(module, f"{name}." if name else "")
+                loaded.append(module)
+        try:
+            yield
+        finally:
+            for module in loaded:
+                _to_meta(module)
+
+
+def meta_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn.Module:
+    """The transformers causal LM that `checkpoint.config` describes, parameters on the meta device.
+
+    Buffers are real: rotary frequencies and the like are computed by the model, not stored.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as e:
+        kind = checkpoint.config.get("model_type")
+        reason = " ".join(str(e).split())[:200]
+        raise UnsupportedError(
+            f"{checkpoint.path}: transformers cannot build a causal language model of type {kind!r} ({reason}); "
+            "upgrade transformers, or pass --trust-remote-code if the folder ships its own code and you trust it"
+        ) from e
+    module: nn.Module = model.eval()
+    return module
+
+
+def find_blocks(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
+    """Name and members of the decoder's module list: the longest outermost one whose members hold linears."""
+    best: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            if not any(is_linear(m) for m in module[0].modules()):
+                continue
+            if best is None or (len(module) > len(best[1]) and not name.startswith(best[0] + ".")):
+                best = (name, module)
+    if best is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers; only decoder-only "
+            "transformers can be streamed"
+        )
+    return best[0], list(best[1])
+
+
+def linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The block's linear layers by name, in order of definition."""
+    return {name: m for name, m in block.named_modules() if is_linear(m)}
+
+
+def skipped(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a layer's full name matches one of the user's glob patterns, as a whole or as a part."""
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*{p}*") for p in patterns)
+
+
+def read_dense(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors by name; a quantized layer's `weight` is dequantized to float32 `[O, I]`."""
+    plain = [n for n in names if n in checkpoint and not _is_quantized(checkpoint, n)]
+    out = checkpoint.read(plain)
+    config = quantization_of(checkpoint)
+    for name in names:
+        if name in out:
+            continue
+        layer = name.removesuffix(".weight")
+        if config is None:
+            checkpoint.info(name)  # raises, naming the missing tensor
+        if f"{layer}.qweight" in checkpoint:
+            parts = checkpoint.read(f"{layer}.{s}" for s in awq_gemm.SUFFIXES)
+            short = {k.rsplit(".", 1)[1]: v for k, v in parts.items()}
+            out[name] = awq_gemm.read(short, _awq_scheme(config or {}), layer).dequantize()
+        elif f"{layer}.weight_scale" in checkpoint:
+            stored = [n for n in checkpoint.tensors if n.startswith(f"{layer}.weight")]
+            parts = {n.removeprefix(f"{layer}."): t for n, t in checkpoint.read(stored).items()}
+            out[name] = pack_quantized.dequantize(parts, pack_quantized.weight_args(config or {}))
+        else:
+            checkpoint.info(name)
+    return out
+
+
+def quantization_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The folder's `quantization_config`, or None for plain weights. UnsupportedError for one we cannot read."""
+    config = checkpoint.config.get("quantization_config")
+    if config is None:
+        return None
+    method = config.get("quant_method")
+    if method not in (awq_gemm.QUANT_METHOD, pack_quantized.QUANT_METHOD):
+        raise UnsupportedError(
+            f"{checkpoint.path}: quant_method {method!r} is not read; AutoAWQ gemm and compressed-tensors folders are"
+        )
+    result: dict[str, Any] = config
+    return result
+
+
+def _awq_scheme(config: dict[str, Any]) -> Scheme:
+    return awq_gemm.scheme_of(config)
+
+
+def _is_quantized(checkpoint: Checkpoint, name: str) -> bool:
+    return name.endswith(".weight") and f"{name}_scale" in checkpoint
+
+
+def _source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
+    """For each of the model's state names, the checkpoint's name for it.
+
+    Folders differ in whether they carry the base model's prefix (GPT-2's often do not), keep names that transformers
+    has changed since (GPT-NeoX's `embed_out`), and leave out tied tensors.
+    """
+    prefix = f"{model.base_model_prefix}."
+    stored = _stored_names(checkpoint, model)
+    tied = _tied(model)
+    out: dict[str, str] = {}
+    for name in model.state_dict(keep_vars=True):
+        for candidate in (name, tied.get(name, name)):
+            options = (candidate, candidate.removeprefix(prefix), prefix + candidate)
+            found = next((o for o in options if o in stored), None)
+            if found is not None:
+                out[name] = stored[found]
+                break
+        else:
+            raise ArtifactError(
+                f"{checkpoint.path}: tensor {name} is missing; the download may be incomplete, fetch the model again"
+            )
+    return out
+
+
+def _stored_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
+    """Today's name of every dense tensor the folder can give -> its name there (`.weight` for a quantized one)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    out: dict[str, str] = {}
+    for name in checkpoint.names():
+        dense = re.sub(r"\.(qweight|weight_packed)$", ".weight", name)
+        today = dense
+        for renaming in renamings:
+            today = renaming.rename_source_key(today)[0]
+        out[today] = dense
+        out.setdefault(dense, dense)
+    return out
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Output matrix name -> input embedding name, when the config ties them."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    names = {id(m): n for n, m in model.named_modules()}
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if output is None:
+        return {}
+    return {f"{names[id(output)]}.weight": f"{names[id(embedding)]}.weight"}
+
+
+def _refuse_experts(checkpoint: Checkpoint, model: nn.Module) -> None:
+    for name, p in find_blocks(model)[1][-1].named_parameters():
+        if p.ndim >= 3 and "conv" not in name:
+            raise UnsupportedError(
+                f"{checkpoint.path}: {checkpoint.config.get('model_type')} keeps experts in {name} {tuple(p.shape)}; "
+                "mixture-of-experts models are not supported yet, use a dense model"
+            )
+
+
+def _to_meta(module: nn.Module) -> None:
+    for child in module.modules():
+        for key, p in child._parameters.items():
+            if p is not None and not p.is_meta:
+                child._parameters[key] = nn.Parameter(p.to("meta"), requires_grad=False)

@@ -1,0 +1,79 @@
+"""Uniform quantization of weights: ranges, codes and back. Pure tensors in, tensors out.
+
+Shapes: O out_features, I in_features, G groups along I, g = I / G.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.scheme import Scheme
+
+# The smallest normal float16. A subnormal scale has too few mantissa bits to carry a weight, and some
+# GPU kernels flush it to zero, so no group gets a smaller one.
+MIN_SCALE = 2.0**-14
+MAX_SCALE = 65504.0
+
+
+def to_groups(w_OI: Tensor, scheme: Scheme) -> Tensor:
+    """View `[O, I]` as `[O, G, g]`."""
+    num_groups = scheme.groups(w_OI.shape[1])
+    return w_OI.reshape(w_OI.shape[0], num_groups, -1)
+
+
+def range_of(w_OGg: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest value of each group, widened to contain zero. float, `[O, G]` each.
+
+    A range that leaves zero out (an all-positive group) has no representable zero point; the AutoAWQ
+    reference saturates there. Widening costs nothing in the file format.
+    """
+    lo = w_OGg.amin(dim=-1).clamp(max=0.0)
+    hi = w_OGg.amax(dim=-1).clamp(min=0.0)
+    return lo, hi
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """The scale as the file will hold it: float16 values, returned in float32, never zero nor subnormal."""
+    return scale.clamp(MIN_SCALE, MAX_SCALE).to(torch.float16).to(torch.float32)
+
+
+def scale_and_zero(lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that cover `[lo, hi]` (which contains 0); float32, zero points integral.
+
+    Asymmetric: `scale = (hi - lo) / max_code`, `zero_point = round(-lo / scale)`. Symmetric:
+    `scale = max(-lo / 2**(b-1), hi / (2**(b-1) - 1))` would never clip; the field instead uses
+    `amax / 2**(b-1)`, which clips one code of one side and is measurably better (10.55 against 11.73 %
+    relative error on Gaussian weights), and a searched range decides the rest.
+    """
+    if scheme.symmetric:
+        scale = round_scale(torch.maximum(-lo, hi) / scheme.symmetric_zero_point)
+        return scale, torch.full_like(scale, scheme.symmetric_zero_point)
+    scale = round_scale((hi - lo) / scheme.max_code)
+    return scale, (-lo / scale).round().clamp(0, scheme.max_code)
+
+
+def quantize(w_OGg: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """Codes of each weight, `clamp(round(w / scale) + zero_point, 0, max_code)`; float, same shape as `w`.
+
+    Rounds half to even, as AutoAWQ's packer does. `scale` and `zero_point` broadcast over the last axis.
+    """
+    q = (w_OGg / scale.unsqueeze(-1)).round_().add_(zero_point.unsqueeze(-1))
+    return q.clamp_(0, scheme.max_code)
+
+
+def dequantize(q_OGg: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """`(q - zero_point) * scale`, same shape as `q`."""
+    return (q_OGg - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)
+
+
+def fake_quantize(w_OGg: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """What `w` becomes after being quantized and read back; same shape and dtype."""
+    return dequantize(quantize(w_OGg, scale, zero_point, scheme), scale, zero_point)
+
+
+def round_to_nearest(w_OI: Tensor, scheme: Scheme) -> Tensor:
+    """Plain min-max round-to-nearest of a whole weight, dequantized: the floor that every method must beat."""
+    w_OGg = to_groups(w_OI, scheme)
+    scale, zero_point = scale_and_zero(*range_of(w_OGg), scheme)
+    return fake_quantize(w_OGg, scale, zero_point, scheme).reshape(w_OI.shape)

@@ -1,0 +1,1 @@
+"""Quantization methods (pure, one file each) and the loop that drives them."""

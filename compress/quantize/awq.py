@@ -1,0 +1,170 @@
+"""Activation-aware weight quantization on the Gram matrix.
+
+Lin et al., "AWQ: Activation-aware Weight Quantization", arXiv:2306.00978: multiply the weight columns of salient
+input channels by s > 1 before rounding and let the layer before divide by s, so that what matters most is rounded
+most finely. The paper searches s = importance**r by running the layer for each r. Here the error of a candidate is
+read off the Gram matrix G of the inputs, `tr(D G D^T)` with `D = Q(W s) / s - W`: the same quantity for a linear,
+with no forward pass and no stored activations.
+
+The paper's own loss is the error of the *parent's* output (attention, MLP); the caller therefore confirms the chosen
+scale against the identity with one true forward.
+
+Shapes: O out_features, I in_features, G groups along I, g group size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress import numerics
+from compress.scheme import Scheme
+
+# The search ranks candidates; a loss that is a sum over rows ranks as well on a sample of them.
+SEARCH_ROWS = 512
+COARSE_RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+FINE_STEPS = (-0.15, -0.10, -0.05, 0.05, 0.10, 0.15)
+CLIP_STEPS = 20
+CLIP_MIN = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleChoice:
+    """The scale found for a group. `error` and `identity_error` are mean squared output errors on the search rows."""
+
+    s_I: Tensor
+    ratio: float
+    duo: bool
+    error: float
+    identity_error: float
+
+
+def search_scale(
+    weights: Sequence[Tensor],
+    gram_II: Tensor,
+    magnitude_I: Tensor,
+    scheme: Scheme,
+    shared: Tensor | None = None,
+) -> ScaleChoice:
+    """Per-input-channel scale s_I that minimises the quantized group's output error.
+
+    weights: `[O, I]` float32 each, all fed by the inputs with mean outer product `gram_II` and mean magnitude
+    `magnitude_I`. shared: int64 `[I]`, channels that must have one scale (grouped-query attention), or None.
+    The grid holds the identity (r = 0), r = 1, and the formula with and without the weight's own magnitude ("duo
+    scaling", AutoAWQ): s = x**r / w**(1 - r). Coarse ratios first, then steps of 0.05 around the best.
+    """
+    w_OI = torch.cat([w for w in weights])
+    step = max(1, w_OI.shape[0] // SEARCH_ROWS)
+    rows = w_OI[::step]
+    x_I = _pooled(magnitude_I, shared)
+    w_I = _pooled(_relative_magnitude(w_OI, scheme), shared)
+
+    def loss(s_I: Tensor) -> float:
+        delta = (numerics.round_to_nearest(rows * s_I, scheme) / s_I).sub_(rows)
+        return output_error(delta, gram_II)
+
+    ones = torch.ones_like(x_I)
+    identity_error = loss(ones)
+    best = ScaleChoice(s_I=ones, ratio=0.0, duo=False, error=identity_error, identity_error=identity_error)
+
+    def consider(ratio: float, duo: bool) -> None:
+        nonlocal best
+        if ratio < 0 or ratio > 1 or (ratio == 0 and not duo):
+            return
+        s_I = scale_of(x_I, w_I if duo else None, ratio)
+        error = loss(s_I)
+        if error < best.error:
+            best = ScaleChoice(s_I=s_I, ratio=ratio, duo=duo, error=error, identity_error=identity_error)
+
+    for duo in (False, True):
+        for ratio in COARSE_RATIOS:
+            consider(ratio, duo)
+    centre, duo = best.ratio, best.duo
+    for offset in FINE_STEPS:
+        consider(round(centre + offset, 2), duo)
+    return best
+
+
+def scale_of(x_I: Tensor, w_I: Tensor | None, ratio: float) -> Tensor:
+    """`x**r`, or `x**r / w**(1 - r)` with the weight's magnitude; normalised so that max(s) * min(s) = 1.
+
+    Channels that never fire (x = 0) or are never read keep the scale of the smallest positive magnitude.
+    """
+    s = _floored(x_I).pow(ratio)
+    if w_I is not None:
+        s = s / _floored(w_I).pow(1 - ratio)
+    s = s / (s.max() * s.min()).sqrt()
+    # float16 holds norm / s and W * s only within reason; the paper's own clamp is 1e-4.
+    return s.clamp(1e-4, 1e4)
+
+
+def _floored(x_I: Tensor) -> Tensor:
+    return x_I.clamp(min=max(1e-4 * float(x_I.mean()), 1e-12))
+
+
+def output_error(delta_OI: Tensor, gram_II: Tensor) -> float:
+    """`tr(D G D^T)`: summed over rows, the mean over tokens of the squared output error."""
+    return float(((delta_OI @ gram_II) * delta_OI).sum(dtype=torch.float64))
+
+
+def _relative_magnitude(w_OI: Tensor, scheme: Scheme) -> Tensor:
+    """Mean over rows of |w| relative to its group's largest: what share of the range a channel takes. `[I]`."""
+    w_OGg = numerics.to_groups(w_OI, scheme).abs()
+    return (w_OGg / w_OGg.amax(dim=-1, keepdim=True).clamp(min=1e-6)).mean(dim=0).reshape(-1)
+
+
+def _pooled(x_I: Tensor, shared: Tensor | None) -> Tensor:
+    """Mean over the channels that share a scale, spread back over them."""
+    if shared is None:
+        return x_I
+    index = shared.to(x_I.device)
+    size = int(index.max()) + 1
+    total = torch.zeros(size, dtype=x_I.dtype, device=x_I.device).index_add_(0, index, x_I)
+    count = torch.zeros_like(total).index_add_(0, index, torch.ones_like(x_I))
+    return (total / count)[index]
+
+
+def search_range(
+    w_OI: Tensor, gram_II: Tensor, scheme: Scheme, steps: int = CLIP_STEPS, lowest: float = CLIP_MIN
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and zero point of each group that minimise its output error; the paper's weight clipping.
+
+    Shrinks each group's min-max range by factors from 1 to `lowest`, and keeps for every row and group the factor whose
+    error `d G_gg d^T` is least, with G_gg the Gram matrix's diagonal block of that group. The full range is among the
+    candidates, so the error never exceeds round-to-nearest's. Returns scale_OG, zero_point_OG, factor_OG (float32).
+    """
+    w_OGg = numerics.to_groups(w_OI, scheme)
+    num_groups, size = w_OGg.shape[1], w_OGg.shape[2]
+    blocks_Ggg = gram_blocks(gram_II, size)
+    lo, hi = numerics.range_of(w_OGg)
+    best_scale, best_zero = numerics.scale_and_zero(lo, hi, scheme)
+    best_error = torch.full_like(best_scale, torch.inf)
+    best_factor = torch.ones_like(best_scale)
+    assert blocks_Ggg.shape[0] == num_groups
+    for i in range(steps + 1):
+        factor = 1.0 - (1.0 - lowest) * i / steps
+        scale, zero = numerics.scale_and_zero(lo * factor, hi * factor, scheme)
+        delta = numerics.fake_quantize(w_OGg, scale, zero, scheme).sub_(w_OGg)
+        error = group_error(delta, blocks_Ggg)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+        best_factor = torch.where(better, torch.full_like(best_factor, factor), best_factor)
+    return best_scale, best_zero, best_factor
+
+
+def gram_blocks(gram_II: Tensor, size: int) -> Tensor:
+    """The diagonal blocks of the Gram matrix, `[G, size, size]`."""
+    num_groups = gram_II.shape[0] // size
+    index = torch.arange(num_groups, device=gram_II.device)
+    return gram_II.reshape(num_groups, size, num_groups, size)[index, :, index, :]
+
+
+def group_error(delta_OGg: Tensor, blocks_Ggg: Tensor) -> Tensor:
+    """`d G_gg d^T` of each row's change in each group, `[O, G]`."""
+    d_GOg = delta_OGg.transpose(0, 1)
+    return (torch.bmm(d_GOg, blocks_Ggg) * d_GOg).sum(-1).t()

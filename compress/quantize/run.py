@@ -1,0 +1,315 @@
+"""`compress awq` from start to end: check, calibrate, stream, assemble. One visible sequence."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import compress
+from compress import calibration
+from compress.artifact import BUNDLED, Manifest, read_manifest
+from compress.assemble import assemble, was_published, write_rest
+from compress.blocks import BlockDone, stream
+from compress.checkpoint import Checkpoint
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.formats import awq_gemm
+from compress.journal import Journal, check_free_space
+from compress.model import StreamedModel, is_conv1d, linears, skipped, weight_OI
+from compress.quantize.methods import STORE_DTYPE, AwqOptions, awq_block, to_stored
+from compress.scheme import Scheme
+from compress.workspace import Source
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwqRequest:
+    """Everything that decides the artifact. samples and seq_len count calibration rows and tokens a row."""
+
+    source: Source
+    out: Path
+    scheme: Scheme
+    calib: str | None = None
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    skip: tuple[str, ...] = ()
+    smooth: bool = True
+    clip: bool = True
+    propagate: str = "original"
+    force: bool = False
+    resume: bool = True
+    trust_remote_code: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What the manifest and the resumed run's check record."""
+        return {
+            "scheme": self.scheme.to_json(),
+            "samples": self.samples,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "device": torch.device(self.device).type,
+            "skip": list(self.skip),
+            "smooth": self.smooth,
+            "clip": self.clip,
+            "propagate": self.propagate,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwqOutcome:
+    """What was made: the folder, its record in the manifest, sizes in bytes, tensors verified, blocks resumed."""
+
+    out: Path
+    record: dict[str, Any]
+    source_bytes: int
+    out_bytes: int
+    verified: int
+    resumed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def quantize_awq(
+    request: AwqRequest,
+    *,
+    on_start: Callable[[int, str], None] = lambda total, text: None,
+    on_block: Callable[[BlockDone], None] = lambda done: None,
+    on_stage: Callable[[int, str], None] = lambda index, stage: None,
+) -> AwqOutcome:
+    """Quantize `request.source` to an AutoAWQ gemm folder at `request.out`.
+
+    Raises CompressError subclasses, each before anything is at `request.out`.
+    """
+    out = request.out
+    partial_folder = out.with_name(out.name + ".partial")
+    if was_published(partial_folder, out):
+        Journal(partial_folder, request.scheme, awq_gemm.tensors, awq_gemm.read, awq_gemm.SUFFIXES).close()
+        return _outcome_of(out, request)
+    if out.exists() and not request.force:
+        raise ConfigError(f"{out} exists already; pass --force to replace it, or -o for another place")
+    if out.resolve() == request.source.path.resolve():
+        raise ConfigError(f"{out} is the model itself; pass another folder with -o")
+    model = StreamedModel.open(
+        request.source.path,
+        dtype=DTYPES[request.dtype],
+        device=request.device,
+        trust_remote_code=request.trust_remote_code,
+    )
+    refuse(model, request)
+    tokenizer = calibration.load_tokenizer(request.source.path)
+    texts = calibration.load(
+        request.calib,
+        tokenizer,
+        num_samples=request.samples,
+        seq_len=request.seq_len,
+        seed=request.seed,
+        model=request.source.path,
+        is_reference=request.source.is_reference,
+        vocab_size=model.vocab_size,
+    )
+    # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
+    check_free_space(out.parent, 2 * estimated_bytes(model, request) + 64_000_000)
+    journal = Journal(partial_folder, request.scheme, awq_gemm.tensors, awq_gemm.read, awq_gemm.SUFFIXES)
+    identity = {
+        "stage": "awq",
+        "model": str(request.source.path.resolve()),
+        "content": model.checkpoint.identity(),
+        **request.options(),
+        "calibration": texts.sha256,
+        "versions": versions(),
+    }
+    journal.start(identity, resume=request.resume)
+    parent_hash = _in_background(model.checkpoint.content_sha256)
+    on_start(model.num_blocks, texts.source)
+    method = partial(
+        awq_block,
+        options=AwqOptions(scheme=request.scheme, skip=request.skip, smooth=request.smooth, clip=request.clip),
+    )
+    done = []
+    for step in stream(model, texts.ids_NT, method, journal, propagate=request.propagate, on_stage=on_stage):
+        done.append(step)
+        on_block(step)
+    rest = write_rest(journal, model, to_stored)
+    record = {
+        "stage": "awq",
+        "format": "awq-gemm",
+        "options": request.options(),
+        "parent": {"path": _parent_path(request), "sha256": parent_hash()},
+        "calibration": {
+            "source": texts.source,
+            "sha256": texts.sha256,
+            "text_sha256": texts.text_sha256,
+            "num_samples": texts.ids_NT.shape[0],
+            "seq_len": texts.ids_NT.shape[1],
+            "num_documents": texts.num_documents,
+            "num_tokens_unused": texts.num_tokens_unused,
+        },
+        "versions": versions(),
+        "layers": [layer for step in done for layer in step.report["layers"]],
+        "groups": [{"block": step.index, **group} for step in done for group in step.report["groups"]],
+        "left_in_float16": left_dense(model, request),
+        "files_not_carried": not_carried(model.checkpoint.path),
+    }
+    earlier = read_manifest(request.source.path)
+    manifest = Manifest(lineage=[record, *(earlier.lineage if earlier else [])], reports=[])
+    config = out_config(model.checkpoint, request, left_dense(model, request))
+    verified = assemble(journal, model, out, rest=rest, config=config, manifest=manifest)
+    return AwqOutcome(
+        out=out,
+        record=record,
+        source_bytes=_weight_bytes(model.checkpoint),
+        out_bytes=_weight_bytes(Checkpoint.open(out)),
+        verified=verified,
+        resumed=sum(step.resumed for step in done),
+    )
+
+
+def refuse(model: StreamedModel, request: AwqRequest) -> None:
+    """Say no, in one sentence, to what the format or the method cannot do, before any work is done."""
+    path = model.checkpoint.path
+    if "quantization_config" in model.checkpoint.config:
+        raise UnsupportedError(f"{path} is quantized already; pass the full-precision model it was made from")
+    if any(t.dtype.startswith(("I", "U")) and n.endswith(".weight") for n, t in model.checkpoint.tensors.items()):
+        raise UnsupportedError(f"{path} holds integer weights; pass the full-precision model they were made from")
+    names = [model.block_prefix(i) + n for i in range(model.num_blocks) for n in linears(model.blocks[i])]
+    unused = [p for p in request.skip if not any(skipped(n, [p]) for n in names)]
+    if unused:
+        raise ConfigError(f"--skip {unused[0]} matches no layer; layers are called like {names[0]}")
+    if all(skipped(n, request.skip) for n in names):
+        raise ConfigError(f"--skip leaves nothing to quantize: it matches all {len(names)} layers of the blocks")
+    for i, block in enumerate(model.blocks):
+        for name, module in linears(block).items():
+            full = model.block_prefix(i) + name
+            if skipped(full, request.skip):
+                continue
+            if is_conv1d(module):
+                raise UnsupportedError(
+                    f"{full} is a transformers Conv1D (GPT-2's transposed linear), which AutoAWQ readers leave "
+                    "as it is, so they could not load the folder; use a model built of nn.Linear"
+                )
+            awq_gemm.check(request.scheme, full, *weight_OI(module).shape)
+
+
+def left_dense(model: StreamedModel, request: AwqRequest) -> list[str]:
+    """Linears that stay in float16: those skipped by the user, and those outside the blocks (the output matrix)."""
+    from compress.model import is_linear
+
+    outside = [n for n, m in model.model.named_modules() if is_linear(m) and not n.startswith(model.blocks_name + ".")]
+    inside = [
+        model.block_prefix(i) + name
+        for i, block in enumerate(model.blocks)
+        for name in linears(block)
+        if skipped(model.block_prefix(i) + name, request.skip)
+    ]
+    return outside + inside
+
+
+def out_config(checkpoint: Checkpoint, request: AwqRequest, not_converted: list[str]) -> dict[str, Any]:
+    """The source's config.json with the quantization stated and float16 as its dtype."""
+    config = dict(checkpoint.config)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(STORE_DTYPE).removeprefix("torch.")
+    config["quantization_config"] = awq_gemm.quantization_config(request.scheme, not_converted)
+    return config
+
+
+def estimated_bytes(model: StreamedModel, request: AwqRequest) -> int:
+    """Bytes of the artifact's weights: packed linears, everything else at two bytes a number."""
+    total = sum(info.num_bytes for info in model.checkpoint.tensors.values() if info.dtype.startswith(("I", "U")))
+    total += sum(2 * _numel(i.shape) for i in model.checkpoint.tensors.values() if not i.dtype.startswith(("I", "U")))
+    scheme = request.scheme
+    for i, block in enumerate(model.blocks):
+        for name, module in linears(block).items():
+            if not skipped(model.block_prefix(i) + name, request.skip):
+                numel = weight_OI(module).numel()
+                groups = numel // scheme.group_size
+                total -= 2 * numel - (numel * scheme.num_bits // 8 + groups * (2 + 1))
+    return total
+
+
+def not_carried(folder: Path) -> list[str]:
+    """Files of the source that the artifact does not take along (its own README, code, other formats)."""
+    from compress.artifact import carried_files
+
+    known = {p.name for p in carried_files(folder)}
+    weights = ("config.json", "compress.json")
+    return sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.is_file() and p.name not in known and p.name not in weights and ".safetensors" not in p.name
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes."""
+    import numpy
+    import safetensors
+    import transformers
+
+    return {
+        "compress": compress.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def _parent_path(request: AwqRequest) -> str:
+    """The parent as the manifest names it: bundled, or relative to the artifact so that a workspace can move."""
+    import calibration_data
+
+    path = request.source.path.resolve()
+    if path == calibration_data.reference_model().resolve():
+        return BUNDLED
+    return os.path.relpath(path, request.out.resolve())
+
+
+def _outcome_of(out: Path, request: AwqRequest) -> AwqOutcome:
+    manifest = read_manifest(out)
+    if manifest is None:
+        raise ArtifactError(f"{out} has no manifest; pass --force to make it again")
+    return AwqOutcome(
+        out=out,
+        record=manifest.record,
+        source_bytes=_weight_bytes(Checkpoint.open(request.source.path)),
+        out_bytes=_weight_bytes(Checkpoint.open(out)),
+        verified=0,
+        notes=["an earlier run had finished this artifact; nothing was left to do"],
+    )
+
+
+def _weight_bytes(checkpoint: Checkpoint) -> int:
+    return sum(info.num_bytes for info in checkpoint.tensors.values())
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def _in_background(compute: Callable[[], str]) -> Callable[[], str]:
+    """Start `compute` in a thread; the returned function waits for its value. Hashing leaves the interpreter free."""
+    box: list[str] = []
+    thread = threading.Thread(target=lambda: box.append(compute()), daemon=True)
+    thread.start()
+
+    def wait() -> str:
+        thread.join()
+        if not box:
+            raise ArtifactError("the model's files could not be hashed; they changed while they were read")
+        return box[0]
+
+    return wait

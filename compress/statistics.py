@@ -1,0 +1,84 @@
+"""What a method may know about a linear's inputs: their Gram matrix and mean magnitude, never the inputs themselves.
+
+A weight change D of a linear `[O, I]` with inputs X `[tokens, I]` changes its outputs by `X D^T`, whose squared norm is
+`tr(D G D^T)` with `G = X^T X`. So scale search, clipping, range fitting and error feedback need G alone. G is a sum
+over tokens: batches, processes and machines add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.groups import Group
+
+_TILE = 512
+
+
+@dataclass(kw_only=True)
+class InputStatistics:
+    """Sums over the calibration tokens that reached one group of linears; all float32.
+
+    gram_II: sum of outer products, symmetric. magnitude_I: sum of |x|. num_tokens: how many rows were added.
+    """
+
+    gram_II: Tensor
+    magnitude_I: Tensor
+    num_tokens: int = 0
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device) -> InputStatistics:
+        return cls(
+            gram_II=torch.zeros(in_features, in_features, dtype=torch.float32, device=device),
+            magnitude_I=torch.zeros(in_features, dtype=torch.float32, device=device),
+        )
+
+    def add(self, x_TI: Tensor) -> None:
+        """Add the tokens of a batch. Only tiles on and below the diagonal are multiplied; `finish` mirrors them."""
+        x = x_TI.to(torch.float32)
+        for start in range(0, x.shape[1], _TILE):
+            tile = x[:, start : start + _TILE]
+            self.gram_II[start:, start : start + _TILE].addmm_(x[:, start:].t(), tile)
+        self.magnitude_I += x.abs().sum(dim=0)
+        self.num_tokens += x.shape[0]
+
+    def finish(self) -> None:
+        """Turn the sums into means over tokens and make the Gram matrix exactly symmetric."""
+        for start in range(0, self.gram_II.shape[0], _TILE):
+            stop = start + _TILE
+            self.gram_II[start:stop, stop:] = self.gram_II[stop:, start:stop].t()
+            square = self.gram_II[start:stop, start:stop]
+            square.copy_(square.tril() + square.tril(-1).t())
+        self.gram_II /= max(1, self.num_tokens)
+        self.magnitude_I /= max(1, self.num_tokens)
+
+    def smoothed(self, s_I: Tensor) -> Tensor:
+        """The Gram matrix of the inputs once they are divided by s: `D^-1 G D^-1`, no second pass needed."""
+        return self.gram_II / (s_I.unsqueeze(0) * s_I.unsqueeze(1))
+
+
+@contextmanager
+def collecting(block: nn.Module, groups: Sequence[Group], device: torch.device) -> Iterator[list[InputStatistics]]:
+    """Collect each group's statistics from every forward of `block` inside the context."""
+    collected = [InputStatistics.empty(g.in_features, device) for g in groups]
+    handles = []
+
+    def hook(statistics: InputStatistics):  # type: ignore[no-untyped-def]
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            statistics.add(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+        return add
+
+    for group, statistics in zip(groups, collected, strict=True):
+        handles.append(block.get_submodule(group.layers[0]).register_forward_pre_hook(hook(statistics)))
+    try:
+        yield collected
+    finally:
+        for handle in handles:
+            handle.remove()
+        for statistics in collected:
+            statistics.finish()

@@ -1,0 +1,98 @@
+"""Which model a command means: a folder, a hub id, or, with nothing said, what the workspace holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.artifact import BUNDLED, MANIFEST, parent_path, read_manifest
+from compress.checkpoint import read_json
+from compress.errors import ArtifactError, ConfigError
+
+WORKSPACE = Path("artifacts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model to read. `path` is on disk; `name` is short, for file names; `said` tells the user why this one."""
+
+    path: Path
+    name: str
+    said: str
+    is_reference: bool = False
+
+
+def resolve(model: str | None, *, quantizable: bool = False, workspace: Path = WORKSPACE) -> Source:
+    """The model that the user named, or the workspace's newest artifact, or the bundled reference model.
+
+    With `quantizable`, artifacts that already are quantized stand for the original they came from, so that
+    `compress awq --group-size 64` after `compress awq` starts from full precision again.
+    """
+    if model is None:
+        return _from_workspace(quantizable, workspace)
+    path = Path(model)
+    if path.is_dir():
+        return Source(path=path, name=_short(path.resolve().name), said=str(path), is_reference=is_reference(path))
+    if path.exists():
+        raise ConfigError(f"{model} is a file; pass the model's folder")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
+        return Source(path=_download(model), name=_short(model.split("/")[1]), said=f"{model} from the hub")
+    raise ConfigError(f"{model}: no such folder, and not a hub id such as org/name")
+
+
+def _from_workspace(quantizable: bool, workspace: Path) -> Source:
+    newest = max(workspace.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime_ns, default=None)
+    if newest is None:
+        return _bundled("the bundled reference model (the workspace is empty)")
+    folder = newest.parent
+    if quantizable and "quantization_config" in read_json(folder / "config.json"):
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        if manifest.root["path"] == BUNDLED:
+            return _bundled(f"the bundled reference model, from which {folder} was made")
+        path = parent_path(manifest.root, folder)
+        return Source(
+            path=path,
+            name=_short(path.name),
+            said=f"{path}, from which the newest artifact {folder} was made",
+            is_reference=is_reference(path),
+        )
+    return Source(path=folder, name=_short(folder.name), said=f"{folder}, the newest artifact", is_reference=False)
+
+
+def _bundled(said: str) -> Source:
+    import calibration_data
+
+    return Source(path=calibration_data.reference_model(), name="reference-lm", said=said, is_reference=True)
+
+
+def is_reference(path: Path) -> bool:
+    """Whether a folder's weights are the bundled reference model's (or quantized from them), byte for byte."""
+    import calibration_data
+    from compress.checkpoint import SINGLE, file_sha256
+
+    bundled = calibration_data.reference_model()
+    if path.resolve() == bundled.resolve():
+        return True
+    mine, theirs = bundled / SINGLE, path / SINGLE
+    if not theirs.exists() or theirs.stat().st_size != mine.stat().st_size:
+        return False
+    return file_sha256(mine) == file_sha256(theirs)
+
+
+def _short(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name) or "model"
+
+
+def _download(model: str) -> Path:
+    """A hub model's folder in the local cache, fetched if need be; never anything that could be a pickle."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
+        reason = " ".join(str(e).split())[:160]
+        raise ArtifactError(f"{model}: no such folder here, and the hub did not give it ({reason})") from None

@@ -1,0 +1,1 @@
+"""Exporters: from a compressed folder to what a device runs."""

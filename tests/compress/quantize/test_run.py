@@ -1,0 +1,317 @@
+"""`quantize_awq` from folder to folder: what is written, what is refused, and what a crash leaves."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.artifact import read_manifest
+from compress.checkpoint import Checkpoint, file_sha256
+from compress.errors import ArtifactError, CompressError, ConfigError, UnsupportedError
+from compress.model import StreamedModel
+from compress.quantize.run import AwqOutcome, AwqRequest, quantize_awq
+from compress.scheme import Scheme
+from compress.workspace import resolve
+
+G32 = Scheme(group_size=32)
+
+
+@pytest.fixture
+def quantize(calib_text: Path, tmp_path: Path) -> Any:
+    def run(model: Path, out: str = "out", scheme: Scheme = G32, **changes: Any) -> AwqOutcome:
+        options = {"calib": str(calib_text), "samples": 8, "seq_len": 64, **changes}
+        return quantize_awq(AwqRequest(source=resolve(str(model)), out=tmp_path / out, scheme=scheme, **options))
+
+    return run
+
+
+@torch.no_grad()
+def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    model = StreamedModel.open(folder)
+    hidden = model.embed(ids)
+    for i in range(model.num_blocks):
+        model.load_block(i)
+        hidden = model.run_block(i, hidden)
+        model.release_block(i)
+    return model.head(hidden)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+IDS = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma2", "Phi3", "Olmo2", "GPTNeoX"])
+def test_families_end_to_end(family: str, build_model: Any, quantize: Any) -> None:
+    """The artifact computes nearly what the original does, and every group is accounted for in the manifest."""
+    drop = {
+        "Phi3": ("head_dim",), "Olmo2": ("head_dim",), "Qwen2": ("head_dim",),
+        "GPTNeoX": ("head_dim", "num_key_value_heads"),
+    }  # fmt: skip
+    folder = build_model(family, drop=drop.get(family, ()))
+    outcome = quantize(folder)
+    manifest = read_manifest(outcome.out)
+    assert manifest is not None
+    record = manifest.record
+    assert record["parent"]["sha256"] == Checkpoint.open(folder).content_sha256()
+    assert {g["block"] for g in record["groups"]} == {0, 1}
+    assert all(g["fold"] or g["note"] for g in record["groups"])
+    assert {layer["layer"] for layer in record["layers"]} == {
+        n.removesuffix(".qweight") for n in Checkpoint.open(outcome.out).names() if n.endswith(".qweight")
+    }
+    assert all(layer["error"] < layer["rtn_error"] * 1.05 for layer in record["layers"])
+    plain = quantize(folder, "plain", smooth=False, clip=False)
+    original = logits(folder, IDS)
+    error, plain_error = (float((logits(o.out, IDS) - original).square().mean()) for o in (outcome, plain))
+    # random weights have no outliers to win on, and a wrong fold or a wrong layout costs far more than this
+    assert 0 < error < 1.2 * plain_error
+    assert error < 0.1 * float(original.square().mean())
+    assert outcome.verified > len(record["layers"]) * 3
+
+
+def test_artifact_is_a_complete_folder(build_model: Any, quantize: Any) -> None:
+    folder = build_model(dtype="bfloat16")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "README.md").write_text("of the original")
+    outcome = quantize(folder, skip=("layers.0.mlp.down_proj",))
+    config = json.loads((outcome.out / "config.json").read_text())
+    assert config["dtype"] == "float16" and "torch_dtype" not in config
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.down_proj"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (outcome.out / name).read_bytes() == (folder / name).read_bytes()
+    assert outcome.record["files_not_carried"] == ["README.md"]
+    tensors = Checkpoint.open(outcome.out).tensors
+    assert tensors["model.layers.0.mlp.down_proj.weight"].dtype == "F16"
+    assert tensors["model.layers.1.mlp.down_proj.qweight"].dtype == "I32"
+    assert not list(outcome.out.parent.glob("*.partial")) and not list(outcome.out.glob(".*"))
+
+
+def test_symmetric_writes_eights(build_model: Any, quantize: Any) -> None:
+    outcome = quantize(build_model(), scheme=Scheme(group_size=32, symmetric=True))
+    checkpoint = Checkpoint.open(outcome.out)
+    zeros = [n for n in checkpoint.names() if n.endswith(".qzeros")]
+    assert len(zeros) == 14
+    assert all(bool((checkpoint.tensor(n) == -2004318072).all()) for n in zeros)  # 0x88888888
+
+
+def test_same_bytes_twice_and_from_a_sharded_folder(build_model: Any, quantize: Any) -> None:
+    folder = build_model()
+    first = contents(quantize(folder, "one").out)
+    second = contents(quantize(folder, "two").out)
+    assert first == second
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    save_file({n: tensors[n] for n in names[::2]}, folder / "model-00001-of-00002.safetensors")
+    save_file({n: tensors[n] for n in names[1::2]}, folder / "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    sharded = contents(quantize(folder, "three").out)
+    assert sharded["model.safetensors"] == first["model.safetensors"]
+
+
+def test_awq_beats_round_to_nearest_on_the_reference_model(reference_model: Path, quantize: Any) -> None:
+    """On real weights each step must pay: smoothing lowers the summed layer error, clipping lowers it again."""
+    error = {}
+    for name, smooth, clip in (("plain", False, False), ("smooth", True, False), ("both", True, True)):
+        outcome = quantize(
+            reference_model, name, Scheme(), calib=None, samples=2, seq_len=256, smooth=smooth, clip=clip
+        )
+        error[name] = sum(layer["error"] for layer in outcome.record["layers"])
+        rtn = sum(layer["rtn_error"] for layer in outcome.record["layers"])
+    assert abs(error["plain"] - rtn) < 1e-3 * rtn
+    assert error["smooth"] < 0.9 * error["plain"]
+    assert error["both"] < 0.9 * error["smooth"]
+
+
+# ---- refusals ----------------------------------------------------------------------------------------
+
+
+def assert_refused(run: Any, out: Path, kind: type[CompressError], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        run()
+    assert not out.exists()
+
+
+def damage(folder: Path, name: str, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors")
+
+
+def with_value(value: float) -> Any:
+    def change(w: torch.Tensor) -> torch.Tensor:
+        w = w.clone()
+        w.view(-1)[3] = value
+        return w
+
+    return change
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_damaged_weights(value: float, build_model: Any, quantize: Any, tmp_path: Path) -> None:
+    folder = build_model()
+    name = "model.layers.1.self_attn.q_proj.weight"
+    damage(folder, name, with_value(value))
+    assert_refused(lambda: quantize(folder), tmp_path / "out", ArtifactError, f"tensor {name} has 1 NaN or infinite")
+
+
+def test_missing_tensor_and_wrong_shape(build_model: Any, quantize: Any, tmp_path: Path) -> None:
+    folder = build_model()
+    name = "model.layers.0.mlp.up_proj.weight"
+    damage(folder, name, lambda w: w[:-1].contiguous())
+    assert_refused(lambda: quantize(folder), tmp_path / "out", ArtifactError, "config belongs to another model")
+    damage(folder, name, lambda w: None)
+    assert_refused(lambda: quantize(folder), tmp_path / "out", ArtifactError, f"tensor {name} is missing")
+
+
+def test_value_beyond_float16(build_model: Any, quantize: Any, tmp_path: Path) -> None:
+    folder = build_model()
+    damage(folder, "model.norm.weight", with_value(1e6))
+    assert_refused(lambda: quantize(folder), tmp_path / "out", ArtifactError, r"model.norm.weight reaches 1e\+06")
+
+
+def test_group_size_that_does_not_divide(shared_data: Path, quantize: Any, tmp_path: Path) -> None:
+    run = lambda: quantize(shared_data / "stories260K", scheme=Scheme())  # noqa: E731
+    assert_refused(run, tmp_path / "out", ConfigError, "in_features=64 is not a multiple of group_size=128")
+
+
+def test_third_party_model(shared_data: Path, quantize: Any) -> None:
+    outcome = quantize(shared_data / "stories260K", scheme=G32, skip=("mlp",))
+    ids = IDS % 512
+    original, quantized = logits(shared_data / "stories260K", ids), logits(outcome.out, ids)
+    assert float((quantized - original).square().mean() / original.square().mean()) < 0.02
+
+
+def test_gpt2_is_refused_with_the_reason(build_model: Any, quantize: Any, tmp_path: Path) -> None:
+    drop = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    more = ("num_key_value_heads", "max_position_embeddings")
+    folder = build_model("GPT2", drop=drop + more, n_embd=64, n_layer=2, n_head=4)
+    assert_refused(lambda: quantize(folder), tmp_path / "out", UnsupportedError, "Conv1D")
+
+
+def test_mixture_of_experts_is_refused(build_model: Any, quantize: Any, tmp_path: Path) -> None:
+    folder = build_model("Mixtral", num_local_experts=4)
+    assert_refused(lambda: quantize(folder), tmp_path / "out", CompressError, "mixture-of-experts")
+
+
+def test_quantized_input_existing_output_and_bad_skip(build_model: Any, quantize: Any, tmp_path: Path) -> None:
+    folder = build_model()
+    out = quantize(folder).out
+    assert_refused(lambda: quantize(out, "again"), tmp_path / "again", UnsupportedError, "is quantized already")
+    before = contents(out)
+    with pytest.raises(ConfigError, match="exists already; pass --force"):
+        quantize(folder)
+    assert contents(out) == before
+    assert contents(quantize(folder, force=True).out) == before
+    run = lambda: quantize(folder, "skipped", skip=("nothing_like_it",))  # noqa: E731
+    assert_refused(run, tmp_path / "skipped", ConfigError, "matches no layer; layers are called like model.layers.0")
+    run = lambda: quantize(folder, "skipped", skip=("*",))  # noqa: E731
+    assert_refused(run, tmp_path / "skipped", ConfigError, "leaves nothing to quantize")
+
+
+def test_full_disk(build_model: Any, quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build_model()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    assert_refused(lambda: quantize(folder), tmp_path / "out", ArtifactError, "0.00 GB are free")
+
+
+def test_tokenizer_of_another_model(build_model: Any, quantize: Any, tmp_path: Path) -> None:
+    folder = build_model(vocab_size=64)
+    assert_refused(lambda: quantize(folder), tmp_path / "out", ConfigError, "vocabulary")
+
+
+def test_empty_calibration_text(build_model: Any, quantize: Any, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert_refused(lambda: quantize(build_model(), calib=str(empty)), tmp_path / "out", ConfigError, "empty.txt")
+
+
+# ---- crashes -----------------------------------------------------------------------------------------
+
+DRIVER = """
+import sys
+from pathlib import Path
+from compress.quantize.run import AwqRequest, quantize_awq
+from compress.scheme import Scheme
+from compress.workspace import resolve
+model, out, calib = sys.argv[1:]
+print("go", flush=True)
+quantize_awq(AwqRequest(source=resolve(model), out=Path(out), scheme=Scheme(group_size=32), calib=calib,
+                        samples=8, seq_len=64), on_block=lambda done: print("block", flush=True))
+"""
+
+
+def test_resume_takes_up_finished_blocks(build_model: Any, quantize: Any, calib_text: Path, tmp_path: Path) -> None:
+    folder = build_model(num_hidden_layers=3)
+    whole = contents(quantize(folder, "whole").out)
+    request = AwqRequest(
+        source=resolve(str(folder)), out=tmp_path / "out", scheme=G32, calib=str(calib_text), samples=8, seq_len=64
+    )
+
+    class Killed(Exception):
+        pass
+
+    def stop(done: Any) -> None:
+        if done.index == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize_awq(request, on_block=stop)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=r"unfinished run with samples=8, not 4; .*--no-resume"):
+        quantize(folder, "out", samples=4)
+    # a block that the disk changed is done again
+    part = tmp_path / "out.partial" / "block-00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"\x7f")
+    outcome = quantize_awq(request)
+    assert outcome.resumed == 1
+    assert contents(outcome.out) == whole
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_bytes_are_the_same(
+    build_model: Any, quantize: Any, calib_text: Path, tmp_path: Path
+) -> None:
+    """kill -9 at random moments of a subprocess, again and again, until a run survives."""
+    folder = build_model(num_hidden_layers=4)
+    whole = contents(quantize(folder, "whole").out)
+    out = tmp_path / "out"
+    generator = random.Random(4)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", DRIVER, str(folder), str(out), str(calib_text)]
+    kills, runs = 0, 0
+    for patience in [0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 60.0]:
+        runs += 1
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+            assert process.stdout is not None
+            process.stdout.readline()  # imports are done; what follows is the run
+            time.sleep(0 if patience == 60.0 else patience * generator.random())
+            if patience < 60.0:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+            _, errors = process.communicate(timeout=120)
+        if out.exists():
+            assert contents(out) == whole
+            if patience < 60.0:
+                continue
+        elif patience == 60.0:
+            # finished by an earlier, killed run, or an honest failure
+            raise AssertionError(errors.decode())
+        assert not list(tmp_path.glob("out/*")) or contents(out) == whole
+    assert kills == 7
+    assert contents(out) == whole
+    assert not (tmp_path / "out.partial").exists()

@@ -1,0 +1,94 @@
+"""Quantization against a loop over single weights, and its invariants."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress import numerics
+from compress.errors import ConfigError
+from compress.quantized import QuantizedWeight
+from compress.scheme import Scheme
+
+
+def one_by_one(w_OI: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Round-to-nearest, one weight at a time, in Python floats with the float16 scale the file holds."""
+    out = torch.empty_like(w_OI)
+    size = scheme.group_size
+    for o in range(w_OI.shape[0]):
+        for start in range(0, w_OI.shape[1], size):
+            group = w_OI[o, start : start + size].tolist()
+            lo, hi = min(0.0, *group), max(0.0, *group)
+            raw = max(-lo, hi) / 8 if scheme.symmetric else (hi - lo) / 15
+            scale = float(torch.tensor(max(raw, 2.0**-14)).to(torch.float16))
+            zero = 8 if scheme.symmetric else min(15, max(0, round(float(torch.tensor(-lo) / torch.tensor(scale)))))
+            for j, w in enumerate(group):
+                q = min(15, max(0, round(float(torch.tensor(w) / torch.tensor(scale))) + zero))
+                out[o, start + j] = (q - zero) * scale
+    return out
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
+def test_round_to_nearest_is_the_loop(symmetric: bool) -> None:
+    w_OI = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+    scheme = Scheme(group_size=16, symmetric=symmetric)
+    torch.testing.assert_close(numerics.round_to_nearest(w_OI, scheme), one_by_one(w_OI, scheme), rtol=0, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    spread=st.floats(1e-3, 100.0),
+    shift=st.floats(-3.0, 3.0),
+    symmetric=st.booleans(),
+)
+def test_error_is_at_most_half_a_step(seed: int, spread: float, shift: float, symmetric: bool) -> None:
+    """Inside the range no weight moves by more than half a step, plus what rounding the scale to float16 adds."""
+    w_OI = (torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) + shift) * spread
+    scheme = Scheme(group_size=32, symmetric=symmetric)
+    w_OGg = numerics.to_groups(w_OI, scheme)
+    scale, zero = numerics.scale_and_zero(*numerics.range_of(w_OGg), scheme)
+    error = (numerics.fake_quantize(w_OGg, scale, zero, scheme) - w_OGg).abs()
+    # symmetric codes reach 7 above and 8 below zero: the largest positive weight may be clipped by one step; the
+    # zero point's own rounding moves an asymmetric range by half a step
+    assert bool((error <= scale.unsqueeze(-1) * 1.02 + 1e-6).all())
+
+
+@given(value=st.floats(-8, 8, width=32))
+def test_zero_is_exact_and_constant_groups_survive(value: float) -> None:
+    w_OI = torch.full((1, 16), value)
+    w_OI[0, 0] = 0.0
+    got = numerics.round_to_nearest(w_OI, Scheme(group_size=16))
+    assert got[0, 0] == 0
+    assert float((got - w_OI).abs().max()) <= max(1e-3 * abs(value), 2.0**-14)
+
+
+def test_all_positive_group_is_not_saturated() -> None:
+    """AutoAWQ's reference loses such groups, because its range leaves zero out."""
+    w_OI = torch.linspace(5.0, 6.0, 16)[None]
+    assert float((numerics.round_to_nearest(w_OI, Scheme(group_size=16)) - w_OI).abs().max()) < 0.25
+
+
+def test_quantized_weight_round_trip_and_checks() -> None:
+    scheme = Scheme(group_size=16)
+    w_OI = torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
+    w_OGg = numerics.to_groups(w_OI, scheme)
+    scale, zero = numerics.scale_and_zero(*numerics.range_of(w_OGg), scheme)
+    q = QuantizedWeight.from_parts(numerics.quantize(w_OGg, scale, zero, scheme), scale, zero, scheme)
+    q.check("layer")
+    torch.testing.assert_close(q.dequantize(), numerics.round_to_nearest(w_OI, scheme), rtol=0, atol=0)
+    assert q.num_bytes == (8 * 32 + 8 * 2) // 2 + 2 * 8 * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"num_bits": 1}, "outside 2..8"), ({"group_size": 4}, "neither -1"), ({"group_size": 0}, "neither -1")],
+)
+def test_scheme_refuses(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Scheme(**changes)
+
+
+def test_groups_must_divide() -> None:
+    with pytest.raises(ConfigError, match="in_features=100 is not a multiple of group_size=64"):
+        Scheme(group_size=64).groups(100, "q_proj")
