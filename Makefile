@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed
 	$(BIN)/compress awq --bits 4 --force
-	$(BIN)/compress evaluate --gate-on none
+	$(BIN)/compress evaluate
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(TEST_ARGS)

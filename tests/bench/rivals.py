@@ -8,8 +8,8 @@ Rivals run through the peer scripts (`../shared/peers` beside the project), each
 `window_nll` below. Our artifact is unpacked here in numpy from the published layout: none of our code stands
 between file and figure.
 
-Perplexity: `exp` of the mean over windows of the mean NLL of the T-1 predicted tokens of each (float32, T 512).
-The first 200 windows are the definition behind the reference model's published 20.186, checked on every run.
+Perplexity: `exp` of the mean over windows of the mean NLL of the T-1 predicted tokens (float32, T = 512). The
+first 200 windows are the definition behind the reference model's published 20.186, checked on every run.
 
 This process stays small on purpose (no torch): on Linux a child's `ru_maxrss` starts at the resident size of
 the process that spawned it, so a harness with a model in memory would report its own size as everyone's peak.
