@@ -1,5 +1,6 @@
 # make demo    quantize the bundled model and judge it       make check   ruff and mypy
-# make test    all tests                                     make bench   speed, memory and quality beside rivals
+# make test    all tests                                     make bench   peak memory against depth
+# make elsewhere   AutoAWQ and gptqmodel read what we write (an environment of its own)
 #
 # PYTHON picks the interpreter (3.10 to 3.13). TORCH_ARGS goes to the pip call that installs torch; on a machine without a
 # GPU, pass the index of PyTorch's CPU builds there to avoid several gigabytes of CUDA libraries.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: demo test check bench clean
+.PHONY: demo test elsewhere check bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -25,6 +26,20 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# AutoAWQ and gptqmodel pin torch to CUDA builds, so they are installed without their dependencies and beside ours.
+ELSEWHERE := $(VENV)-elsewhere
+$(ELSEWHERE)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ELSEWHERE)
+	$(ELSEWHERE)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_ARGS) torch==2.13.0
+	$(ELSEWHERE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -e '.[dev]' \
+		threadpoolctl packaging protobuf pillow requests jinja2 ninja datasets dill torchao==0.18.0 zstandard
+	$(ELSEWHERE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps autoawq==0.2.9 device-smi \
+		pypcre tokenicer logbar defuser gptqmodel==7.7.0
+	touch $@
+
+elsewhere: $(ELSEWHERE)/installed
+	$(ELSEWHERE)/bin/python -m pytest tests/test_loads_elsewhere.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
