@@ -65,12 +65,13 @@ def command(
 
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, **rest)
-    loaded = time.monotonic()
+    loaded = [time.monotonic()]
     with Steps("block", quiet=as_json) as steps:
 
         def begin(total: int, text: str) -> None:
             print(f"calibration: {text}, {request.samples} x {request.seq_len} tokens at most", file=sys.stderr)
             steps.start(total)
+            loaded.append(time.monotonic())
 
         outcome = quantize_awq(
             request,
@@ -80,7 +81,7 @@ def command(
         )
     ended = time.monotonic()
     if as_json:
-        print(json.dumps(_as_json(outcome, ended - loaded, ended - started), indent=2))
+        print(json.dumps(_as_json(outcome, ended - loaded[-1], ended - started), indent=2))
     else:
         _print_summary(outcome, ended - started)
 
@@ -95,6 +96,7 @@ def _block_text(report: dict[str, Any], resumed: bool) -> str:
 
 
 def _as_json(outcome: Any, seconds: float, wall_seconds: float) -> dict[str, Any]:
+    """seconds: from the model and text being ready to the verified artifact; wall_seconds: of the whole command."""
     return {
         "out": str(outcome.out),
         "seconds": round(seconds, 3),
