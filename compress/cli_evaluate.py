@@ -1,10 +1,8 @@
-"""`compress evaluate`: perplexity of an artifact and of its original on the same text, and the gate."""
+"""`compress evaluate`: an artifact against its original, the reports, and the gate's exit code."""
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +12,8 @@ from compress.errors import ConfigError, GateFailed
 from compress.progress import Steps
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from evaluators.perplexity import Scores
+    from compress.workspace import Source
+    from evaluators.results import Report
 
 
 @click.command("evaluate")
@@ -25,117 +22,142 @@ if TYPE_CHECKING:
 @click.option(
     "--data", metavar="TEXT", help="Evaluation text, as for `awq --calib`. Default: the bundled held-out text."
 )
+@click.option("--tasks", multiple=True, metavar="[NAME=]FILE.jsonl", help="Tasks, LAMBADA or multiple-choice layout.")
+@click.option("--limit", type=click.IntRange(1), help="Use the first N items of each task.")
 @click.option("--gate", type=click.FloatRange(0, 1), help="Least recovery to pass, such as 0.98. Without: no gate.")
+@click.option(
+    "--gate-on",
+    type=click.Choice(["bounds", "point"]),
+    default="bounds",
+    show_default=True,
+    help="Judge the interval's bounds, or (naively) the point alone.",
+)
 @click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window.")
+@click.option("--stride", type=click.IntRange(1), help="Tokens from window to window [default: the context].")
+@click.option("--min-context", type=click.IntRange(1), help="Score from this position of a window on.")
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Begin-of-text token before each window; auto: as the tokenizer does.",
+)
 @click.option("--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Tokens to read.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Folder for report.json, junit.xml, summary.md, index.html.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda[:N].")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--cache", "cache_folder", type=click.Path(path_type=Path), help="Where the reference's results are kept."
+)
+@click.option("--no-cache", is_flag=True, help="Keep nothing and read nothing kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole report as one JSON object.")
 def command(
     candidate: str | None,
     reference: str | None,
     data: str | None,
     gate: float | None,
-    confidence: float,
-    context: int,
-    max_tokens: int,
-    device: str,
+    gate_on: str,
+    report: Path | None,
+    cache_folder: Path | None,
+    no_cache: bool,
     as_json: bool,
+    **rest: Any,
 ) -> None:
-    """Compare CANDIDATE's perplexity with its original's, window by window.
+    """Judge CANDIDATE against its original on the same tokens: perplexity, divergence, tasks, error by depth.
 
-    With --gate the exit code is 0 for PASS, 3 for FAIL, 4 for INCONCLUSIVE (the data cannot tell). Recovery is the
-    original's perplexity over the candidate's; the interval is a paired bootstrap over windows.
+    With --gate the exit code is 0 for PASS, 3 for FAIL, 4 for INCONCLUSIVE (the data cannot tell). Gated are perplexity
+    and every task given: recovery is the original's perplexity over the candidate's, or the candidate's accuracy over
+    the original's, and its bounds come from a paired bootstrap.
     """
     import calibration_data
-    from compress import calibration
-    from compress.artifact import parent_path, read_manifest
-    from compress.workspace import is_reference, resolve
-    from evaluators.gate import EXIT_CODES, judge
+    from compress.workspace import WORKSPACE, is_reference, resolve
 
     source = resolve(candidate)
-    manifest = read_manifest(source.path)
-    if reference is not None:
-        original = resolve(reference).path
-    elif manifest is not None:
-        original = parent_path(manifest.root, source.path)
-    else:
-        raise ConfigError(f"{source.path} has no manifest that names its original; pass --reference MODEL")
+    original = _original(source, reference)
     if data is None and not is_reference(original):
         raise ConfigError(
             "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE"
         )
-    tokenizer = calibration.load_tokenizer(original)
-    text = calibration.load(
-        data or str(calibration_data.default_evaluation()),
-        tokenizer,
-        num_samples=max(1, max_tokens // context),
-        seq_len=context,
-        seed=0,
-        model=original,
-        is_reference=False,
-        vocab_size=10**9,
+    if not as_json:
+        print(f"candidate: {source.said}\nreference: {original}", file=sys.stderr)
+    from evaluators import cache, evaluate
+    from evaluators.gate import EXIT_CODES
+    from evaluators.report import to_json, to_text, write_reports
+
+    request = evaluate.Request(
+        candidate=source.path,
+        reference=original,
+        data=data or str(calibration_data.default_evaluation()),
+        threshold=gate,
+        rule="point" if gate_on == "point" else "bounds",
+        cache_folder=None if no_cache else cache_folder or cache.default_folder(),
+        **rest,
     )
-    for record in manifest.lineage if manifest else []:
-        used = record.get("calibration", {})
-        if text.text_sha256 == used.get("text_sha256") or text.sha256 == used.get("sha256"):
-            raise ConfigError(
-                f"{text.source} is the text that {source.path} was calibrated on; pass other text with --data"
-            )
-    print(f"candidate: {source.said}\nreference: {original}\ntext: {text.source}", file=sys.stderr)
-    before = _scores(original, text.ids_NT, device, "reference", as_json)
-    after = _scores(source.path, text.ids_NT, device, "candidate", as_json)
-    verdict = judge(
-        before.nll_N.numpy(), after.nll_N.numpy(), threshold=gate if gate is not None else 0.0, confidence=confidence
-    )
-    result: dict[str, Any] = {
-        "candidate": str(source.path),
-        "reference": str(original),
-        "text": text.source,
-        "text_sha256": text.text_sha256,
-        "context": context,
-        "num_tokens": int(text.ids_NT.numel()),
-        "perplexity_reference": before.perplexity,
-        "perplexity_candidate": after.perplexity,
-        "gate": gate,
-        **asdict(verdict),
-    }
-    if gate is None:
-        for key in ("outcome", "threshold", "windows_needed"):
-            result.pop(key)
-    print(json.dumps(result, indent=2) if as_json else _text(result))
-    if gate is not None and EXIT_CODES[verdict.outcome]:
-        raise GateFailed(_why(result), EXIT_CODES[verdict.outcome])
+    with _Shown(quiet=as_json) as shown:
+        found = evaluate.evaluate(request, shown)
+    print(to_json(found).decode().rstrip() if as_json else to_text(found))
+    if report is not None:
+        files, note = write_reports(found, report, evaluate.others(found, WORKSPACE))
+        print(f"wrote {', '.join(str(f) for f in files)}", file=sys.stderr)
+        if note:
+            print(note, file=sys.stderr)
+    evaluate.remember(source.path, found)
+    _exit(found, EXIT_CODES)
 
 
-def _scores(path: Path, ids_NT: Tensor, device: str, what: str, quiet: bool) -> Scores:
-    from compress.model import StreamedModel
-    from evaluators.perplexity import window_nll
+def _original(source: Source, reference: str | None) -> Path:
+    from compress.artifact import parent_path, read_manifest
+    from compress.workspace import resolve
 
-    model = StreamedModel.open(path, device=device)
-    with Steps(f"{what} block", quiet=quiet) as steps:
-        steps.start(model.num_blocks)
-        return window_nll(model, ids_NT, on_block=lambda index: steps.step("done"))
-
-
-def _text(result: dict[str, Any]) -> str:
-    lines = [
-        f"perplexity  {result['perplexity_reference']:.3f} -> {result['perplexity_candidate']:.3f}  "
-        f"({result['num_tokens']} tokens, context {result['context']})",
-        f"recovery    {result['recovery']:.2%}  "
-        f"(one-sided {result['confidence']:.0%} bounds {result['lower']:.2%} and {result['upper']:.2%}, "
-        f"{result['num_windows']} paired windows)",
-    ]
-    if "outcome" in result:
-        lines.append(f"gate {result['gate']:.1%}  {result['outcome']}")
-    return "\n".join(lines)
+    if reference is not None:
+        return resolve(reference).path
+    manifest = read_manifest(source.path)
+    if manifest is None:
+        raise ConfigError(f"{source.path} has no manifest that names its original; pass --reference MODEL")
+    return parent_path(manifest.root, source.path)
 
 
-def _why(result: dict[str, Any]) -> str:
-    if result["outcome"] == "FAIL":
-        return f"recovery is below {result['gate']:.1%}: at most {result['upper']:.2%} with this confidence"
-    more = result["windows_needed"]
-    hint = (
-        f"about {more * result['context']} tokens would tell" if more else "the recovery is too near the gate to tell"
-    )
-    return f"the text cannot tell whether recovery is above {result['gate']:.1%}; {hint} (--data, --max-tokens)"
+def _exit(report: Report, codes: Any) -> None:
+    if report.outcome is None or not codes[report.outcome]:
+        return
+    decisive = next(v for v in report.verdicts if v.outcome == report.outcome)
+    more = " (--data, --max-tokens, --limit)" if report.outcome == "INCONCLUSIVE" else ""
+    said = f"gate {decisive.threshold:.1%}: {decisive.metric}: {decisive.reason}{more}"
+    raise GateFailed(said, codes[report.outcome])
+
+
+class _Shown:
+    """Progress of each model in turn; see `evaluators.evaluate.Progress`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.steps: Steps | None = None
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self.steps is not None:
+            self.steps.__exit__(None, None, None)
+            self.steps = None
+
+    def stage(self, what: str) -> None:
+        self._end()
+        self.what = what
+        if what == "comparing" and not self.quiet:
+            print("comparing the two models' predictions", file=sys.stderr)
+
+    def block(self, done: int, total: int) -> None:
+        if self.steps is None:
+            self.steps = Steps(f"{self.what} block", quiet=self.quiet).__enter__()
+            self.steps.start(total)
+            self.steps.done = done - 1
+        self.steps.step("done")

@@ -1,0 +1,471 @@
+"""One evaluation from end to end: text and tasks in, both models read them once, metrics, verdicts, a report out."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from compress import calibration
+from compress.artifact import Manifest, read_manifest, write_manifest
+from compress.checkpoint import Checkpoint, file_sha256, read_json
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from evaluators import cache, divergence, gate, internals, tasks
+from evaluators.internals import Observed
+from evaluators.onnx_runner import OnnxRunner, find_graph
+from evaluators.results import BlockError, BlockInternals, Metric, Report, Subject, Verdict
+from evaluators.runner import Tokens
+from evaluators.torch_runner import TorchReading, TorchRunner
+from evaluators.windows import Bos, Windows, load_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from evaluators.onnx_runner import OnnxReading
+
+DEFAULT_THRESHOLD = 0.98
+_VERSIONS = ("compress-toolkit", "torch", "transformers", "tokenizers", "safetensors", "numpy", "onnxruntime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to judge. `reference` is the original; `data` a text as for calibration; `tasks` are `[NAME=]FILE.jsonl`.
+
+    threshold None: measure and report, no verdict. cache_folder None: nothing is cached.
+    """
+
+    candidate: Path
+    reference: Path
+    data: str
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    threshold: float | None = None
+    rule: gate.Rule = "bounds"
+    confidence: float = 0.95
+    context: int = 512
+    stride: int | None = None
+    min_context: int | None = None
+    bos: Bos = "auto"
+    max_tokens: int = 102_400
+    device: str = "cpu"
+    dtype: str = "float32"
+    cache_folder: Path | None = None
+
+
+class Progress(Protocol):
+    """What an evaluation tells while it runs."""
+
+    def stage(self, what: str) -> None: ...
+    def block(self, done: int, total: int) -> None: ...
+
+
+@dataclass(kw_only=True)
+class _Notes:
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str | None) -> None:
+        if line:
+            self.lines.append(line)
+
+
+def evaluate(request: Request, progress: Progress) -> Report:
+    """Judge `request.candidate` against its reference. Raises CompressError for whatever makes a verdict worthless."""
+    import torch
+
+    notes = _Notes()
+    subjects = {"candidate": subject(request.candidate), "reference": subject(request.reference)}
+    tokenizer = _one_tokenizer(request)
+    runners = {
+        "reference": open_runner(request.reference, request, progress),
+        "candidate": open_runner(request.candidate, request, progress),
+    }
+    vocab_size = runners["reference"].vocab_size
+    if runners["candidate"].vocab_size != vocab_size:
+        raise ConfigError(
+            f"{request.candidate} has a vocabulary of {runners['candidate'].vocab_size} and {request.reference} one of "
+            f"{vocab_size}; they cannot be compared token by token, pass the candidate's own original with --reference"
+        )
+    windows = load_windows(
+        request.data,
+        tokenizer,
+        context=request.context,
+        stride=request.stride,
+        min_context=request.min_context,
+        bos=request.bos,
+        max_tokens=request.max_tokens,
+        model=request.reference,
+        vocab_size=vocab_size,
+    )
+    _refuse_calibration_text(request.candidate, windows)
+    front = int(windows.sequences[0].ids_T[0]) if windows.bos else None
+    asked: dict[str, tuple[tasks.Task, list[tasks.Request]]] = {}
+    sequences = list(windows.sequences)
+    offsets = {}
+    for spec in request.tasks:
+        task = tasks.load_task(spec, request.limit)
+        if task.name in {t.name for t, _ in asked.values()}:
+            raise ConfigError(f"two tasks are called {task.name}; tell them apart with --tasks NAME={spec}")
+        wanted = tasks.requests(task, tokenizer, front=front, max_length=max(request.context, 512))
+        offsets[task.name] = len(sequences)
+        asked[task.name] = (task, wanted)
+        sequences += [w.tokens for w in wanted]
+        if len(task.items) < task.num_available:
+            notes.add(f"{task.name}: the first {len(task.items)} of {task.num_available} items (--limit)")
+    observe = _how_many_to_watch(runners, windows)
+    readings = {}
+    for role, runner in runners.items():
+        progress.stage(role)
+        readings[role] = _read(runner, sequences, observe, subjects[role], role == "reference", request, notes)
+    progress.stage("comparing")
+    with torch.no_grad():
+        scores = divergence.compare(readings["reference"], readings["candidate"], windows)
+        answers = {
+            name: {role: tasks.score(task, wanted, reading, offsets[name]) for role, reading in readings.items()}
+            for name, (task, wanted) in asked.items()
+        }
+    for reading in readings.values():
+        reading.close()
+    identical = subjects["candidate"].sha256 == subjects["reference"].sha256
+    verdicts = _verdicts(request, scores, asked, answers, identical)
+    metrics = [*divergence.metrics(scores, windows.num_bytes), *_task_metrics(asked, answers), *_recoveries(verdicts)]
+    blocks, inside = _inside(readings["reference"].observed, readings["candidate"].observed, notes)
+    gated = request.threshold is not None
+    return Report(
+        candidate=subjects["candidate"],
+        reference=subjects["reference"],
+        text=_text(windows, asked),
+        metrics=metrics,
+        verdicts=verdicts if gated else [],
+        gate={
+            "threshold": request.threshold,
+            "confidence": request.confidence,
+            "rule": request.rule,
+            "metrics": [v.metric for v in verdicts],
+        }
+        if gated
+        else None,
+        outcome=gate.overall(verdicts) if gated else None,
+        blocks=blocks,
+        internals=inside,
+        kl_histogram=divergence.kl_histogram(scores.kl_S),
+        notes=notes.lines,
+        versions=versions(),
+    )
+
+
+# ---- models ------------------------------------------------------------------------------------------
+
+
+def open_runner(path: Path, request: Request, progress: Progress) -> TorchRunner | OnnxRunner:
+    """The runner for what a folder holds: safetensors, or an ONNX graph."""
+    import torch
+
+    if next(path.glob("*.engine"), None) or next(path.glob("*.plan"), None):
+        raise UnsupportedError(
+            f"{path} holds a TensorRT engine, which runs on its own device only; judge the ONNX folder or the "
+            "quantized folder that it was built from"
+        )
+    if next(path.glob("*.safetensors"), None):
+        dtype = getattr(torch, request.dtype)
+        return TorchRunner.open(path, device=request.device, dtype=dtype, on_block=progress.block)
+    if next(path.glob("*.onnx"), None):
+        return OnnxRunner.open(path)
+    raise ArtifactError(f"{path} holds neither safetensors nor an .onnx graph; pass a model folder")
+
+
+def subject(path: Path) -> Subject:
+    """Facts of a model folder, read from its headers. num_parameters counts what the reader computes with."""
+    if next(path.glob("*.safetensors"), None):
+        checkpoint = Checkpoint.open(path)
+        size = sum(checkpoint.info(n).num_bytes for n in checkpoint.names())
+        method = checkpoint.config.get("quantization_config", {}).get("quant_method")
+        parameters = _parameters(checkpoint)
+        return Subject(
+            path=str(path),
+            sha256=checkpoint.content_sha256(),
+            format=str(method or "plain"),
+            runtime=TorchRunner.runtime,
+            weight_bytes=size,
+            num_parameters=parameters,
+            bits_per_weight=8 * size / max(1, parameters),
+        )
+    graph = find_graph(path)
+    files = [graph, *sorted(path.glob(f"{graph.name}*data")), *sorted(path.glob(f"{graph.stem}*.bin"))]
+    size = sum(f.stat().st_size for f in files)
+    return Subject(
+        path=str(path),
+        sha256=file_sha256(graph),
+        format="onnx",
+        runtime=OnnxRunner.runtime,
+        weight_bytes=size,
+        num_parameters=0,
+        bits_per_weight=0.0,
+    )
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """Parameters of the model as it computes, tied ones once, however they are stored."""
+    from compress.model import StreamedModel
+
+    model = StreamedModel.open(checkpoint.path)
+    parameters = dict(model.model.named_parameters())
+    return sum({model.source_name(name): p.numel() for name, p in parameters.items()}.values())
+
+
+def _one_tokenizer(request: Request) -> PreTrainedTokenizerBase:
+    """The reference's tokenizer; ConfigError when the candidate has another one."""
+    tokenizer = calibration.load_tokenizer(request.reference)
+    if (request.candidate / "tokenizer.json").exists() or (request.candidate / "tokenizer_config.json").exists():
+        other = calibration.load_tokenizer(request.candidate)
+        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+        if ours != theirs:
+            differing = len(set(ours.items()) ^ set(theirs.items()))
+            raise ConfigError(
+                f"{request.candidate} and {request.reference} have different tokenizers ({len(theirs)} and {len(ours)} "
+                f"tokens, {differing} entries differ); pass the candidate's own original with --reference"
+            )
+    return tokenizer
+
+
+def _how_many_to_watch(runners: Mapping[str, TorchRunner | OnnxRunner], windows: Windows) -> int:
+    depths = {r.model.num_blocks for r in runners.values() if isinstance(r, TorchRunner)}
+    both = [r for r in runners.values() if isinstance(r, TorchRunner)]
+    if len(both) < 2 or len(depths) != 1:
+        return 0
+    width = max(r.hidden_size for r in both)
+    return internals.watchable(depths.pop(), width, [len(s.ids_T) for s in windows.sequences])
+
+
+def _read(
+    runner: TorchRunner | OnnxRunner,
+    sequences: Sequence[Tokens],
+    observe: int,
+    who: Subject,
+    is_reference: bool,
+    request: Request,
+    notes: _Notes,
+) -> TorchReading | OnnxReading:
+    if isinstance(runner, OnnxRunner):
+        return runner.read(sequences)
+    if not is_reference or request.cache_folder is None:
+        return runner.read(sequences, observe=observe)
+    name = cache.key(runner, sequences, observe, who.sha256)
+    kept = cache.load(request.cache_folder, name, runner, sequences)
+    if kept is not None:
+        runner.on_block(runner.model.num_blocks, runner.model.num_blocks)
+        return kept
+    reading = runner.read(sequences, observe=observe)
+    notes.add(cache.save(request.cache_folder, name, reading))
+    return reading
+
+
+def _inside(
+    reference: Observed | None, candidate: Observed | None, notes: _Notes
+) -> tuple[list[BlockError], list[BlockInternals]]:
+    if reference is None or candidate is None:
+        notes.add("error by depth is not available: one of the models shows no hidden states, or has another depth")
+        return [], []
+    if not any(candidate.entropy):
+        notes.add("attention entropy is not available: this architecture's attention is not seen")
+    same_width = reference.hidden[0].shape == candidate.hidden[0].shape
+    if not same_width:
+        notes.add("error by depth is not available: the models' hidden sizes differ")
+    errors = internals.block_errors(reference, candidate) if same_width else []
+    return errors, internals.block_internals(reference, candidate)
+
+
+# ---- text --------------------------------------------------------------------------------------------
+
+
+def _refuse_calibration_text(candidate: Path, windows: Windows) -> None:
+    manifest = read_manifest(candidate)
+    for record in manifest.lineage if manifest else []:
+        used = record.get("calibration", {})
+        if windows.text_sha256 == used.get("text_sha256"):
+            raise ConfigError(
+                f"{windows.source} is the text that {candidate} was calibrated on; pass other text with --data"
+            )
+
+
+def _text(windows: Windows, asked: Mapping[str, tuple[tasks.Task, list[tasks.Request]]]) -> dict[str, Any]:
+    return {
+        "source": windows.source,
+        "text_sha256": windows.text_sha256,
+        "ids_sha256": windows.ids_sha256,
+        "context": windows.context,
+        "stride": windows.stride,
+        "min_context": windows.min_context,
+        "bos": windows.bos,
+        "num_windows": len(windows.sequences),
+        "num_tokens": windows.num_scored,
+        "num_bytes": windows.num_bytes,
+        "tasks": {n: {"kind": t.kind, "items": len(t.items), "sha256": t.sha256} for n, (t, _) in asked.items()},
+    }
+
+
+# ---- numbers -----------------------------------------------------------------------------------------
+
+
+def _verdicts(
+    request: Request,
+    scores: divergence.TokenScores,
+    asked: Mapping[str, tuple[tasks.Task, list[tasks.Request]]],
+    answers: Mapping[str, Mapping[str, tasks.Answers]],
+    identical: bool,
+) -> list[Verdict]:
+    threshold = DEFAULT_THRESHOLD if request.threshold is None else request.threshold
+    out = [
+        gate.judge_perplexity(
+            scores.by_window(scores.nll_reference_S),
+            scores.by_window(scores.nll_candidate_S),
+            scores.by_window(np.ones(len(scores.kl_S))),
+            threshold=threshold,
+            confidence=request.confidence,
+            rule=request.rule,
+            identical=identical,
+        )
+    ]
+    for name, (task, _) in asked.items():
+        out.append(
+            gate.judge_accuracy(
+                name,
+                answers[name]["reference"].correct_N,
+                answers[name]["candidate"].correct_N,
+                chance=task.chance,
+                threshold=threshold,
+                confidence=request.confidence,
+                rule=request.rule,
+                identical=identical,
+            )
+        )
+    return out
+
+
+def _recoveries(verdicts: Sequence[Verdict]) -> list[Metric]:
+    """Recoveries as metrics, with the gate's one-sided bounds: they are shown without a gate too."""
+    return [
+        Metric(
+            name=f"{v.metric}_recovery",
+            unit="share",
+            better="higher",
+            value=v.recovery.value,
+            lower=v.recovery.lower,
+            upper=v.recovery.upper,
+            n=v.n,
+            counted=v.counted,
+        )
+        for v in verdicts
+        if np.isfinite(v.recovery.value)
+    ]
+
+
+def _task_metrics(
+    asked: Mapping[str, tuple[tasks.Task, list[tasks.Request]]],
+    answers: Mapping[str, Mapping[str, tasks.Answers]],
+) -> list[Metric]:
+    out = []
+    for name, (task, _) in asked.items():
+        n = len(task.items)
+        for suffix in ("acc", "acc_norm"):
+            pair = [
+                a.correct_N if suffix == "acc" else a.correct_norm_N
+                for a in (answers[name]["reference"], answers[name]["candidate"])
+            ]
+            if pair[0] is None or pair[1] is None:
+                continue
+            reference, value = float(pair[0].mean()), float(pair[1].mean())
+            error = divergence.Z95 * float(np.sqrt(value * (1 - value) / n))
+            out.append(
+                Metric(
+                    name=f"{name}_{suffix}",
+                    unit="share",
+                    better="higher",
+                    value=value,
+                    reference=reference,
+                    lower=max(0.0, value - error),
+                    upper=min(1.0, value + error),
+                    n=n,
+                    counted="items",
+                )
+            )
+        gold_r, gold_c = (-answers[name][role].gold_N for role in ("reference", "candidate"))
+        out.append(
+            Metric(
+                name=f"{name}_gold_nll",
+                unit="nats/item",
+                better="lower",
+                value=float(gold_c.mean()),
+                reference=float(gold_r.mean()),
+                n=n,
+                counted="items",
+            )
+        )
+    return out
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# ---- memory of earlier reports -------------------------------------------------------------------------
+
+
+def brief(report: Report) -> dict[str, Any]:
+    """What a manifest keeps of a report: enough to compare candidates by, nothing that changes with time."""
+    kept = ("perplexity", "kl_mean", "top1_agreement", "perplexity_recovery")
+    return {
+        "kind": "evaluation",
+        "reference_sha256": report.reference.sha256,
+        "text": {k: v for k, v in report.text.items() if k != "source"},
+        "bits_per_weight": report.candidate.bits_per_weight,
+        "weight_bytes": report.candidate.weight_bytes,
+        "metrics": {m.name: m.value for m in report.metrics if m.name in kept or m.name.endswith("_acc")},
+        "gate": dict(report.gate) if report.gate else None,
+        "outcome": report.outcome,
+    }
+
+
+def remember(folder: Path, report: Report) -> bool:
+    """Put the brief into the candidate's manifest, in place of an earlier one on the same text and gate."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return False
+    new = json.loads(json.dumps(brief(report)))
+    old = [
+        r for r in manifest.reports
+        if r.get("kind") != "evaluation" or r.get("text") != new["text"] or r.get("gate") != new["gate"]
+    ]  # fmt: skip
+    try:
+        write_manifest(folder, Manifest(lineage=manifest.lineage, reports=[*old, new]))
+    except OSError:
+        return False
+    return True
+
+
+def others(report: Report, workspace: Path) -> list[dict[str, Any]]:
+    """Briefs of the workspace's other artifacts that were judged against the same reference on the same text."""
+    mine = brief(report)
+    out = []
+    for path in sorted(workspace.glob("*/compress.json")):
+        if path.parent.resolve() == Path(report.candidate.path).resolve():
+            continue
+        found = [
+            r for r in read_json(path).get("reports", [])
+            if r.get("reference_sha256") == mine["reference_sha256"] and r.get("text") == mine["text"]
+        ]  # fmt: skip
+        if found:
+            out.append({**found[-1], "path": path.parent.name})
+    return out
