@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     "--data", metavar="TEXT", help="Evaluation text, as for `awq --calib`. Default: the bundled held-out text."
 )
 @click.option("--tasks", multiple=True, metavar="[NAME=]FILE.jsonl", help="Tasks, LAMBADA or multiple-choice layout.")
+@click.option("--lm-eval", multiple=True, metavar="TASK", help="A task of lm-evaluation-harness (extra `eval`).")
 @click.option("--limit", type=click.IntRange(1), help="Use the first N items of each task.")
 @click.option("--gate", type=click.FloatRange(0, 1), help="Least recovery to pass, such as 0.98. Without: no gate.")
 @click.option(

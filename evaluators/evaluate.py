@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from compress import calibration
 from compress.artifact import Manifest, read_manifest, write_manifest
 from compress.checkpoint import Checkpoint, file_sha256, read_json
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
-from evaluators import cache, divergence, gate, internals, tasks
+from evaluators import cache, divergence, gate, harness, internals, tasks
 from evaluators.internals import Observed
 from evaluators.onnx_runner import OnnxRunner, find_graph
 from evaluators.results import BlockError, BlockInternals, Metric, Report, Subject, Verdict
@@ -30,7 +31,16 @@ if TYPE_CHECKING:
     from evaluators.onnx_runner import OnnxReading
 
 DEFAULT_THRESHOLD = 0.98
-_VERSIONS = ("compress-toolkit", "torch", "transformers", "tokenizers", "safetensors", "numpy", "onnxruntime")
+_VERSIONS = (
+    "compress-toolkit",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "onnxruntime",
+    "lm_eval",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +54,7 @@ class Request:
     reference: Path
     data: str
     tasks: tuple[str, ...] = ()
+    lm_eval: tuple[str, ...] = ()
     limit: int | None = None
     threshold: float | None = None
     rule: gate.Rule = "bounds"
@@ -131,9 +142,16 @@ def evaluate(request: Request, progress: Progress) -> Report:
         }
     for reading in readings.values():
         reading.close()
+    harness_pairs = _harness(request, runners, tokenizer, front, progress)
     identical = subjects["candidate"].sha256 == subjects["reference"].sha256
     verdicts = _verdicts(request, scores, asked, answers, identical)
-    metrics = [*divergence.metrics(scores, windows.num_bytes), *_task_metrics(asked, answers), *_recoveries(verdicts)]
+    verdicts += [_harness_verdict(request, reference, candidate, identical) for reference, candidate in harness_pairs]
+    metrics = [
+        *divergence.metrics(scores, windows.num_bytes),
+        *_task_metrics(asked, answers),
+        *(_accuracy(f"{r.name}_acc", r.correct_N, c.correct_N) for r, c in harness_pairs),
+        *_recoveries(verdicts),
+    ]
     blocks, inside = _inside(readings["reference"].observed, readings["candidate"].observed, notes)
     gated = request.threshold is not None
     return Report(
@@ -379,21 +397,7 @@ def _task_metrics(
             ]
             if pair[0] is None or pair[1] is None:
                 continue
-            reference, value = float(pair[0].mean()), float(pair[1].mean())
-            error = divergence.Z95 * float(np.sqrt(value * (1 - value) / n))
-            out.append(
-                Metric(
-                    name=f"{name}_{suffix}",
-                    unit="share",
-                    better="higher",
-                    value=value,
-                    reference=reference,
-                    lower=max(0.0, value - error),
-                    upper=min(1.0, value + error),
-                    n=n,
-                    counted="items",
-                )
-            )
+            out.append(_accuracy(f"{name}_{suffix}", pair[0], pair[1]))
         gold_r, gold_c = (-answers[name][role].gold_N for role in ("reference", "candidate"))
         out.append(
             Metric(
@@ -407,6 +411,59 @@ def _task_metrics(
             )
         )
     return out
+
+
+def _accuracy(name: str, reference_N: npt.NDArray[np.bool_], candidate_N: npt.NDArray[np.bool_]) -> Metric:
+    value, n = float(candidate_N.mean()), len(candidate_N)
+    error = divergence.Z95 * float(np.sqrt(value * (1 - value) / n))
+    return Metric(
+        name=name,
+        unit="share",
+        better="higher",
+        value=value,
+        reference=float(reference_N.mean()),
+        lower=max(0.0, value - error),
+        upper=min(1.0, value + error),
+        n=n,
+        counted="items",
+    )
+
+
+def _harness(
+    request: Request,
+    runners: Mapping[str, TorchRunner | OnnxRunner],
+    tokenizer: PreTrainedTokenizerBase,
+    front: int | None,
+    progress: Progress,
+) -> list[tuple[harness.HarnessTask, harness.HarnessTask]]:
+    """Each lm_eval task's answers of both models, paired by document."""
+    if not request.lm_eval:
+        return []
+    found = []
+    for role, runner in runners.items():
+        progress.stage(f"{role}, lm_eval")
+        longest = max(request.context, 512)
+        answers = harness.run(runner, tokenizer, request.lm_eval, front=front, limit=request.limit, max_length=longest)
+        found.append(answers)
+    for r, c in zip(*found, strict=True):
+        if (r.name, r.documents) != (c.name, c.documents):
+            raise ArtifactError(f"lm_eval gave the two models different documents of {r.name}; they cannot be paired")
+    return list(zip(*found, strict=True))
+
+
+def _harness_verdict(
+    request: Request, reference: harness.HarnessTask, candidate: harness.HarnessTask, identical: bool
+) -> Verdict:
+    return gate.judge_accuracy(
+        reference.name,
+        reference.correct_N,
+        candidate.correct_N,
+        chance=reference.chance,
+        threshold=DEFAULT_THRESHOLD if request.threshold is None else request.threshold,
+        confidence=request.confidence,
+        rule=request.rule,
+        identical=identical,
+    )
 
 
 def versions() -> dict[str, str]:

@@ -16,14 +16,14 @@ so that a candidate whose true recovery lies below the threshold passes in at mo
 `rule="point"` is the naive rule of most tools: PASS when the recovery itself reaches the threshold, whatever its
 uncertainty.
 
-Bounds. Perplexity: bootstrap of circular blocks of consecutive windows (Politis and Romano 1992), because windows of one
-document resemble each other. Of two intervals from the same draws the outer bound is taken on each side: the percentile
-interval moved outwards to what Student's t would have it (Hesterberg 2015, "What teachers should know about the
-bootstrap"), since a plain one is too narrow for few blocks, and the studentized one (Efron 1982, "bootstrap-t"), which
-follows the skew of losses that come from few windows. Accuracy: bootstrap over items, which is a multinomial draw of the four outcomes (both
-right, only the reference, only the candidate, none), with one imagined item in each of the two outcomes where the
-models differ, so that a sample without any difference does not claim certainty. `tests/bench/coverage.py` measures what
-these promises are worth.
+Bounds. Perplexity: bootstrap of circular blocks of consecutive windows (Politis and Romano 1992), because windows of
+one document resemble each other. Of two intervals from the same draws the outer bound is taken on each side: the
+percentile interval moved outwards to what Student's t would have it (Hesterberg 2015, "What teachers should know about
+the bootstrap"), since a plain one is too narrow for few blocks, and the studentized one (Efron 1982, "bootstrap-t"),
+which follows the skew of losses that come from few windows. Accuracy: bootstrap over items, which is a multinomial draw
+of the four outcomes (both right, only the reference, only the candidate, none), with one imagined item in each of the
+two outcomes where the models differ, so that a sample without any difference does not claim certainty.
+`tests/bench/coverage.py` measures what these promises are worth.
 """
 
 from __future__ import annotations

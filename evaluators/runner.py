@@ -38,8 +38,11 @@ class Reading(Protocol):
 class Runner(Protocol):
     """A model in some runtime."""
 
-    runtime: str
-    vocab_size: int
+    @property
+    def runtime(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def read(self, sequences: Sequence[Tokens]) -> Reading:
         """Run the model over the sequences, of any lengths. Raises ArtifactError naming where NaN first appears."""

@@ -169,7 +169,7 @@ def test_onnx_candidate(pair: tuple[Path, Path], other_text: Path, tmp_path: Pat
         Logits(), (ids,), folder / "model.onnx", dynamo=True, input_names=["input_ids"], output_names=["logits"],
         dynamic_shapes={"input_ids": {1: torch.export.Dim("length", min=2, max=256)}}, verbose=False,
     )  # fmt: skip
-    found = evaluate.evaluate(ask(folder, pair[0], other_text), Silent())
+    found = evaluate.evaluate(ask(folder, pair[0], other_text, context=32), Silent())
     value = {m.name: m.value for m in found.metrics}
     assert found.candidate.runtime == "onnxruntime" and found.outcome == "PASS"
     assert abs(value["kl_mean"]) < 1e-6 and value["top1_agreement"] == pytest.approx(1.0)
