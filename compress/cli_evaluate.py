@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,7 @@ class _Shown:
     def stage(self, what: str) -> None:
         self._end()
         self.what = what
+        self.started = time.monotonic()
         if what == "comparing" and not self.quiet:
             print("comparing the two models' predictions", file=sys.stderr)
 
@@ -161,4 +163,5 @@ class _Shown:
             self.steps = Steps(f"{self.what} block", quiet=self.quiet).__enter__()
             self.steps.start(total)
             self.steps.done = done - 1
+            self.steps.started = self.started
         self.steps.step("done")
