@@ -3,7 +3,9 @@
 Definitions follow llama.cpp's `llama-perplexity --kl-divergence`, so that figures compare: the divergence is
 `KL(reference || candidate) = sum_v p_ref(v) (ln p_ref(v) - ln p_cand(v))` in nats, `delta_p` is the change of the
 probability given to the token that really came, and top-1 agreement is the share of tokens for which both models'
-likeliest next token is the same. Intervals treat windows, not tokens, as independent.
+likeliest next token is the same. (llama.cpp stores the reference in 16 bits and leaves out its tokens below -16 nats,
+which moves its mean by less than a thousandth; its intervals take tokens as independent.) Intervals treat windows, not
+tokens, as independent.
 
 Shapes: N windows, P scored positions of a window, V vocabulary, S scored tokens of all windows
 """

@@ -1,6 +1,7 @@
 """Divergence, runner and windows against transformers and slow float64 arithmetic."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,57 @@ def test_known_perplexity_of_the_reference_model(reference_model: Path, shared_d
     reading = TorchRunner.open(reference_model).read(windows.sequences)
     scores = compare(reading, reading, windows)
     assert math.exp(scores.nll_candidate_S.mean()) == pytest.approx(20.186, abs=0.002)
+
+
+def test_statistics_are_llama_cpps(reference_model: Path, tmp_path: Path) -> None:
+    """Equal to the digits llama.cpp prints, with its definitions written out (tools/perplexity/perplexity.cpp).
+
+    It scores the second half of each window and interpolates quantiles between the nearest two of n sorted values at
+    fraction * (n - 1). It also stores the original in 16 bits, which is left out here, and drops the original's tokens
+    below -16 nats, which moves the mean by less than a thousandth of it.
+    """
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "noisy"
+    shutil.copytree(reference_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, t in tensors.items():
+        if t.ndim == 2:
+            tensors[name] = t + (torch.randn(t.shape, generator=generator) * 0.05 * t.float().std()).to(t.dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rows = sequences(512, 512)
+    readings = [TorchRunner.open(f).read(rows) for f in (reference_model, folder)]
+    found = {m.name: m.value for m in metrics(compare(*readings, windows_of(rows, min_context=257)), 1)}
+    kld, cut_off, p_diff, same = [], [], [], 0
+    for i, row in enumerate(rows):
+        base, ours = (r.logits(i, 256, 511).double().log_softmax(-1).numpy() for r in readings)
+        for position in range(255):
+            b, q = base[position], ours[position]
+            terms = np.exp(b) * (b - q)
+            kld.append(float(terms.sum()))
+            cut_off.append(float(terms[b > -16].sum()))
+            target = int(row.ids_T[257 + position])
+            p_diff.append(math.exp(q[target]) - math.exp(b[target]))
+            same += int(b.argmax() == q.argmax())
+
+    def percentile(fraction: float) -> float:
+        values = sorted(kld)
+        place = fraction * (len(values) - 1)
+        low = int(place)
+        return (1 - (place - low)) * values[low] + (place - low) * values[min(low + 1, len(values) - 1)]
+
+    assert len(kld) == 2 * 255
+    assert np.mean(cut_off) == pytest.approx(np.mean(kld), rel=1e-3)
+    printed = {
+        "kl_mean": (np.mean(kld), 6),
+        "kl_max": (max(kld), 6),
+        "kl_99.9": (percentile(0.999), 6),
+        "kl_99": (percentile(0.99), 6),
+        "kl_95": (percentile(0.95), 6),
+        "kl_median": (percentile(0.5), 6),
+        "rms_delta_p": (math.sqrt(np.mean(np.square(p_diff))), 5),
+        "top1_agreement": (same / len(kld), 5),
+    }
+    for name, (expected, digits) in printed.items():
+        assert found[name] == pytest.approx(expected, abs=2 * 10.0**-digits), name
