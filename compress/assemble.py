@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,29 @@ MAX_SHARD_BYTES = 5_000_000_000
 PUBLISHING = "publishing"
 
 
+# Tensors around the blocks that are converted and written at once: the embedding and the output matrix, gigabytes each.
+REST_THREADS = 2
+
+
 def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor, str], Tensor]) -> list[Path]:
-    """Store every tensor that belongs to no block, converted; one file each, so that one is in memory at a time."""
+    """Store every tensor that belongs to no block, converted; one file each, so that few are in memory at a time."""
     prefixes = tuple(model.block_prefix(i) for i in range(model.num_blocks))
-    paths = []
     names = [n for n in model.checkpoint.names() if not n.startswith(prefixes)]
-    for number, name in enumerate(names):
-        path = journal.folder / f"rest-{number:05d}.safetensors"
+    paths = [journal.folder / f"rest-{number:05d}.safetensors" for number in range(len(names))]
+
+    def write(name: str, path: Path) -> None:
         record = path.with_suffix(".json")
-        if not (record.exists() and path.exists() and file_sha256(path) == read_json(record)["sha256"]):
-            value = convert(model.checkpoint.tensor(name), name)
+        if record.exists() and path.exists() and file_sha256(path) == read_json(record)["sha256"]:
+            return
+        value = convert(model.checkpoint.tensor(name), name)
+        with ThreadPoolExecutor(1) as pool:
+            meant = pool.submit(digest, value)
             save_atomically(path, {name: value})
-            text = {"sha256": file_sha256(path), "meant": {name: digest(value)}}
-            write_bytes_atomically(record, json_bytes(text))
-        paths.append(path)
+            text = {"sha256": file_sha256(path), "meant": {name: meant.result()}}
+        write_bytes_atomically(record, json_bytes(text))
+
+    with ThreadPoolExecutor(REST_THREADS) as pool:
+        list(pool.map(write, names, paths))
     return paths
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from compress.blocks import BlockResult
 from compress.checkpoint import (
+    IO_THREADS,
     file_sha256,
     fsync_dir,
     json_bytes,
@@ -39,7 +41,9 @@ def digest(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes, dtype and shape: what was meant to be written."""
     flat = tensor.detach().cpu().contiguous()
     head = f"{flat.dtype}{tuple(flat.shape)}".encode()
-    return hashlib.sha256(head + flat.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    found = hashlib.sha256(head)
+    found.update(flat.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 class Journal:
@@ -82,15 +86,17 @@ class Journal:
 
     def save(self, index: int, prefix: str, result: BlockResult) -> None:
         tensors: dict[str, Tensor] = {}
-        meant: dict[str, str] = {}
-        for name, q in result.quantized.items():
-            q.check(prefix + name)
-            parts = {"codes": q.codes_OI, "scales": q.scale_OG, "zero_points": q.zero_point_OG}
-            meant.update({f"{prefix}{name}.{key}": digest(value) for key, value in parts.items()})
-            tensors.update({f"{prefix}{name}.{key}": value.cpu() for key, value in self.pack(q).items()})
-        for name, value in result.dense.items():
-            meant[prefix + name] = digest(value)
-            tensors[prefix + name] = value.cpu()
+        with ThreadPoolExecutor(IO_THREADS) as pool:
+            digests: dict[str, Future[str]] = {}
+            for name, q in result.quantized.items():
+                q.check(prefix + name)
+                parts = {"codes": q.codes_OI, "scales": q.scale_OG, "zero_points": q.zero_point_OG}
+                digests.update({f"{prefix}{name}.{key}": pool.submit(digest, value) for key, value in parts.items()})
+                tensors.update({f"{prefix}{name}.{key}": value.cpu() for key, value in self.pack(q).items()})
+            for name, value in result.dense.items():
+                digests[prefix + name] = pool.submit(digest, value)
+                tensors[prefix + name] = value.cpu()
+            meant = {name: found.result() for name, found in digests.items()}
         save_atomically(self.tensors_path(index), tensors)
         record = {
             "prefix": prefix,

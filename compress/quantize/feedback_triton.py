@@ -59,7 +59,13 @@ def round_group(
 
 
 def score_group(
-    w_Og: Tensor, upper_gg: Tensor, scale_CO: Tensor, zero_point_CO: Tensor, max_code: int, *, chunk: int = CHUNK_COLUMNS
+    w_Og: Tensor,
+    upper_gg: Tensor,
+    scale_CO: Tensor,
+    zero_point_CO: Tensor,
+    max_code: int,
+    *,
+    chunk: int = CHUNK_COLUMNS,
 ) -> Tensor:
     """The loss of every candidate scale and zero point, were its row rounded with them: float32 `[C, O]`.
 
