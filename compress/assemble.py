@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from compress.checkpoint import (
     merge_shards,
     read_json,
     save_atomically,
+    save_in_parts,
+    tensor_sha256,
     write_bytes_atomically,
 )
-from compress.journal import Journal, digest, publish
+from compress.journal import Journal, publish
 from compress.model import StreamedModel
 from compress.verify import verify_written
 
@@ -32,10 +35,11 @@ PUBLISHING = "publishing"
 
 # Tensors around the blocks that are converted and written at once: the embedding and the output matrix, gigabytes each.
 REST_THREADS = 2
+PART_BYTES = 32 << 20
 
 
 def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor, str], Tensor]) -> list[Path]:
-    """Store every tensor that belongs to no block, converted; one file each, so that few are in memory at a time."""
+    """Store every tensor that belongs to no block, converted; one file each, a part of it in memory at a time."""
     prefixes = tuple(model.block_prefix(i) for i in range(model.num_blocks))
     names = [n for n in model.checkpoint.names() if not n.startswith(prefixes)]
     paths = [journal.folder / f"rest-{number:05d}.safetensors" for number in range(len(names))]
@@ -44,12 +48,20 @@ def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor
         record = path.with_suffix(".json")
         if record.exists() and path.exists() and file_sha256(path) == read_json(record)["sha256"]:
             return
-        value = convert(model.checkpoint.tensor(name), name)
-        with ThreadPoolExecutor(1) as pool:
-            meant = pool.submit(digest, value)
+        info = model.checkpoint.info(name)
+        rows = max(1, info.shape[0] * PART_BYTES // max(1, info.num_bytes)) if info.shape else 1
+        if info.shape and info.shape[0]:
+            parts = (
+                convert(model.checkpoint.slice(name, start, min(start + rows, info.shape[0])), name)
+                for start in range(0, info.shape[0], rows)
+            )
+            first = next(parts)
+            stored, content = save_in_parts(path, name, first.dtype, info.shape, chain([first], parts))
+        else:  # a scalar, or nothing at all
+            value = convert(model.checkpoint.tensor(name), name)
             save_atomically(path, {name: value})
-            text = {"sha256": file_sha256(path), "meant": {name: meant.result()}}
-        write_bytes_atomically(record, json_bytes(text))
+            stored, content = file_sha256(path), tensor_sha256(value)
+        write_bytes_atomically(record, json_bytes({"sha256": stored, "meant": {name: content}}))
 
     with ThreadPoolExecutor(REST_THREADS) as pool:
         list(pool.map(write, names, paths))

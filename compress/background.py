@@ -1,4 +1,4 @@
-"""Keeping finished blocks while the next one is computed: one at a time, in order, in a thread of its own.
+"""What need not wait for the GPU, nor the GPU for it: keeping finished blocks while the next one is computed.
 
 Packing, hashing and waiting for the disk need no GPU, so they may overlap with it. What a crash leaves is what the
 store below leaves: a block counts as finished when *that* store says so, which is later than `save` returns here.
@@ -6,11 +6,16 @@ store below leaves: a block counts as finished when *that* store says so, which 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
 
 if TYPE_CHECKING:
     from compress.blocks import BlockResult, BlockStore
+
+T = TypeVar("T")
 
 
 class BackgroundStore:
@@ -24,6 +29,7 @@ class BackgroundStore:
         self.store = store
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="save-block")
         self.pending: Future[None] | None = None
+        self.stream: torch.cuda.Stream | None = None
 
     def __enter__(self) -> BackgroundStore:
         return self
@@ -48,4 +54,26 @@ class BackgroundStore:
 
     def save(self, index: int, prefix: str, result: BlockResult) -> None:
         self.wait()
-        self.pending = self.pool.submit(self.store.save, index, prefix, result)
+        # On a stream of its own, or copies to the host would wait for the next block's work and that work for them.
+        ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        self.pending = self.pool.submit(self._save, ready, index, prefix, result)
+
+    def _save(self, ready: torch.cuda.Event | None, index: int, prefix: str, result: BlockResult) -> None:
+        if ready is None:
+            self.store.save(index, prefix, result)
+            return
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(ready)
+            self.store.save(index, prefix, result)
+            # Nothing of `result` may be freed while the stream still reads it.
+            self.stream.synchronize()
+
+
+def start(compute: Callable[[], T]) -> Callable[[], T]:
+    """Run `compute` in a thread from now on; the returned function waits for its value, or raises its error."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="background")
+    future = pool.submit(compute)
+    pool.shutdown(wait=False)
+    return future.result

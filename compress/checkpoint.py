@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -52,7 +53,7 @@ _DTYPE_BYTES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where a tensor lies and what it is; `dtype` is the safetensors name, such as `F16`. offset: first byte in file."""
+    """Where a tensor lies and what it is; `dtype` is the safetensors name, such as `F16`, `offset` its first byte."""
 
     file: str
     dtype: str
@@ -141,7 +142,7 @@ class Checkpoint:
         out: dict[str, Tensor] = {}
         for name, info in wanted.items():
             out[name] = torch.empty(info.shape, dtype=_TORCH_DTYPES[info.dtype], pin_memory=torch.cuda.is_available())
-            view = memoryview(out[name].reshape(-1).view(torch.uint8).numpy())
+            view = _bytes_of(out[name])
             for start in range(0, info.num_bytes, _CHUNK_BYTES):
                 pieces.append((self.path / info.file, info.offset + start, view[start : start + _CHUNK_BYTES]))
         with ThreadPoolExecutor(IO_THREADS) as pool:
@@ -149,17 +150,27 @@ class Checkpoint:
         return out
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """The rows `indices` (int64, sorted, unique) of a matrix, without reading all of it at once."""
+        """The rows `indices` (int64, sorted, unique) of a matrix, without holding all of it at once."""
         info = self.info(name)
-        parts: list[Tensor] = []
-        step = max(1, _CHUNK_BYTES * 4 // max(1, info.num_bytes // info.shape[0]))
-        with safe_open(self.path / info.file, framework="pt") as f:
-            rows = f.get_slice(name)
-            for start in range(0, info.shape[0], step):
-                wanted = indices[(indices >= start) & (indices < start + step)] - start
-                if wanted.numel():
-                    parts.append(rows[start : start + step][wanted].clone())
-        return torch.cat(parts)
+        width = info.num_bytes // info.shape[0]
+        step = max(1, _CHUNK_BYTES // width)
+
+        def part(start: int) -> Tensor:
+            wanted = indices[(indices >= start) & (indices < start + step)] - start
+            if not wanted.numel():
+                return torch.empty(0, *info.shape[1:], dtype=_TORCH_DTYPES[info.dtype])
+            return self.slice(name, start, min(start + step, info.shape[0]))[wanted]
+
+        with ThreadPoolExecutor(IO_THREADS) as pool:
+            return torch.cat(list(pool.map(part, range(0, info.shape[0], step))))
+
+    def slice(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a tensor, read past any memory map: no more than they are in memory."""
+        info = self.info(name)
+        width = info.num_bytes // info.shape[0]
+        out = torch.empty(stop - start, *info.shape[1:], dtype=_TORCH_DTYPES[info.dtype])
+        _read_into(self.path / info.file, info.offset + start * width, _bytes_of(out))
+        return out
 
     def content_sha256(self) -> str:
         """Hash of what the model computes: its config and every weight file's bytes, in order of name.
@@ -203,6 +214,11 @@ def file_sha256(path: Path) -> str:
         while chunk := f.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
@@ -312,34 +328,78 @@ def merge_shards(parts: list[Path], out: Path, *, max_shard_bytes: int) -> dict[
 
 
 def _stream_shard(path: Path, members: list[tuple[Path, str, TensorInfo]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for _, name, info in members:
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.num_bytes],
-        }
-        offset += info.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head = _head([(name, info.dtype, info.shape, info.num_bytes) for _, name, info in members])
     tmp = path.with_name(f".{path.name}.tmp")
     with open(tmp, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
+        f.write(head)
         f.flush()
-        f.truncate(8 + len(text) + offset)
         pieces = []
-        to = 8 + len(text)
+        to = len(head)
         for part, _, info in members:
             for start in range(0, info.num_bytes, _CHUNK_BYTES):
                 size = min(_CHUNK_BYTES, info.num_bytes - start)
                 pieces.append((part, info.offset + start, f.fileno(), to + start, size))
             to += info.num_bytes
+        f.truncate(to)
         with ThreadPoolExecutor(IO_THREADS) as pool:
             list(pool.map(lambda piece: _copy_piece(*piece), pieces))
         os.fsync(f.fileno())
     os.replace(tmp, path)
     fsync_dir(path.parent)
+
+
+def save_in_parts(
+    path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Iterable[Tensor]
+) -> tuple[str, str]:
+    """A safetensors file of one tensor, given as consecutive `parts` along its first axis; appears whole or not at all.
+
+    One part is in memory at a time, and its bytes are hashed as they are written. Returns the file's sha256 and the
+    tensor's, as `tensor_sha256` gives it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    head = _head([(name, dtype_name(dtype), shape, size)])
+    file, content = hashlib.sha256(head), hashlib.sha256(tensor_head(dtype, shape))
+    tmp = path.with_name(f".{path.name}.tmp")
+    with open(tmp, "wb") as f, ThreadPoolExecutor(2) as pool:
+        f.write(head)
+        for part in parts:
+            assert part.dtype == dtype
+            data = _bytes_of(part.contiguous())
+            hashed = [pool.submit(digest.update, data) for digest in (file, content)]
+            f.write(data)
+            for one in hashed:
+                one.result()
+        f.flush()
+        assert f.tell() == len(head) + size, f"{name}: parts do not add up to {shape}"
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    fsync_dir(path.parent)
+    return file.hexdigest(), content.hexdigest()
+
+
+def tensor_head(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    """What `tensor_sha256` puts before a tensor's bytes."""
+    return f"{dtype}{tuple(shape)}".encode()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and bytes."""
+    flat = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(tensor_head(flat.dtype, tuple(flat.shape)))
+    digest.update(_bytes_of(flat))
+    return digest.hexdigest()
+
+
+def _head(members: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Length and header of a safetensors file whose tensors (name, dtype, shape, bytes) lie in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, size in members:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _copy_piece(source: Path, begin: int, target: int, to: int, size: int) -> None:

@@ -143,7 +143,7 @@ class StreamedModel:
         return block
 
     def prefetch_block(self, index: int) -> None:
-        """Start reading block `index` from disk in a thread, for the next `load_block(index)`; costs its bytes in RAM."""
+        """Start reading block `index` from disk in a thread, for the next `load_block(index)`; costs its bytes."""
         names = sorted({self._source[f"{self.blocks_name}.{index}.{n}"] for n in self.blocks[index].state_dict()})
         future: Future[dict[str, Tensor]] = Future()
 
@@ -225,7 +225,7 @@ class StreamedModel:
             return self._run(index, hidden, self._call(index, hidden)).to(hidden.dtype)
 
     def run_exact(self, index: int, hidden: Tensor) -> Tensor:
-        """The loaded block's output in the dtype of its weights: for proofs that the model's dtype is too coarse for."""
+        """The loaded block's output in the dtype of its weights, for proofs that a coarser one would spoil."""
         if not self._wide:
             return self.run_block(index, hidden)
         call = self._call(index, hidden)

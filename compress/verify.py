@@ -18,6 +18,13 @@ from compress.errors import ArtifactError
 
 # Column j of each run of eight lies in this nibble of its word.
 _NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
+_CHUNK_BYTES = 16 << 20
+# What a digest calls the dtypes that an artifact holds, by their name in the file.
+_KINDS = {
+    "F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16",
+    "I64": "torch.int64", "I32": "torch.int32", "I16": "torch.int16", "I8": "torch.int8", "U8": "torch.uint8",
+    "BOOL": "torch.bool", "F8_E4M3": "torch.float8_e4m3fn", "F8_E5M2": "torch.float8_e5m2",
+}  # fmt: skip
 
 
 def unpack_awq(words: np.ndarray) -> np.ndarray:
@@ -53,26 +60,28 @@ def verify_written(folder: Path, meant: Mapping[str, str]) -> int:
 
 def _found(checkpoint: Checkpoint, name: str, meant: Mapping[str, str]) -> tuple[str, str]:
     """What a stored tensor is called in `meant`, and the digest of what it holds."""
-    value, kind = _array(checkpoint, name)
-    key = name
     layer, _, leaf = name.rpartition(".")
-    if leaf in ("qweight", "qzeros"):
-        key = f"{layer}.{'codes' if leaf == 'qweight' else 'zero_points'}"
-        value, kind = unpack_awq(value).T, "torch.uint8"
-    elif leaf == "scales" and name in meant:
-        value, kind = np.ascontiguousarray(value.T), "torch.float16"
-    shape = ", ".join(str(n) for n in value.shape) + ("," if value.ndim == 1 else "")
-    digest = hashlib.sha256(f"{kind}({shape})".encode())
-    digest.update(value.reshape(-1).view(np.uint8))
-    return key, digest.hexdigest()
+    if leaf == "qweight":
+        return f"{layer}.codes", _digest("torch.uint8", unpack_awq(checkpoint.tensor(name).numpy()).T)
+    if leaf == "qzeros":
+        return f"{layer}.zero_points", _digest("torch.uint8", unpack_awq(checkpoint.tensor(name).numpy()).T)
+    if leaf == "scales" and name in meant:
+        return name, _digest("torch.float16", np.ascontiguousarray(checkpoint.tensor(name).numpy().T))
+    info = checkpoint.info(name)
+    digest = hashlib.sha256(f"{_KINDS[info.dtype]}{info.shape}".encode())
+    with open(checkpoint.path / info.file, "rb") as f:  # in chunks: an embedding has gigabytes
+        f.seek(info.offset)
+        left = info.num_bytes
+        while left:
+            chunk = f.read(min(left, _CHUNK_BYTES))
+            if not chunk:
+                raise ArtifactError(f"{checkpoint.path / info.file}: ends inside {name}; run again")
+            digest.update(chunk)
+            left -= len(chunk)
+    return name, digest.hexdigest()
 
 
-def _array(checkpoint: Checkpoint, name: str) -> tuple[np.ndarray, str]:
-    """A tensor's values and the name of its dtype; bfloat16, which numpy lacks, as the same bits in int16."""
-    tensor = checkpoint.tensor(name)
-    kind = str(tensor.dtype)
-    if kind == "torch.bfloat16":
-        import torch
-
-        tensor = tensor.view(torch.int16)
-    return tensor.numpy(), kind
+def _digest(kind: str, value: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{kind}{tuple(value.shape)}".encode())
+    digest.update(value.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

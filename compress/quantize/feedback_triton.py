@@ -45,7 +45,8 @@ def round_group(
     """
     _check(w_Og, upper_gg)
     if w_Og.is_cuda:
-        return _kernels().round_group(w_Og, upper_gg, scale_O, zero_point_O, max_code)
+        found: tuple[Tensor, Tensor] = _kernels().round_group(w_Og, upper_gg, scale_O, zero_point_O, max_code)
+        return found
     codes_Og = torch.empty(w_Og.shape, dtype=torch.uint8)
     error_Og = torch.empty_like(w_Og, memory_format=torch.contiguous_format)
     for start in range(0, w_Og.shape[0], CHUNK_ROWS):
@@ -74,7 +75,8 @@ def score_group(
     """
     _check(w_Og, upper_gg)
     if w_Og.is_cuda:
-        return _kernels().score_group(w_Og, upper_gg, scale_CO, zero_point_CO, max_code)
+        found: Tensor = _kernels().score_group(w_Og, upper_gg, scale_CO, zero_point_CO, max_code)
+        return found
     num_candidates, num_rows = scale_CO.shape
     loss_CO = torch.empty(num_candidates, num_rows, dtype=torch.float32)
     step = max(1, CHUNK_ROWS // num_candidates)
@@ -133,6 +135,6 @@ def _kernels() -> Any:
         from compress.quantize import feedback_kernel
     except ImportError as e:
         raise UnsupportedError(
-            f"error feedback on a GPU needs Triton, which cannot be imported ({e}); install triton, or pass --device cpu"
+            f"error feedback on a GPU needs Triton, which cannot be imported ({e}); install triton or use --device cpu"
         ) from e
     return feedback_kernel

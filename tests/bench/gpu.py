@@ -1,10 +1,10 @@
 """How long does one GPU take from a model on disk to a verified artifact on disk, with how much memory?
 
-    python tests/bench/gpu.py [--shape llama-3-8b] [--blocks N] [--effort fast ...] [--json FILE] [--profile]
+    python tests/bench/gpu.py [--shape llama-3-8b] [--blocks N] [--effort fast balanced] [--json FILE] [--profile]
 
 Makes a Llama of random weights in the shape of a real one (16-bit, sharded at 5 GB, full vocabulary), drops it from the
-page cache, and runs the quantizer on it in a process of its own with 128 x 512 random token ids. Prints seconds a stage,
-peak GPU memory, peak resident memory, and the arithmetic and bytes that the run cannot avoid against what the same card
+page cache, and runs the quantizer on it in a process of its own with 128 x 512 random token ids. Prints seconds by
+stage, peak GPU memory, peak resident memory, and the arithmetic and bytes that the run cannot avoid against what the same card
 and disk did when measured just before. With --blocks below the real number, the time of the whole model is extrapolated
 from the blocks' mean and said to be.
 
@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +82,12 @@ def build(folder: Path, shape: dict[str, int], device: str) -> None:
         "model.norm.weight": norm(),
     }
 
+    pool = ThreadPoolExecutor(2)
+    written = []
+
     def flush() -> None:
         file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        written.append(pool.submit(save_file, dict(shard), folder / file, {"format": "pt"}))
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 
@@ -99,6 +104,8 @@ def build(folder: Path, shape: dict[str, int], device: str) -> None:
             flush()
     if shard:
         flush()
+    for one in written:
+        one.result()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -117,9 +124,9 @@ def write_text(path: Path, vocab_size: int, samples: int) -> None:
     path.write_text(" ".join(f"t{i}" for i in ids.tolist()))
 
 
-def drop_from_page_cache(folder: Path) -> None:
+def drop_from_page_cache(folder: Path, pattern: str = "*") -> None:
     """Write dirty pages out and ask the kernel to forget the files, so that the run reads from the disk."""
-    for path in folder.iterdir():
+    for path in folder.glob(pattern):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -146,7 +153,7 @@ def ceilings(folder: Path, device: str) -> dict[str, float]:
         os.fsync(f.fileno())
     size = path.stat().st_size
     out["disk_write_GBps"] = size / (time.perf_counter() - started) / 1e9
-    drop_from_page_cache_file(path)
+    drop_from_page_cache(folder, path.name)
     started = time.perf_counter()
     with open(path, "rb", buffering=0) as f:
         while f.read(len(block)):
@@ -158,21 +165,12 @@ def ceilings(folder: Path, device: str) -> dict[str, float]:
     return out
 
 
-def drop_from_page_cache_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-
-
 def _gpu_ceilings() -> dict[str, float]:
     out: dict[str, float] = {}
-    source = torch.randn(1 << 29, device="cuda")
-    target = torch.empty_like(source)
-    out["copy_GBps"] = 2 * source.nbytes / _seconds(lambda: target.copy_(source)) / 1e9
-    pinned = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
-    on_gpu = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-    out["host_to_gpu_GBps"] = pinned.nbytes / _seconds(lambda: on_gpu.copy_(pinned, non_blocking=True)) / 1e9
-    del source, target
+    source, pinned = torch.randn(1 << 29, device="cuda"), torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    for name, data, moved in (("copy_GBps", source, 2 * source.nbytes), ("host_to_gpu_GBps", pinned, pinned.nbytes)):
+        target = torch.empty_like(data, device="cuda")
+        out[name] = moved / _seconds(partial(target.copy_, data, non_blocking=True)) / 1e9
     n = 8192
     for name, dtype, tf32 in (
         ("bf16", torch.bfloat16, False),
@@ -181,7 +179,7 @@ def _gpu_ceilings() -> dict[str, float]:
     ):
         a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        out[f"{name}_TFLOPs"] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b) / 1e12  # type: ignore[misc]
+        out[f"{name}_TFLOPs"] = 2 * n**3 / _seconds(partial(torch.mm, a, b)) / 1e12
     torch.backends.cuda.matmul.allow_tf32 = False
     return out
 
@@ -221,10 +219,16 @@ def counts(shape: dict[str, int], blocks: int, tokens: int, passes: int) -> dict
 
 def child(arguments: argparse.Namespace) -> None:
     """Runs in a process of its own; prints one JSON object."""
+    begun = time.perf_counter()
+    import accelerate  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
     from compress.quantize.run import AwqRequest, quantize_awq
     from compress.scheme import Scheme
     from compress.workspace import resolve
 
+    imports = time.perf_counter() - begun
     stages: dict[str, float] = {}
     blocks: list[float] = []
     state = {"stage": "opening and calibration text", "since": time.perf_counter(), "block": 0.0}
@@ -248,6 +252,8 @@ def child(arguments: argparse.Namespace) -> None:
         source=resolve(arguments.model), out=Path(arguments.out), scheme=Scheme(), calib=arguments.calib,
         samples=arguments.samples, seq_len=SEQ_LEN, dtype=arguments.dtype, device=arguments.device, **options,
     )  # fmt: skip
+    if arguments.tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     if arguments.device == "cuda":
         torch.zeros(1, device="cuda")  # the driver's start is not the quantizer's
     started = time.perf_counter()
@@ -264,6 +270,7 @@ def child(arguments: argparse.Namespace) -> None:
     stages["around the blocks, assembly, verification"] = stages.pop("loading and between blocks", 0.0)
     result = {
         "seconds": time.perf_counter() - started,
+        "import_seconds": imports,
         "stages": stages,
         "blocks": blocks,
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -297,6 +304,7 @@ def measure(arguments: argparse.Namespace, model: Path, text: Path, out: Path, e
     command += ["--device", arguments.device, "--dtype", arguments.dtype, "--samples", str(arguments.samples)]
     command += ["--effort", effort] if effort else []
     command += ["--profile"] if arguments.profile else []
+    command += ["--tf32"] if arguments.tf32 else []
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         printed, _ = process.communicate()
     if process.returncode:
@@ -317,6 +325,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the model and the artifact are made [a temporary folder]")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true", help="print operators by time (slower)")
+    parser.add_argument(
+        "--tf32", action="store_true", help="let every float32 matrix product be TF32: what would it save?"
+    )
     for name in ("--child", "--model", "--calib", "--out"):
         parser.add_argument(name, help=argparse.SUPPRESS, **({"action": "store_true"} if name == "--child" else {}))
     arguments = parser.parse_args()
@@ -350,7 +361,8 @@ def main() -> None:
     count = counts(shape, blocks, arguments.samples * SEQ_LEN, arguments.passes)
     report = {
         "card": card, "torch": torch.__version__, "shape": arguments.shape, "blocks": blocks, "real_blocks": real,
-        "tokens": arguments.samples * SEQ_LEN, "dtype": arguments.dtype, "ceilings": limits, "counts": count, "runs": runs,
+        "tokens": arguments.samples * SEQ_LEN, "dtype": arguments.dtype, "ceilings": limits, "counts": count,
+        "runs": runs,
     }  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2))
@@ -369,7 +381,10 @@ def show(report: dict[str, Any]) -> None:
         floors["Gram matrices (bf16)"] = count["gram_FLOP"] / limits["bf16_TFLOPs"] / 1e12
     print("cannot be avoided: " + ", ".join(f"{k} {v:.1f} s" for k, v in floors.items()))
     for effort, run in report["runs"].items():
-        print(f"\n{report['shape']}, {blocks} blocks, effort {effort}: {run['seconds']:.1f} s from read to verified")
+        print(
+            f"\n{report['shape']}, {blocks} blocks, effort {effort}: {run['seconds']:.1f} s from read to verified "
+            f"(and {run['import_seconds']:.1f} s of imports before)"
+        )
         for stage, seconds in run["stages"].items():
             print(f"  {stage:<45} {seconds:8.2f} s")
         steady = sorted(run["blocks"][1:]) or run["blocks"]
