@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from compress import distributed
 from compress.background import BackgroundStore
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, find_groups
 from compress.model import StreamedModel, linears, set_weight_OI
 from compress.quantized import QuantizedWeight
@@ -97,17 +99,26 @@ def stream(
     store: BlockStore,
     *,
     propagate: str = "original",
+    num_parts: int = 1,
     on_stage: Callable[[int, str], None] = lambda index, stage: None,
 ) -> Iterator[BlockDone]:
     """Compress every block in order; yields after each.
 
     ids_NT: int64 `[N, T]` calibration tokens. propagate: whether the next block sees the outputs of the `"original"`
     block (one pass over the tokens) or of the `"compressed"` one (two; a method that corrects errors needs it).
-    Deterministic: the same model, ids and method give the same bytes, also when some blocks come from the store.
+    num_parts: how many runs of batches the statistics are summed in before the sums are added, in this process.
+    Deterministic: the same model, ids and method give the same bytes, also when some blocks come from the store. Of
+    several processes (`distributed`) each runs its part of the rows, and all must call this alike.
     """
     on_gpu = model.device.type == "cuda"
     batch = max(1, (GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS) // ids_NT.shape[1])
-    hidden = model.embed_batches(ids_NT, batch)
+    batches = distributed.parts(ids_NT.split(batch), distributed.num_processes())[distributed.rank()]
+    if not batches:
+        raise ConfigError(
+            f"{ids_NT.shape[0]} calibration rows make fewer batches of {batch} rows than there are processes "
+            f"({distributed.num_processes()}); start fewer, or pass more --samples"
+        )
+    hidden = model.embed_batches(torch.cat(batches), batch)
     probe = model.embed(ids_NT[:1, :PROBE_TOKENS])
     known: dict[tuple[Any, ...], list[Group]] = {}
     with torch.no_grad(), BackgroundStore(store) if on_gpu else nullcontext(store) as store:
@@ -127,7 +138,7 @@ def stream(
             if result is None:
                 on_stage(index, "collecting statistics")
                 statistics, check_input, check_output = _collect(
-                    model, index, known[structure], hidden, advance=propagate == "original"
+                    model, index, known[structure], hidden, advance=propagate == "original", num_parts=num_parts
                 )
                 on_stage(index, "searching")
                 loaded = LoadedBlock(
@@ -150,7 +161,7 @@ def stream(
                 on_stage(index, "running the compressed block")
                 install(module, result)
                 _advance(model, index, hidden)
-            probe = hidden[0][:1, :PROBE_TOKENS]
+            probe = distributed.from_first(hidden[0][:1, :PROBE_TOKENS])
             _check_finite(hidden, prefix)
             model.release_block(index)
             return_freed_memory()
@@ -158,7 +169,7 @@ def stream(
 
 
 def _collect(
-    model: StreamedModel, index: int, groups: list[Group], hidden: list[Tensor], advance: bool
+    model: StreamedModel, index: int, groups: list[Group], hidden: list[Tensor], advance: bool, num_parts: int = 1
 ) -> tuple[list[InputStatistics], Tensor, Tensor]:
     """Run every batch through the loaded block; returns statistics and the check batch's input and output.
 
@@ -166,6 +177,7 @@ def _collect(
     """
     check_input = hidden[0][: _check_rows(hidden)]
     check_output = check_input
+    ends = list(accumulate(len(part) for part in distributed.parts(hidden, num_parts)))[:-1]
     with collecting(model.blocks[index], groups, model.device) as statistics:
         for i, h in enumerate(hidden):
             out = model.run_block(index, h)
@@ -173,6 +185,10 @@ def _collect(
                 check_output = out[: check_input.shape[0]]
             if advance:
                 hidden[i] = out
+            if i + 1 in ends:
+                for one in statistics:
+                    one.close_part()
+    check_input, check_output = distributed.from_first(check_input), distributed.from_first(check_output)
     if model.dtype != torch.float32:
         check_input = check_input.float()
         check_output = model.run_exact(index, check_input)
@@ -187,7 +203,7 @@ def _advance(model: StreamedModel, index: int, hidden: list[Tensor]) -> None:
 
 def _check_rows(hidden: list[Tensor]) -> int:
     seq_len = hidden[0].shape[1]
-    total = sum(h.shape[0] for h in hidden) * seq_len
+    total = distributed.add_up_count(sum(h.shape[0] for h in hidden), hidden[0].device) * seq_len
     tokens = min(CHECK_TOKENS[1], max(CHECK_TOKENS[0], total // CHECK_SHARE))
     return min(hidden[0].shape[0], max(1, tokens // seq_len))
 

