@@ -3,13 +3,15 @@
 Every process loads each block and computes every choice from the same sums, so that weights never travel; only the
 first one should write. The parts are contiguous runs of batches, and their sums are always added in the order of the
 parts: W processes give, bit for bit, what one process gives that adds the set up in W parts (`num_parts=W` of
-`blocks.stream`, with as many threads a process). One process that adds it up in one part takes float32 sums in another order, and gets
-other last bits: what was summed one by one cannot be had from sums of parts.
+`blocks.stream`, with as many threads a process). One process that adds it up in one part takes float32 sums in another
+order and gets other last bits, because what was summed one by one cannot be had from sums of parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Meet the processes that `torchrun` started beside this one, if any; gives the device that is this process's own.
+
+    Reads torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Each process of a host gets a
+    GPU of its own when `device` is a GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def running() -> bool:

@@ -1,5 +1,7 @@
 """Two processes that share the calibration set make what one process makes."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,17 +21,17 @@ WORLD = 2
 
 # What each process does; the first one saves what it found.
 PROCESS = """
-import os, sys
+import sys
 import torch
-import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
+from compress.distributed import joined, rank, wait_for_all
 from test_distributed import outcome
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=int(sys.argv[4]), world_size=int(sys.argv[5]))
-found = {propagate: outcome(sys.argv[2], propagate) for propagate in ("original", "compressed")}
-torch.save(found, f"{sys.argv[3]}.{sys.argv[4]}.pt")
-dist.barrier()
-dist.destroy_process_group()
+with joined("cpu") as device:
+    assert device == "cpu"
+    found = {propagate: outcome(sys.argv[2], propagate) for propagate in ("original", "compressed")}
+    torch.save(found, f"{sys.argv[3]}.{rank()}.pt")
+    wait_for_all()
 """
 
 
@@ -71,14 +73,19 @@ def outcome(folder: str, propagate: str, num_parts: int = 1) -> dict[str, torch.
 
 def several(folder: Path, tmp_path: Path) -> list[dict[str, dict[str, torch.Tensor]]]:
     """What each process found, by way of propagation."""
-    meeting = tmp_path / "meeting"
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", PROCESS, here, str(folder), str(meeting)]
-    running = [subprocess.Popen([*command, str(i), str(WORLD)], stderr=subprocess.PIPE) for i in range(WORLD)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), str(folder), str(tmp_path / "found")]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
+    running = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, **meeting, "RANK": str(i)})
+        for i in range(WORLD)
+    ]
     for process in running:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()[-2000:]
-    return [torch.load(f"{meeting}.{i}.pt") for i in range(WORLD)]
+    return [torch.load(tmp_path / f"found.{i}.pt") for i in range(WORLD)]
 
 
 def test_two_processes_equal_one(build_model: Any, tmp_path: Path) -> None:
