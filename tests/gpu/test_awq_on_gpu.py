@@ -73,5 +73,6 @@ def test_gram_matrix_is_accurate(dtype: torch.dtype) -> None:
     exact = (x_TI.double().t() @ x_TI.double()) / len(x_TI)
     norm = exact.diagonal().sqrt()
     error = ((statistics.gram_II.cpu().double() - exact) / (norm[:, None] * norm[None])).abs().max()
-    assert float(error) < 1e-5
+    # The matrix unit sums 16-bit products in float32, but truncates where float32 arithmetic rounds.
+    assert float(error) < (1e-5 if dtype == torch.float32 else 1e-4)
     assert torch.equal(statistics.gram_II, statistics.gram_II.t())
