@@ -97,7 +97,14 @@ class InputStatistics:
 
     def smoothed(self, s_I: Tensor) -> Tensor:
         """The Gram matrix of the inputs once they are divided by s: `D^-1 G D^-1`, no second pass needed."""
-        return self.gram_II / (s_I.unsqueeze(0) * s_I.unsqueeze(1))
+        return (self.gram_II / s_I.unsqueeze(1)).div_(s_I)
+
+    def smooth_(self, s_I: Tensor) -> None:
+        """Become the statistics of the inputs divided by s; in place, since a wide layer's matrices are gigabytes."""
+        for matrix_II in (self.gram_II, self.cross_II):
+            if matrix_II is not None:
+                matrix_II.div_(s_I.unsqueeze(1)).div_(s_I)
+        self.magnitude_I.div_(s_I)
 
 
 def _add_product(sum_II: Tensor, left_TI: Tensor, right_TI: Tensor) -> None:
