@@ -50,11 +50,11 @@ def rows(path: Path) -> list[list[int]]:
     return [[int(i) for i in row] for row in ids_NT]
 
 
-def load(model: Path, dtype: Any, device: str = "cpu") -> Any:
+def load(model: Path, dtype: Any) -> Any:
     """The model in `model`, ready to be quantized."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
 
 
 class Clock:

@@ -75,19 +75,37 @@ def tokenizer(model: Path) -> Any:
 
 
 def main() -> None:
-    options = dense.parser(__doc__, METHODS).parse_args()
+    parser = dense.parser(__doc__, METHODS)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--packed", action="store_true", help="OUT becomes its own compressed format, not a dense copy")
+    options = parser.parse_args()
 
     import torch
 
     torch.manual_seed(0)
-    model = dense.load(options.model, torch.float32)
+    loading = dense.Clock()
+    model = dense.load(options.model, getattr(torch, options.dtype))  # it moves blocks to a GPU itself, if there is one
+    load_seconds = loading.stop()["quant_seconds"]
     modifiers = recipe(options.method, options.bits, options.group_size, options.sym)
     rows, encode = dense.rows(options.ids), tokenizer(options.model)
     clock = dense.Clock()
     quantize(model, encode, rows, modifiers)
-    cost = clock.stop()
-    change = dense.write(options.model, options.out, dequantized(model))
-    dense.report(tool="llmcompressor", version=importlib.metadata.version("llmcompressor"), **cost, **change)
+    said: dict[str, Any] = clock.stop()
+    said |= {"load_seconds": load_seconds, "gpu_allocated_mib": gpu_mib()}
+    if options.packed:
+        saving = dense.Clock()
+        model.save_pretrained(options.out, save_compressed=True)
+        said["save_seconds"] = saving.stop()["quant_seconds"]
+    else:
+        said |= dense.write(options.model, options.out, dequantized(model))
+    dense.report(tool="llmcompressor", version=importlib.metadata.version("llmcompressor"), **said)
+
+
+def gpu_mib() -> float | None:
+    """The most that torch had allocated on the GPU; None without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
 
 
 if __name__ == "__main__":
