@@ -54,7 +54,7 @@ class GpuMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while self._most is not None and not self._ended.wait(0.1):
+        while self._most is not None and not self._ended.wait(0.2):
             self._most = max(self._most, gpu_used() or 0)
 
     @property

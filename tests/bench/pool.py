@@ -73,7 +73,9 @@ def run_child(
     if child.returncode:
         said = text[-2000:] + (errors.read_text(errors="replace")[-2000:] if errors else "")
         log(said)
-        raise RunFailed(f"exit status {child.returncode} after {seconds:.0f} s: {shlex.join(command)}")
+        late = until is not None and time.monotonic() >= until
+        why = "stopped at the deadline" if late else f"exit status {child.returncode}"
+        raise RunFailed(f"{why} after {seconds:.0f} s: {shlex.join(command)}")
     return Finished(text, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 

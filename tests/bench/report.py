@@ -1,9 +1,18 @@
-"""Measured rows as a Markdown table: one line a method and calibration text, means over seeds."""
+"""Measured rows as a Markdown table: one line a method and calibration text, means over seeds.
+
+    python tests/bench/report.py FILE.json [FILE.json ...]
+
+prints what `rivals.py --json FILE.json` has kept. Several files must have judged FP16 in the same way; seconds of
+different machines do not compare, and nothing here can tell.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from metrics.perplexity import Perplexity, perplexity
@@ -78,3 +87,18 @@ def against(row: Row, base: Row, text: str) -> Perplexity:
 
 def texts_of(judged: dict[str, Any]) -> dict[str, list[float]]:
     return {name: nll for name, nll in judged.items() if name != "last_word"}
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        raise SystemExit((__doc__ or "").strip())
+    kept = [json.loads(Path(file).read_text()) for file in sys.argv[1:]]
+    base = kept[0]["base"]
+    for file, one in zip(sys.argv[1:], kept, strict=True):
+        if one["base"]["settings"] != base["settings"]:
+            raise SystemExit(f"{file} was judged with other settings than {sys.argv[1]}; print them apart")
+    print(tables([row for one in kept for row in one["rows"]], base))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,9 +4,11 @@
     python tests/bench/rivals.py --sites DIR --workers 8 --threads 2 --deadline 560 --cache DIR --json FILE
 
 Files beside this one: `methods.py` names what is compared, `quantizers/` holds one script a rival, `metrics/` one
-file a metric, `texts.py` the calibration text of a seed. Rivals run in environments of their own: `--envs`/NAME/bin/
-python, or folders `--sites`/NAME and `--sites`/common put on the PYTHONPATH of `--python` (made with
-`pip install --no-deps --target`), NAME being llmcompressor, autoround, autoawq or gptqmodel.
+file a metric, `texts.py` the calibration text of a seed. Rivals run in environments of their own, NAME being
+llmcompressor, autoround, autoawq or gptqmodel: either `--envs`/NAME/bin/python, or package folders for one `--python`
+(torch 2.13, transformers 5.17, accelerate 1.15, pandas, pyarrow, requests, psutil and py-cpuinfo were there):
+
+    pip install --no-deps --target SITES/NAME -r tests/bench/quantizers/NAME.txt     for each NAME, and for common
 
 Every result is made dense float32 and judged by the same functions. Our artifact is unpacked by `gemm.py` from the
 published layout, and its manifest must name the hash of the token ids that the rivals were given.
@@ -62,6 +64,7 @@ class Bench:
     code: str
     until: float | None
     base: Row
+    order: list[str]
     rows: list[Row] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -157,10 +160,12 @@ class Bench:
         if self.options.json:
             facts = {key: str(value) for key, value in vars(self.options).items()}
             facts |= {"cores": str(os.cpu_count())}
-            rows = sorted(self.rows, key=lambda r: (r["text"], r["method"], r["seed"]))
-            write_atomically(
-                self.options.json, {"options": facts, "base": self.base, "rows": rows, "missing": self.missing}
-            )
+            content = {"options": facts, "base": self.base, "rows": self.sorted_rows(), "missing": self.missing}
+            write_atomically(self.options.json, content)
+
+    def sorted_rows(self) -> list[Row]:
+        """By text, method (in the order of `methods.py`) and seed."""
+        return sorted(self.rows, key=lambda row: (row["text"], self.order.index(row["method"]), row["seed"]))
 
 
 def read_cached(cache: Path, name: str, settings: Row) -> Row | None:
@@ -256,6 +261,7 @@ def run(options: argparse.Namespace) -> Bench:
         code=sha256(*sorted((ROOT / "compress").rglob("*.py"))),
         until=until,
         base=judged_base(options, question),
+        order=[method.name for method in wanted],
         missing=absent,
     )
     jobs = []
@@ -335,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.keep:
             shutil.rmtree(options.out)
     if bench.rows:
-        print(report.tables(bench.rows, bench.base))
+        print(report.tables(bench.sorted_rows(), bench.base))
     if bench.missing:
         print(f"\nNot measured: {', '.join(bench.missing)}")
     return 1 if bench.missing else 0

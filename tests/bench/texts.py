@@ -1,4 +1,4 @@
-"""Calibration text for a seed: seed s starts where the rows of seed s - 1 end, so no two seeds share a token.
+"""Calibration text for a seed: seed s starts at the line after the rows of seed s - 1, so no two seeds share a token.
 
 The text of a seed is the original with its first lines (.txt) or rows (.jsonl) left out. `compress awq` is given that
 text, the rivals are given the ids that `compress.calibration` makes of it: the same ids by the same function, and
@@ -38,9 +38,10 @@ def write_seed(source: Path, seed: int, samples: int, seq_len: int, model: Path,
         return len(tokenizer(line + "\n", add_special_tokens=False, verbose=False).input_ids)
 
     lines = source.read_text(encoding="utf-8").split("\n")
-    rest = after(lines, seed * samples * seq_len, length)
+    for _ in range(seed):
+        lines = after(lines, samples * seq_len, length)
     text = folder / f"{source.stem}-{seed}{source.suffix}"
-    text.write_text("\n".join(rest), encoding="utf-8")
+    text.write_text("\n".join(lines), encoding="utf-8")
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
     rows = calibration.load(
         str(text), tokenizer, num_samples=samples, seq_len=seq_len, seed=0, model=model, is_reference=False,
