@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import texts  # noqa: E402
 from pool import Finished, RunFailed, in_own_process, log, run_child  # noqa: E402
 
 Row = dict[str, Any]
+Tool = Callable[[str, Path, texts.CalibrationText, argparse.Namespace], Row]
 SHAPES = ("8b", "70b", "tiny")
 
 
@@ -168,7 +169,7 @@ def main() -> int:
     calibration = in_own_process(
         texts.write_seed, options.text, 0, options.samples, options.seq_len, first, options.folder
     )
-    runs = [(f"llm-compressor {method}", rival, method) for method in options.methods]
+    runs: list[tuple[str, Tool, str]] = [(f"llm-compressor {method}", rival, method) for method in options.methods]
     for asked in options.ours or []:
         name, _, arguments = asked.partition("=")
         runs.append((name, ours, arguments))

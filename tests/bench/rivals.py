@@ -101,7 +101,10 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)  # or a finished run of ours would be resumed in no time
         quantize = self.run_ours if method.site is None else self.run_rival
         cost = quantize(method, calibration, packed, dense)
-        judged = in_own_process(judge, dense, self.question)
+        try:
+            judged = in_own_process(judge, dense, self.question)
+        except Exception as error:  # from another process: a damaged result, or one that overflows
+            raise RunFailed(f"{dense} cannot be judged: {type(error).__name__}: {error}") from error
         if not self.options.keep:
             for folder in (dense, packed):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -120,7 +123,7 @@ class Bench:
         errors = o.out / f"{dense.name}.log"
         variables = environment(o.threads, folders)
         done = run_child(command, cwd=o.out, environment=variables, errors=errors, until=self.until)
-        said = json.loads(done.stdout.strip().splitlines()[-1])
+        said: Row = json.loads(done.stdout.strip().splitlines()[-1])
         return said | {"process_seconds": done.seconds}
 
     def run_ours(self, method: Method, calibration: texts.CalibrationText, packed: Path, dense: Path) -> Row:
@@ -198,9 +201,10 @@ def judged_base(options: argparse.Namespace, question: Question) -> Row:
     """The row of FP16; refuses to go on when it does not give its published perplexity."""
     shards = sorted(options.model.glob("*.safetensors"))
     files = [*question.texts.values(), *([question.last_word] if question.last_word else [])]
-    settings = {
-        "model": sha256(*shards),
-        "files": [sha256(file) for file in files],
+    model, hashes = sha256(*shards), [sha256(file) for file in files]
+    settings: Row = {
+        "model": model,
+        "files": hashes,
         "windows": question.windows,
         "items": question.items,
         "device": question.device,
@@ -212,7 +216,7 @@ def judged_base(options: argparse.Namespace, question: Question) -> Row:
         write_atomically(options.cache / "fp16.json", row)
     wiki = row["judged"]["wiki"]
     ppl = perplexity(wiki, wiki).ppl
-    published = PUBLISHED.get((settings["model"], settings["files"][0])) if question.windows == 200 else None
+    published = PUBLISHED.get((model, hashes[0])) if question.windows == 200 else None
     if published is None:
         log(f"FP16 perplexity {ppl:.4f}; none is published for this model and text, so the definition is not checked")
     elif abs(ppl - published) > 0.0006:
