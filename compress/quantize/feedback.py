@@ -20,7 +20,7 @@ Shapes: O out_features, I in_features, G groups along I, g group size
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,20 +102,46 @@ def group_order(hessian_II: Tensor, size: int) -> list[int]:
     return [int(g) for g in torch.sort(importance_G, descending=True, stable=True).indices.tolist()]
 
 
-def round_with_feedback(w_OI: Tensor, hessian_II: Tensor, scheme: Scheme) -> Rounded:
-    """Round a weight with error feedback against the Gram matrix of its inputs.
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What error feedback needs to know of a layer's inputs, whatever is then rounded.
 
-    w_OI, hessian_II: float32 `[O, I]`, `[I, I]`; neither is changed. Rows do not depend on each other, so linears that
-    share an input may be stacked.
+    order: groups in the order of processing. columns_I: int64 `[I]`, the columns in that order. upper_II: the factor U,
+    in that order. importance_I: float32 `[I]`, diag(H), in the columns' own order.
+    """
+
+    order: list[int]
+    columns_I: Tensor
+    upper_II: Tensor
+    importance_I: Tensor
+
+    def scaled(self, s_I: Tensor) -> Prepared:
+        """The same for inputs divided by s, and weights multiplied by it: `D^-1 H D^-1 = ((U D)^T (U D))^-1`."""
+        return replace(
+            self, upper_II=self.upper_II * s_I[self.columns_I], importance_I=self.importance_I / s_I.square()
+        )
+
+
+def prepare(hessian_II: Tensor, scheme: Scheme) -> Prepared:
+    """Order the groups and factorise; hessian_II: float32 `[I, I]`, not changed."""
+    num_groups = scheme.groups(len(hessian_II))
+    size = len(hessian_II) // num_groups
+    order = group_order(hessian_II, size)
+    columns_I = torch.arange(len(hessian_II), device=hessian_II.device).reshape(num_groups, size)[order].reshape(-1)
+    upper_II = inverse_factor(hessian_II[columns_I][:, columns_I])
+    return Prepared(order=order, columns_I=columns_I, upper_II=upper_II, importance_I=hessian_II.diagonal().clone())
+
+
+def round_with_feedback(w_OI: Tensor, inputs: Prepared, scheme: Scheme) -> Rounded:
+    """Round a weight with error feedback. w_OI: float32 `[O, I]`, not changed.
+
+    Rows do not depend on each other, so linears that share an input may be stacked.
     """
     num_rows, num_columns = w_OI.shape
-    num_groups = scheme.groups(num_columns)
+    num_groups = len(inputs.order)
     size = num_columns // num_groups
-    order = group_order(hessian_II, size)
-    columns = torch.arange(num_columns, device=w_OI.device).reshape(num_groups, size)[order].reshape(-1)
-    upper_II = inverse_factor(hessian_II[columns][:, columns])
-    importance_I = hessian_II.diagonal()
-    left_OI = w_OI[:, columns]  # a copy, in processing order
+    upper_II = inputs.upper_II
+    left_OI = w_OI[:, inputs.columns_I]  # a copy, in processing order
     out = Rounded(
         codes_OI=torch.empty(w_OI.shape, dtype=torch.uint8, device=w_OI.device),
         scale_OG=torch.empty(num_rows, num_groups, device=w_OI.device),
@@ -123,11 +149,11 @@ def round_with_feedback(w_OI: Tensor, hessian_II: Tensor, scheme: Scheme) -> Rou
         wanted_OI=torch.empty_like(w_OI),
         factor_OG=torch.empty(num_rows, num_groups, device=w_OI.device),
     )
-    for turn, group in enumerate(order):
+    for turn, group in enumerate(inputs.order):
         here = slice(turn * size, (turn + 1) * size)
         there = slice(group * size, (group + 1) * size)
         upper_gg = upper_II[here, here]
-        scale, zero, factor = fit_range(left_OI[:, here], importance_I[there], scheme)
+        scale, zero, factor = fit_range(left_OI[:, here], inputs.importance_I[there], scheme)
         codes, error = round_group(left_OI[:, here], upper_gg.contiguous(), scale, zero, scheme.max_code)
         left_OI[:, here.stop :].addmm_(error, upper_II[here, here.stop :], alpha=-1)
         out.codes_OI[:, there] = codes

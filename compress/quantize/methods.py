@@ -24,7 +24,7 @@ from compress.errors import ArtifactError
 from compress.groups import Group, apply_fold, output_unchanged, restore, scale_columns
 from compress.model import is_linear, linears, parameter, set_weight_OI, skipped, weight_OI
 from compress.quantize import awq
-from compress.quantize.feedback import Rounded, round_with_feedback, shrunk
+from compress.quantize.feedback import Prepared, Rounded, prepare, round_with_feedback, shrunk
 from compress.quantize.refit import refit_scales
 from compress.quantize.retarget import retarget
 from compress.quantize.tune import TuneOptions, tune_block
@@ -69,21 +69,30 @@ def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
     row_scale: dict[str, Tensor] = {}
     group_reports = []
     scales = []
+    prepared: list[Prepared | None] = []
     current = loaded.check_output
     for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
         members = [name for name in group.layers if name in chosen]
-        report, s_I, current = _smooth(loaded, group, statistics, members, options, row_scale, current)
+        inputs = None
+        if options.feedback and members:
+            inputs = prepare(shrunk(statistics.gram_II, statistics.num_tokens), scheme)
+        report, s_I, current = _smooth(loaded, group, statistics, members, inputs, options, row_scale, current)
         group_reports.append(report)
         scales.append(s_I)
+        prepared.append(None if inputs is None else inputs.scaled(s_I))
     rounded: dict[str, Rounded] = {}
     errors: dict[str, float] = {}
-    for group, statistics, s_I in zip(loaded.groups, loaded.statistics, scales, strict=True):
+    for group, statistics, s_I, inputs in zip(loaded.groups, loaded.statistics, scales, prepared, strict=True):
         members = [name for name in group.layers if name in chosen]
         statistics.smooth_(s_I)
         weights = {name: weight_OI(layers[name]).float().contiguous() for name in members}
-        targets = _targets(weights, statistics) if options.feedback else weights
-        statistics.cross_II = None
-        rounded.update(_round(targets, statistics, options))
+        if inputs is None:
+            targets = weights
+            rounded.update({name: _round_plainly(w, statistics.gram_II, options) for name, w in weights.items()})
+        else:
+            targets = _targets(weights, statistics)
+            statistics.cross_II = None
+            rounded.update(_round(targets, inputs, statistics, scheme))
         for name, w_OI in targets.items():
             delta = rounded[name].dequantize(scheme).sub_(w_OI)
             if name in row_scale:  # errors are reported for the layer as it was before anything was folded into it
@@ -142,6 +151,7 @@ def _smooth(
     group: Group,
     statistics: InputStatistics,
     members: Sequence[str],
+    inputs: Prepared | None,
     options: AwqOptions,
     row_scale: dict[str, Tensor],
     current: Tensor,
@@ -172,8 +182,9 @@ def _smooth(
     if choice.ratio == 0 and not choice.duo:
         report["note"] = "no scale beat the identity"
         return report, ones, current
-    if options.feedback:
-        preferred, said = _feedback_prefers(weights, statistics, choice.s_I, options.scheme), "error feedback"
+    if inputs is not None:
+        preferred = _feedback_prefers(weights, statistics.gram_II, inputs, choice.s_I, options.scheme)
+        said = "error feedback"
     else:
         preferred, said = _forward_prefers(loaded, modules, weights, choice.s_I, options.scheme), "the true forward"
     if not preferred:
@@ -204,7 +215,9 @@ def _forward_prefers(
     return errors[0] < errors[1]
 
 
-def _feedback_prefers(weights: Sequence[Tensor], statistics: InputStatistics, s_I: Tensor, scheme: Scheme) -> bool:
+def _feedback_prefers(
+    weights: Sequence[Tensor], gram_II: Tensor, inputs: Prepared, s_I: Tensor, scheme: Scheme
+) -> bool:
     """Whether a sample of rows loses less to rounding *with error feedback* under the scale than without it.
 
     Error feedback makes up for much of what a scale is for, so the two must be weighed together.
@@ -213,9 +226,8 @@ def _feedback_prefers(weights: Sequence[Tensor], statistics: InputStatistics, s_
     rows = rows[:: max(1, len(rows) // awq.SEARCH_ROWS)]
     errors = []
     for s in (s_I, torch.ones_like(s_I)):
-        w_OI, hessian_II = rows * s, shrunk(statistics.smoothed(s), statistics.num_tokens)
-        found = round_with_feedback(w_OI, hessian_II, scheme)
-        errors.append(awq.output_error(found.dequantize(scheme).sub_(w_OI), hessian_II))
+        found = round_with_feedback(rows * s, inputs.scaled(s), scheme)
+        errors.append(awq.output_error(found.dequantize(scheme).div_(s).sub_(rows), gram_II))
     return errors[0] < errors[1]
 
 
@@ -249,7 +261,7 @@ def _fold(
 
 def _targets(weights: Mapping[str, Tensor], statistics: InputStatistics) -> dict[str, Tensor]:
     """What each layer of a group should be rounded to; see `retarget`. The weights themselves in the first block."""
-    if statistics.cross_II is None or not weights:
+    if statistics.cross_II is None:
         return dict(weights)
     stacked = torch.cat(list(weights.values()))
     return _split(retarget(stacked, statistics.gram_II, statistics.cross_II), weights)
@@ -260,15 +272,13 @@ def _split(stacked: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(like, stacked.split([len(w) for w in like.values()]), strict=True))
 
 
-def _round(weights: Mapping[str, Tensor], statistics: InputStatistics, options: AwqOptions) -> dict[str, Rounded]:
-    """Codes of the layers of one group."""
-    scheme = options.scheme
-    if not options.feedback:
-        return {name: _round_plainly(w_OI, statistics.gram_II, options) for name, w_OI in weights.items()}
-    if not weights:
-        return {}
-    w_OI, hessian_II = torch.cat(list(weights.values())), shrunk(statistics.gram_II, statistics.num_tokens)
-    found = round_with_feedback(w_OI, hessian_II, scheme)
+def _round(
+    weights: Mapping[str, Tensor], inputs: Prepared, statistics: InputStatistics, scheme: Scheme
+) -> dict[str, Rounded]:
+    """Codes of the layers of one group, with error feedback."""
+    w_OI = torch.cat(list(weights.values()))
+    found = round_with_feedback(w_OI, inputs, scheme)
+    hessian_II = shrunk(statistics.gram_II, statistics.num_tokens)
     found = replace(found, scale_OG=refit_scales(found, w_OI, hessian_II, scheme))
     parts = {f.name: _split(getattr(found, f.name), weights) for f in fields(found)}
     return {name: Rounded(**{key: part[name] for key, part in parts.items()}) for name in weights}

@@ -45,17 +45,20 @@ def refit_scales(rounded: Rounded, w_OI: Tensor, hessian_II: Tensor, scheme: Sch
 
 def _refit(steps_OGg: Tensor, old_OG: Tensor, w_OI: Tensor, hessian_II: Tensor) -> Tensor:
     num_rows, num_groups, size = steps_OGg.shape
-    system_OGG = torch.empty(num_rows, num_groups, num_groups, dtype=torch.float64, device=w_OI.device)
+    system_OGG = torch.empty(num_rows, num_groups, num_groups, device=w_OI.device)
     target_OI = w_OI @ hessian_II
     for g in range(num_groups):
         reach_OGg = (steps_OGg[:, g] @ hessian_II[g * size : (g + 1) * size]).reshape(steps_OGg.shape)
         system_OGG[:, g] = (reach_OGg * steps_OGg).sum(dim=-1)
-    right_OG = (target_OI.reshape(steps_OGg.shape) * steps_OGg).sum(dim=-1).double()
+    right_OG = (target_OI.reshape(steps_OGg.shape) * steps_OGg).sum(dim=-1)
+    # The ridge makes the system positive definite well beyond float32's rounding; a row of all-zero codes or inputs,
+    # whose factor may fail, gives no usable scale and keeps its own.
     diagonal_OG = system_OGG.diagonal(dim1=1, dim2=2)
     ridge_O1 = RIDGE * diagonal_OG.mean(dim=1, keepdim=True) + 1e-30
     right_OG += ridge_O1 * old_OG
     diagonal_OG += ridge_O1
-    new_OG = torch.linalg.solve(system_OGG, right_OG).float()
+    factor_OGG, _ = torch.linalg.cholesky_ex(system_OGG)
+    new_OG = torch.cholesky_solve(right_OG.unsqueeze(-1), factor_OGG).squeeze(-1)
     usable = ((new_OG / old_OG - 1).abs() < LARGEST_CHANGE) & torch.isfinite(new_OG)
     new_OG = numerics.round_scale(torch.where(usable, new_OG, old_OG))
 
