@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, read_json
 from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import awq_gemm, pack_quantized
@@ -82,7 +84,7 @@ def read_model(folder: Path) -> Model:
     packed_layers |= {n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")}
     counts = {"linears": 0, "embedding": 0, "lm_head": 0, "other": 0, "packed": 0, "packed_bytes": 0}
     for name, numel, info in _logical(checkpoint, packed_layers):
-        part = _part(name, len(info.shape))
+        part = part_of(name, len(info.shape))
         counts[part] += numel
         if name.rsplit(".", 1)[0] in packed_layers and info.num_bytes:
             counts["packed"] += numel
@@ -134,7 +136,8 @@ def _logical(checkpoint: Checkpoint, packed: set[str]) -> Iterator[tuple[str, in
         yield name, numel, info
 
 
-def _part(name: str, dimensions: int) -> str:
+def part_of(name: str, dimensions: int) -> str:
+    """The part of `Model` that a weight counts to, from its name and number of dimensions."""
     if _EMBEDDING.search(name):
         return "embedding"
     if _HEAD.search(name):
@@ -151,6 +154,17 @@ def _scheme(checkpoint: Checkpoint, quantization: Mapping[str, Any] | None) -> S
     return Scheme(num_bits=int(args["num_bits"]), group_size=int(group_size), symmetric=bool(args.get("symmetric")))
 
 
+def stored_scheme(folder: Path, scheme: Scheme) -> Scheme:
+    """The scheme of the stored codes. AutoAWQ's config does not say whether they are symmetric: the zero points do."""
+    checkpoint = Checkpoint.open(folder)
+    names = [n for n in checkpoint.names() if n.endswith(".qzeros")]
+    if not names or scheme.symmetric:
+        return scheme
+    word = awq_gemm.pack_columns(torch.full((1, awq_gemm.PACK), scheme.symmetric_zero_point))
+    symmetric = all(bool((checkpoint.tensor(n) == word).all()) for n in names)
+    return Scheme(num_bits=scheme.num_bits, group_size=scheme.group_size, symmetric=symmetric)
+
+
 def _from_config(folder: Path) -> Model:
     """Counted from the model on the meta device: the folder holds no weights."""
     config = read_json(folder / "config.json")
@@ -159,7 +173,7 @@ def _from_config(folder: Path) -> Model:
     model = meta_model(Checkpoint(path=folder, config=config, tensors={}))
     counts = {"linears": 0, "embedding": 0, "lm_head": 0, "other": 0}
     for name, p in model.named_parameters():
-        counts[_part(name, p.ndim)] += p.numel()
+        counts[part_of(name, p.ndim)] += p.numel()
     if getattr(model.config, "tie_word_embeddings", False):
         counts["lm_head"] = 0  # on the meta device a tied matrix appears twice
     return _model(config, folder, counts, None)

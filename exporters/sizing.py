@@ -8,7 +8,8 @@ published peaks (TensorRT Edge-LLM 0.9, AGX Orin, Qwen3 0.6B to 8B, INT4, batch 
 four points are little evidence, for one runtime; what the other formats add is stated beside each constant.
 
 Speeds are predictions from a roofline: the bytes that a token moves over the bandwidth, or its arithmetic over the
-peak, divided by the share of either that published runs have reached. They are ranges, and no measurement.
+peak, divided by the share of either that published runs have reached. They are ranges, and no measurement; for models
+smaller than any of those runs there is none.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ MADE_BITS = (4, 16)
 # Numbers in the KV cache: what each format's reader takes. TensorRT's cache layer and Edge-LLM on Orin: 16 bits only;
 # vLLM's kv_cache_dtype takes 8; ONNX Runtime's CPU kernels compute in float32.
 KV_BITS: dict[str, tuple[int, ...]] = {"hf": (16, 8), "edge": (16,), "onnx-trt": (16,), "onnx": (32,)}
+# Weights that a token reads, at least, for speeds to be predicted: the smallest model with published runs reads 0.54 GB
+# (Qwen3-0.6B, INT4). Below, launching kernels costs more than reading, and no roofline holds.
+PREDICTED_FROM_BYTES = 500_000_000
 _ENGINES = ("edge", "onnx-trt")
 _STEP = 256
 
@@ -111,7 +115,7 @@ class Sizing:
         if self.build_peak is None:
             return None
         low, high = self.build_peak
-        text = f"building the engine may take {low / 1e9:.1f} to {high / 1e9:.1f} GB (3 to 4 bytes a parameter)"
+        text = f"building the engine may take {low / 1e9:.2f} to {high / 1e9:.2f} GB (3 to 4 bytes a parameter)"
         if high <= self.memory:
             return text
         return (
@@ -244,7 +248,7 @@ def _share(target: Target, num_bits: int) -> Range | None:
 def _decode(model: Model, plan: Plan, target: Target, streamed: int, kv_cache: int) -> Range | None:
     """Tokens a second of all sequences together: slow with a full cache, fast with an empty one."""
     share = _share(target, _bits(model, plan))
-    if share is None or target.bandwidth is None:
+    if share is None or target.bandwidth is None or streamed < PREDICTED_FROM_BYTES:
         return None
     seconds = (streamed / (target.bandwidth * share[1]), (streamed + kv_cache) / (target.bandwidth * share[0]))
     if target.fp16_tflops and target.prefill_share:
@@ -260,6 +264,8 @@ def _decode(model: Model, plan: Plan, target: Target, streamed: int, kv_cache: i
 def _first_token(model: Model, plan: Plan, target: Target, streamed: int) -> Range | None:
     """Seconds from a prompt to its first token, one sequence."""
     if not target.fp16_tflops or not target.prefill_share or not target.bandwidth:
+        return None
+    if streamed < PREDICTED_FROM_BYTES:
         return None
     tokens = min(plan.prompt, plan.context)
     attention = 2 * tokens * tokens * model.num_heads * model.head_dim * model.num_layers  # causal: half of the square

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 import compress
 from compress import calibration
-from compress.artifact import BUNDLED, Manifest, read_manifest
+from compress.artifact import BUNDLED, Manifest, read_manifest, rebased
 from compress.assemble import assemble, was_published, write_rest
 from compress.blocks import BlockDone, stream
 from compress.checkpoint import Checkpoint
@@ -147,6 +147,7 @@ def quantize_awq(
         "parent": {"path": _parent_path(request), "sha256": parent_hash()},
         "calibration": {
             "source": texts.source,
+            **_calibration_path(texts.source, out),
             "sha256": texts.sha256,
             "text_sha256": texts.text_sha256,
             "num_samples": texts.ids_NT.shape[0],
@@ -161,7 +162,8 @@ def quantize_awq(
         "files_not_carried": not_carried(model.checkpoint.path),
     }
     earlier = read_manifest(request.source.path)
-    manifest = Manifest(lineage=[record, *(earlier.lineage if earlier else [])], reports=[])
+    before = rebased(earlier.lineage, request.source.path, out) if earlier else []
+    manifest = Manifest(lineage=[record, *before], reports=[])
     config = out_config(model.checkpoint, request, left_dense(model, request))
     verified = assemble(journal, model, out, rest=rest, config=config, manifest=manifest)
     return AwqOutcome(
@@ -172,6 +174,54 @@ def quantize_awq(
         verified=verified,
         resumed=sum(step.resumed for step in done),
     )
+
+
+def request_from_record(
+    record: Mapping[str, Any], folder: Path, *, source: Source, out: Path, scheme: Scheme
+) -> AwqRequest:
+    """The request that made the artifact in `folder`, as its manifest's `record` tells it, with another scheme.
+
+    `source` is its parent. Raises ArtifactError when the record holds an option that this version does not know, or
+    when the calibration text is gone.
+    """
+    options: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in record["options"].items() if k != "scheme"
+    }
+    unknown = sorted(set(options) - {f.name for f in fields(AwqRequest)})
+    if record.get("stage") != "awq" or unknown:
+        what = f"option {unknown[0]}" if unknown else f"stage {record.get('stage')!r}"
+        raise ArtifactError(
+            f"{folder}: its manifest records {what}, which this version cannot run again; quantize its parent "
+            f"{record['parent']['path']} yourself with `compress awq`"
+        )
+    calib = _recorded_calibration(record, folder)
+    return AwqRequest(source=source, out=out, scheme=scheme, calib=calib, **options)
+
+
+def _calibration_path(source: str, out: Path) -> dict[str, str]:
+    """Where a calibration file lies, relative to the artifact, so that the recipe can be run again from anywhere."""
+    if not source.startswith("file:"):
+        return {}
+    return {"path": os.path.relpath(Path(source.removeprefix("file:")).resolve(), out.resolve())}
+
+
+def _recorded_calibration(record: Mapping[str, Any], folder: Path) -> str | None:
+    """What to pass as `calib` to get the recorded calibration set again."""
+    calibration_record = record["calibration"]
+    name = str(calibration_record["source"])
+    if name.startswith("bundled:"):
+        return None  # the default of the bundled model, which the parent then is
+    if not name.startswith("file:"):
+        return name  # self, or hf:...
+    asked = Path(name.removeprefix("file:"))
+    recorded = calibration_record.get("path")
+    path = Path(os.path.relpath(Path(folder, recorded).resolve())) if recorded else asked
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} was calibrated on {asked}, which is not there any more; put it back at {path}, or quantize "
+            f"{record['parent']['path']} again with `compress awq --calib FILE`"
+        )
+    return str(path)
 
 
 def refuse(model: StreamedModel, request: AwqRequest) -> None:
