@@ -24,10 +24,10 @@ def check_siblings() -> None:
                 "environment of its own"
             )
     if home.name in ("site-packages", "dist-packages"):
-        _check_owners()
+        check_owners()
 
 
-def _check_owners() -> None:
+def check_owners() -> None:
     """In a shared folder two distributions can have written into one package; their metadata tells."""
     from importlib.metadata import packages_distributions
 

@@ -215,7 +215,8 @@ def _recorded_calibration(record: Mapping[str, Any], folder: Path) -> str | None
         return name  # self, or hf:...
     asked = Path(name.removeprefix("file:"))
     recorded = calibration_record.get("path")
-    path = Path(os.path.relpath(Path(folder, recorded).resolve())) if recorded else asked
+    found = Path(folder, recorded).resolve() if recorded else asked.resolve()
+    path = asked if asked.resolve() == found else Path(os.path.relpath(found))
     if not path.is_file():
         raise ArtifactError(
             f"{folder} was calibrated on {asked}, which is not there any more; put it back at {path}, or quantize "
