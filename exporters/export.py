@@ -139,6 +139,10 @@ def export(
     )
     try:
         written = module.write(job)
+        if not written.record.get("verified") or not sum(written.parts.values()):
+            raise ArtifactError(
+                f"format {name} does not say what it verified, or what it wrote; the export was not kept"
+            )
         record = _record(request, name, plan, sizing, artifact, requantized, out, written, staged)
         write_manifest(staged, _manifest(record, artifact, out))
     except Exception:

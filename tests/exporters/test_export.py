@@ -30,7 +30,7 @@ SYMMETRIC_READER = """
 import os, signal
 from compress.errors import ArtifactError
 from exporters import hf
-from exporters.format import Layout
+from exporters.format import Layout, Written
 
 LAYOUT = Layout(num_bits=(4,), group_sizes=(128, 32), symmetric=True)
 
@@ -39,6 +39,8 @@ def write(job):
     (job.staged / "half").write_text("half of a file")
     if job.options.get("die"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if job.options.get("silent"):
+        return Written(record={}, parts={"half": 14})
     if job.options.get("fail"):
         raise ArtifactError("what was written does not compute what the artifact says")
     (job.staged / "half").unlink()
@@ -208,6 +210,8 @@ def test_a_failed_write_leaves_nothing(artifact: Path, symmetric: dict[str, str]
     assert contents(made) == before and not list(artifact.parent.glob("*.partial"))
     with pytest.raises(ArtifactError):
         run(artifact, "new", "orin", formats=symmetric, options={"fail": True})
+    with pytest.raises(ArtifactError, match="does not say what it verified"):
+        run(artifact, "new", "orin", formats=symmetric, options={"silent": True})
     assert not (artifact.parent / "new").exists()
 
 
