@@ -55,7 +55,8 @@ def command(
     """
     started = time.monotonic()
     from compress.workspace import is_model, resolve
-    from exporters.export import ExportRequest, Report, export, format_of, target_named
+    from exporters.export import ExportRequest, export, format_of, target_named
+    from exporters.requantize import Report
     from exporters.sizing import DoesNotFit
 
     machine = target_named(target)

@@ -9,22 +9,20 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import BUNDLED, Manifest, parent_path, read_manifest, rebased, write_manifest
-from compress.blocks import BlockDone
+from compress.artifact import BUNDLED, Manifest, read_manifest, rebased, write_manifest
 from compress.checkpoint import Checkpoint, file_sha256
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.journal import check_free_space, publish
-from compress.quantize.run import AwqRequest, quantize_awq, request_from_record
-from compress.scheme import Scheme
-from compress.workspace import WORKSPACE, Source, is_reference
+from compress.workspace import WORKSPACE, Source
 from exporters.format import Job, Layout, Written
 from exporters.inventory import Model, read_model, stored_scheme
+from exporters.requantize import Report, requantize
 from exporters.sizing import Plan, Sizing, check, native_kv_bits
 from exporters.targets import TARGETS, Target
 
@@ -62,15 +60,6 @@ class ExportRequest:
     out: Path | None = None
     force: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What the driver tells while it works: a line, and a block of the re-quantization."""
-
-    say: Callable[[str], None] = lambda text: None
-    on_blocks: Callable[[int], None] = lambda total: None
-    on_block: Callable[[BlockDone], None] = lambda done: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,76 +212,6 @@ def refuse_out(out: Path, artifact: Path, *, force: bool) -> None:
         raise ConfigError(f"{out} exists already; pass --force to replace it, or -o for another place")
     if out.resolve() == artifact.resolve():
         raise ConfigError(f"{out} is the artifact itself; pass another folder with -o")
-
-
-# ---- the layout of the codes ---------------------------------------------------------------------------
-
-
-def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: Report) -> Path:
-    """Run the artifact's recorded recipe again with the `wanted` scheme, from its parent; resumes and reuses.
-
-    Returns the folder: beside the artifact, or beside `out` where that cannot be written. Raises ArtifactError, with
-    the command that helps, when the recipe or the parent is not there.
-    """
-    manifest = read_manifest(artifact)
-    flags = _flags(wanted)
-    if manifest is None:
-        raise ArtifactError(
-            f"{artifact}: {reader} needs {wanted.label()} codes, and it has no compress.json that says how to make "
-            f"them; quantize its original: compress awq MODEL {flags}"
-        )
-    record = manifest.record
-    try:
-        parent = parent_path(record["parent"], artifact)
-    except ArtifactError:
-        raise ArtifactError(
-            f"{artifact}: {reader} needs {wanted.label()} codes, and its parent {record['parent']['path']} is gone; "
-            f"fetch that model and run: compress awq MODEL {flags}"
-        ) from None
-    source = Source(path=parent, name=parent.name, said=str(parent), is_reference=is_reference(parent))
-    home = artifact.parent if os.access(artifact.parent, os.W_OK) else out.parent
-    only_symmetric = wanted.symmetric and wanted.label() == f"{_recorded_scheme(record).label()}-sym"
-    folder = home / f"{artifact.name}-{'sym' if only_symmetric else wanted.label()}"
-    request = request_from_record(record, artifact, source=source, out=folder, scheme=wanted)
-    report.say(
-        f"{reader} needs {wanted.label()} codes and {artifact} has {_recorded_scheme(record).label()}: its recipe runs "
-        f"again from {record['parent']['path']} into {folder}"
-    )
-    if folder.exists():
-        made = read_manifest(folder)
-        if made is None or not _same_recipe(made.record, record, request):
-            raise ConfigError(f"{folder} exists and was made by another recipe; move or remove it, then export again")
-        report.say(f"{folder} is that artifact already; it is used as it is")
-        return folder
-    if Checkpoint.open(parent).content_sha256() != record["parent"]["sha256"]:
-        raise ArtifactError(
-            f"{parent} has changed since {artifact} was made from it; put the model back, or quantize it anew: "
-            f"compress awq {parent} {flags}"
-        )
-    outcome = quantize_awq(request, on_start=lambda total, text: report.on_blocks(total), on_block=report.on_block)
-    if outcome.record["calibration"]["sha256"] != record["calibration"]["sha256"]:
-        report.say(
-            f"note: the calibration text {record['calibration']['source']} has changed since {artifact} was made"
-        )
-    return folder
-
-
-def _same_recipe(made: Mapping[str, Any], record: Mapping[str, Any], request: AwqRequest) -> bool:
-    return (
-        made.get("stage") == "awq"
-        and made["options"] == request.options()
-        and made["parent"]["sha256"] == record["parent"]["sha256"]
-        and made["calibration"]["sha256"] == record["calibration"]["sha256"]
-    )
-
-
-def _recorded_scheme(record: Mapping[str, Any]) -> Scheme:
-    value = record["options"]["scheme"]
-    return Scheme(num_bits=value["num_bits"], group_size=value["group_size"], symmetric=value["symmetric"])
-
-
-def _flags(scheme: Scheme) -> str:
-    return f"--bits {scheme.num_bits} --group-size {scheme.group_size}{' --sym' if scheme.symmetric else ''}"
 
 
 # ---- the manifest --------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from compress.formats import awq_gemm
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import is_judgeable, is_model, resolve
-from exporters.export import FORMATS, ExportOutcome, ExportRequest, Report, export, load_format
+from exporters.export import FORMATS, ExportOutcome, ExportRequest, export, load_format
 from exporters.format import Layout
 from exporters.inventory import stored_scheme
+from exporters.requantize import Report
 from exporters.sizing import DoesNotFit
 from exporters.targets import TARGETS
 
@@ -178,6 +179,10 @@ def test_requantization_is_refused_with_the_command_that_helps(
             run(artifact, "out", "orin", formats=symmetric)
         assert not (artifact.parent / "out").exists() and not (artifact.parent / "small-sym").exists()
 
+    text = calib_text.read_text()
+    calib_text.write_text(text[200:])
+    refused(ArtifactError, r"is not the text that .*small was calibrated on; .*--bits 4 --group-size 32 --sym")
+    calib_text.write_text(text)
     calib_text.rename(tmp_path / "elsewhere.txt")
     refused(ArtifactError, r"was calibrated on .*calib.txt, which is not there any more; put it back")
     (tmp_path / "elsewhere.txt").rename(calib_text)
@@ -200,6 +205,15 @@ def test_an_artifact_of_another_recipe_in_the_way(artifact: Path, symmetric: dic
     shutil.copytree(artifact, artifact.parent / "small-sym")
     with pytest.raises(ConfigError, match="small-sym exists and was made by another recipe"):
         run(artifact, "out", "orin", formats=symmetric)
+    # the same options, but other text
+    shutil.rmtree(artifact.parent / "small-sym")
+    run(artifact, "out", "orin", formats=symmetric)
+    path = artifact.parent / "small-sym" / "compress.json"
+    manifest = read_manifest(artifact)
+    assert manifest is not None
+    path.write_text(path.read_text().replace(manifest.record["calibration"]["sha256"], "0" * 64))
+    with pytest.raises(ConfigError, match="small-sym exists and was made by another recipe"):
+        run(artifact, "again", "orin", formats=symmetric)
 
 
 def test_a_failed_write_leaves_nothing(artifact: Path, symmetric: dict[str, str]) -> None:
