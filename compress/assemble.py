@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from compress.checkpoint import (
     merge_shards,
     read_json,
     save_atomically,
+    save_in_parts,
+    tensor_sha256,
     write_bytes_atomically,
 )
-from compress.journal import Journal, digest, publish
+from compress.journal import Journal, publish
 from compress.model import StreamedModel
 from compress.verify import verify_written
 
@@ -29,20 +33,38 @@ MAX_SHARD_BYTES = 5_000_000_000
 PUBLISHING = "publishing"
 
 
+# Tensors around the blocks that are converted and written at once: the embedding and the output matrix, gigabytes each.
+REST_THREADS = 2
+PART_BYTES = 32 << 20
+
+
 def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor, str], Tensor]) -> list[Path]:
-    """Store every tensor that belongs to no block, converted; one file each, so that one is in memory at a time."""
+    """Store every tensor that belongs to no block, converted; one file each, a part of it in memory at a time."""
     prefixes = tuple(model.block_prefix(i) for i in range(model.num_blocks))
-    paths = []
     names = [n for n in model.checkpoint.names() if not n.startswith(prefixes)]
-    for number, name in enumerate(names):
-        path = journal.folder / f"rest-{number:05d}.safetensors"
+    paths = [journal.folder / f"rest-{number:05d}.safetensors" for number in range(len(names))]
+
+    def write(name: str, path: Path) -> None:
         record = path.with_suffix(".json")
-        if not (record.exists() and path.exists() and file_sha256(path) == read_json(record)["sha256"]):
+        if record.exists() and path.exists() and file_sha256(path) == read_json(record)["sha256"]:
+            return
+        info = model.checkpoint.info(name)
+        rows = max(1, info.shape[0] * PART_BYTES // max(1, info.num_bytes)) if info.shape else 1
+        if info.shape and info.shape[0]:
+            parts = (
+                convert(model.checkpoint.slice(name, start, min(start + rows, info.shape[0])), name)
+                for start in range(0, info.shape[0], rows)
+            )
+            first = next(parts)
+            stored, content = save_in_parts(path, name, first.dtype, info.shape, chain([first], parts))
+        else:  # a scalar, or nothing at all
             value = convert(model.checkpoint.tensor(name), name)
             save_atomically(path, {name: value})
-            text = {"sha256": file_sha256(path), "meant": {name: digest(value)}}
-            write_bytes_atomically(record, json_bytes(text))
-        paths.append(path)
+            stored, content = file_sha256(path), tensor_sha256(value)
+        write_bytes_atomically(record, json_bytes({"sha256": stored, "meant": {name: content}}))
+
+    with ThreadPoolExecutor(REST_THREADS) as pool:
+        list(pool.map(write, names, paths))
     return paths
 
 

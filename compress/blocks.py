@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compress.background import BackgroundStore
 from compress.errors import ArtifactError
 from compress.groups import Group, find_groups
 from compress.model import StreamedModel, linears, set_weight_OI
@@ -29,6 +31,7 @@ from compress.statistics import InputStatistics, collecting
 # Tokens run through a block at once: large enough for fast matrix products, small enough that a block's
 # activations stay below its weights.
 BATCH_TOKENS = 2048
+GPU_BATCH_TOKENS = 8192
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 # Tokens that the folds are looked for with; enough for attention to mix.
 PROBE_TOKENS = 16
@@ -102,19 +105,23 @@ def stream(
     block (one pass over the tokens) or of the `"compressed"` one (two; a method that corrects errors needs it).
     Deterministic: the same model, ids and method give the same bytes, also when some blocks come from the store.
     """
-    batch = max(1, BATCH_TOKENS // ids_NT.shape[1])
-    hidden = [model.embed(part) for part in ids_NT.split(batch)]
+    on_gpu = model.device.type == "cuda"
+    batch = max(1, (GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS) // ids_NT.shape[1])
+    hidden = model.embed_batches(ids_NT, batch)
     probe = model.embed(ids_NT[:1, :PROBE_TOKENS])
     known: dict[tuple[Any, ...], list[Group]] = {}
-    with torch.no_grad():
+    with torch.no_grad(), BackgroundStore(store) if on_gpu else nullcontext(store) as store:
         for index in range(model.num_blocks):
-            module = model.load_block(index)
+            # Weights are searched and folds proven in float32; only the passes over the tokens may be coarser.
+            module = model.load_block(index, torch.float32)
+            if on_gpu and index + 1 < model.num_blocks:
+                model.prefetch_block(index + 1)
             prefix = model.block_prefix(index)
             structure = _structure(module)
             if structure not in known:
                 on_stage(index, "finding groups")
                 # Always from the original weights of the first such block, so that a resumed run finds the same.
-                known[structure] = find_groups(module, partial(model.run_block, index, probe))
+                known[structure] = find_groups(module, partial(model.run_exact, index, probe))
             result = store.load(index)
             resumed = result is not None
             if result is None:
@@ -129,7 +136,7 @@ def stream(
                     module=module,
                     groups=known[structure],
                     statistics=statistics,
-                    run=partial(model.run_block, index, check_input),
+                    run=partial(model.run_exact, index, check_input),
                     check_input=check_input,
                     check_output=check_output,
                 )
@@ -166,6 +173,9 @@ def _collect(
                 check_output = out[: check_input.shape[0]]
             if advance:
                 hidden[i] = out
+    if model.dtype != torch.float32:
+        check_input = check_input.float()
+        check_output = model.run_exact(index, check_input)
     return statistics, check_input, check_output
 
 

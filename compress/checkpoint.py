@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from compress.errors import ArtifactError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _CHUNK_BYTES = 16 << 20
+# Threads that read, copy or hash files; a disk wants several requests at once, and a core hashes 1 to 2 GB/s.
+IO_THREADS = min(8, os.cpu_count() or 1)
 
 # safetensors names of dtypes (https://github.com/huggingface/safetensors, format section)
 _DTYPE_NAMES = {
@@ -40,6 +44,7 @@ _DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 _DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -48,11 +53,12 @@ _DTYPE_BYTES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where a tensor lies and what it is; `dtype` is the safetensors name, such as `F16`."""
+    """Where a tensor lies and what it is; `dtype` is the safetensors name, such as `F16`, `offset` its first byte."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
     @property
     def num_bytes(self) -> int:
@@ -125,18 +131,46 @@ class Checkpoint:
                 raise ArtifactError(f"{self.path / file}: cannot be read ({e}); fetch the shard again") from e
         return out
 
+    def read_pinned(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Several tensors in page-locked memory, from which a GPU fetches them at the full speed of its link.
+
+        The files are read in parallel and past any memory map: one page fault at a time, neither a disk nor the page
+        cache gives what it can.
+        """
+        wanted = {name: self.info(name) for name in names}
+        pieces: list[tuple[Path, int, memoryview]] = []
+        out: dict[str, Tensor] = {}
+        for name, info in wanted.items():
+            out[name] = torch.empty(info.shape, dtype=_TORCH_DTYPES[info.dtype], pin_memory=torch.cuda.is_available())
+            view = _bytes_of(out[name])
+            for start in range(0, info.num_bytes, _CHUNK_BYTES):
+                pieces.append((self.path / info.file, info.offset + start, view[start : start + _CHUNK_BYTES]))
+        with ThreadPoolExecutor(IO_THREADS) as pool:
+            list(pool.map(lambda piece: _read_into(*piece), pieces))
+        return out
+
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """The rows `indices` (int64, sorted, unique) of a matrix, without reading all of it at once."""
+        """The rows `indices` (int64, sorted, unique) of a matrix, without holding all of it at once."""
         info = self.info(name)
-        parts: list[Tensor] = []
-        step = max(1, _CHUNK_BYTES * 4 // max(1, info.num_bytes // info.shape[0]))
-        with safe_open(self.path / info.file, framework="pt") as f:
-            rows = f.get_slice(name)
-            for start in range(0, info.shape[0], step):
-                wanted = indices[(indices >= start) & (indices < start + step)] - start
-                if wanted.numel():
-                    parts.append(rows[start : start + step][wanted].clone())
-        return torch.cat(parts)
+        width = info.num_bytes // info.shape[0]
+        step = max(1, _CHUNK_BYTES // width)
+
+        def part(start: int) -> Tensor:
+            wanted = indices[(indices >= start) & (indices < start + step)] - start
+            if not wanted.numel():
+                return torch.empty(0, *info.shape[1:], dtype=_TORCH_DTYPES[info.dtype])
+            return self.slice(name, start, min(start + step, info.shape[0]))[wanted]
+
+        with ThreadPoolExecutor(IO_THREADS) as pool:
+            return torch.cat(list(pool.map(part, range(0, info.shape[0], step))))
+
+    def slice(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a tensor, read past any memory map: no more than they are in memory."""
+        info = self.info(name)
+        width = info.num_bytes // info.shape[0]
+        out = torch.empty(stop - start, *info.shape[1:], dtype=_TORCH_DTYPES[info.dtype])
+        _read_into(self.path / info.file, info.offset + start * width, _bytes_of(out))
+        return out
 
     def content_sha256(self) -> str:
         """Hash of what the model computes: its config and every weight file's bytes, in order of name.
@@ -144,9 +178,10 @@ class Checkpoint:
         Streams at the speed of the disk; releases the interpreter lock, so it may run in a thread.
         """
         total = hashlib.sha256()
-        files = sorted({info.file for info in self.tensors.values()})
-        for name in ["config.json", *files]:
-            total.update(f"{name}\0{file_sha256(self.path / name)}\n".encode())
+        names = ["config.json", *sorted({info.file for info in self.tensors.values()})]
+        with ThreadPoolExecutor(IO_THREADS) as pool:
+            for name, found in zip(names, pool.map(file_sha256, [self.path / n for n in names]), strict=True):
+                total.update(f"{name}\0{found}\n".encode())
         return total.hexdigest()
 
     def identity(self) -> str:
@@ -173,11 +208,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes. Releases the interpreter lock, so it may run in a thread."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
@@ -197,7 +238,9 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     except (ValueError, KeyError, TypeError, struct.error, OSError) as e:
         raise ArtifactError(f"{path}: truncated or corrupt ({e}); fetch the shard again") from None
     return {
-        name: TensorInfo(file=path.name, dtype=v["dtype"], shape=tuple(v["shape"]))
+        name: TensorInfo(
+            file=path.name, dtype=v["dtype"], shape=tuple(v["shape"]), offset=8 + length + v["data_offsets"][0]
+        )
         for name, v in header.items()
         if name != "__metadata__"
     }
@@ -285,41 +328,104 @@ def merge_shards(parts: list[Path], out: Path, *, max_shard_bytes: int) -> dict[
 
 
 def _stream_shard(path: Path, members: list[tuple[Path, str, TensorInfo]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for _, name, info in members:
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.num_bytes],
-        }
-        offset += info.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head = _head([(name, info.dtype, info.shape, info.num_bytes) for _, name, info in members])
     tmp = path.with_name(f".{path.name}.tmp")
     with open(tmp, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for part, name, _ in members:
-            for chunk in _raw_chunks(part, name):
-                f.write(chunk)
+        f.write(head)
         f.flush()
+        pieces = []
+        to = len(head)
+        for part, _, info in members:
+            for start in range(0, info.num_bytes, _CHUNK_BYTES):
+                size = min(_CHUNK_BYTES, info.num_bytes - start)
+                pieces.append((part, info.offset + start, f.fileno(), to + start, size))
+            to += info.num_bytes
+        f.truncate(to)
+        with ThreadPoolExecutor(IO_THREADS) as pool:
+            list(pool.map(lambda piece: _copy_piece(*piece), pieces))
         os.fsync(f.fileno())
     os.replace(tmp, path)
     fsync_dir(path.parent)
 
 
-def _raw_chunks(path: Path, name: str) -> Iterator[bytes]:
-    with open(path, "rb") as f:
-        (length,) = struct.unpack("<Q", f.read(8))
-        begin, end = json.loads(f.read(length))[name]["data_offsets"]
-        f.seek(8 + length + begin)
-        left = end - begin
-        while left:
-            chunk = f.read(min(left, _CHUNK_BYTES))
-            if not chunk:
-                raise ArtifactError(f"{path}: ends inside tensor {name}")
-            left -= len(chunk)
-            yield chunk
+def save_in_parts(
+    path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Iterable[Tensor]
+) -> tuple[str, str]:
+    """A safetensors file of one tensor, given as consecutive `parts` along its first axis; appears whole or not at all.
+
+    One part is in memory at a time, and its bytes are hashed as they are written. Returns the file's sha256 and the
+    tensor's, as `tensor_sha256` gives it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    head = _head([(name, dtype_name(dtype), shape, size)])
+    file, content = hashlib.sha256(head), hashlib.sha256(tensor_head(dtype, shape))
+    tmp = path.with_name(f".{path.name}.tmp")
+    with open(tmp, "wb") as f, ThreadPoolExecutor(2) as pool:
+        f.write(head)
+        for part in parts:
+            assert part.dtype == dtype
+            data = _bytes_of(part.contiguous())
+            hashed = [pool.submit(digest.update, data) for digest in (file, content)]
+            f.write(data)
+            for one in hashed:
+                one.result()
+        f.flush()
+        assert f.tell() == len(head) + size, f"{name}: parts do not add up to {shape}"
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    fsync_dir(path.parent)
+    return file.hexdigest(), content.hexdigest()
+
+
+def tensor_head(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    """What `tensor_sha256` puts before a tensor's bytes."""
+    return f"{dtype}{tuple(shape)}".encode()
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and bytes."""
+    flat = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(tensor_head(flat.dtype, tuple(flat.shape)))
+    digest.update(_bytes_of(flat))
+    return digest.hexdigest()
+
+
+def _head(members: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Length and header of a safetensors file whose tensors (name, dtype, shape, bytes) lie in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, size in members:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _copy_piece(source: Path, begin: int, target: int, to: int, size: int) -> None:
+    """`size` bytes of `source` from byte `begin` to byte `to` of the open file `target`."""
+    data = bytearray(size)
+    _read_into(source, begin, memoryview(data))
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(target, left, to)
+        to += written
+        left = left[written:]
+
+
+def _read_into(path: Path, begin: int, view: memoryview) -> None:
+    """Fill `view` with the bytes of `path` from `begin` on. Leaves the interpreter free while it reads."""
+    try:
+        with open(path, "rb", buffering=0) as f:
+            f.seek(begin)
+            while view:
+                count = f.readinto(view)
+                if not count:
+                    raise ArtifactError(f"{path}: ends before byte {begin + len(view)}; fetch the file again")
+                begin += count
+                view = view[count:]
+    except OSError as e:
+        raise ArtifactError(f"{path}: cannot be read ({e}); fetch the shard again") from e
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -273,7 +273,7 @@ def _match(
     energy = flat.square().sum(0)
     alive = energy > 1e-12 * energy.max()
     generator = torch.Generator().manual_seed(len(segment) * 1009 + int(segment[0]))
-    candidates = torch.ones(size, len(segment), dtype=torch.bool)
+    candidates = torch.ones(size, len(segment), dtype=torch.bool, device=x.device)
     constant = torch.ones(size, dtype=torch.bool)
     for _ in range(2):
         drawn = torch.rand(len(segment), generator=generator, dtype=torch.float64) * 1.5 + 0.5
@@ -289,12 +289,13 @@ def _match(
         proportional = residual <= _PROPORTIONAL**2 * energy
         if not bool(proportional[alive].all()):
             return None
-        ratio = ratio.cpu()
-        constant &= (ratio - 1).abs() < _PROPORTIONAL
+        constant &= (ratio.cpu() - 1).abs() < _PROPORTIONAL
+        drawn = drawn.to(x.device)
         # Chunked: channels x rows distances would be gigabytes for a wide layer.
         for start in range(0, size, 1024):
             part = slice(start, start + 1024)
             candidates[part] &= (ratio[part, None] - drawn[None]).abs() < _PROPORTIONAL
+    candidates = candidates.cpu()
     rows = torch.full((size,), -1, dtype=torch.int64)
     for start in range(0, size, 1024):
         part = slice(start, start + 1024)

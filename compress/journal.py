@@ -7,23 +7,24 @@ OUT by a rename, so nothing half-made is ever called OUT.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compress.blocks import BlockResult
 from compress.checkpoint import (
+    IO_THREADS,
     file_sha256,
     fsync_dir,
     json_bytes,
     read_json,
     save_atomically,
+    tensor_sha256,
     write_bytes_atomically,
 )
 from compress.errors import ArtifactError, ConfigError
@@ -33,13 +34,6 @@ from compress.scheme import Scheme
 RUN = "run.json"
 Pack = Callable[[QuantizedWeight], dict[str, Tensor]]
 Unpack = Callable[[Mapping[str, Tensor], Scheme, str], QuantizedWeight]
-
-
-def digest(tensor: Tensor) -> str:
-    """sha256 of a tensor's bytes, dtype and shape: what was meant to be written."""
-    flat = tensor.detach().cpu().contiguous()
-    head = f"{flat.dtype}{tuple(flat.shape)}".encode()
-    return hashlib.sha256(head + flat.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 class Journal:
@@ -82,15 +76,19 @@ class Journal:
 
     def save(self, index: int, prefix: str, result: BlockResult) -> None:
         tensors: dict[str, Tensor] = {}
-        meant: dict[str, str] = {}
-        for name, q in result.quantized.items():
-            q.check(prefix + name)
-            parts = {"codes": q.codes_OI, "scales": q.scale_OG, "zero_points": q.zero_point_OG}
-            meant.update({f"{prefix}{name}.{key}": digest(value) for key, value in parts.items()})
-            tensors.update({f"{prefix}{name}.{key}": value.cpu() for key, value in self.pack(q).items()})
-        for name, value in result.dense.items():
-            meant[prefix + name] = digest(value)
-            tensors[prefix + name] = value.cpu()
+        with ThreadPoolExecutor(IO_THREADS) as pool:
+            digests: dict[str, Future[str]] = {}
+            for name, q in result.quantized.items():
+                q.check(prefix + name)
+                parts = {"codes": q.codes_OI, "scales": q.scale_OG, "zero_points": q.zero_point_OG}
+                for key, value in parts.items():
+                    # Fetched in this thread, whose stream of the GPU may not be the pool's.
+                    digests[f"{prefix}{name}.{key}"] = pool.submit(tensor_sha256, value.cpu())
+                tensors.update({f"{prefix}{name}.{key}": value.cpu() for key, value in self.pack(q).items()})
+            for name, value in result.dense.items():
+                tensors[prefix + name] = value.cpu()
+                digests[prefix + name] = pool.submit(tensor_sha256, tensors[prefix + name])
+            meant = {name: found.result() for name, found in digests.items()}
         save_atomically(self.tensors_path(index), tensors)
         record = {
             "prefix": prefix,
@@ -158,4 +156,4 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-__all__ = ["Journal", "check_free_space", "digest", "publish"]
+__all__ = ["Journal", "check_free_space", "publish"]

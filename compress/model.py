@@ -13,7 +13,9 @@ import contextlib
 import fnmatch
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,9 @@ class StreamedModel:
         self._source = _source_names(checkpoint, model)
         self._returns_tuple = False
         self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._wide = False
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
 
     @classmethod
     def open(
@@ -122,20 +127,53 @@ class StreamedModel:
 
     # ---- weights ---------------------------------------------------------------------------------
 
-    def load_block(self, index: int) -> nn.Module:
-        """Block `index` with its weights in `dtype` on `device`. Refuses NaN and infinite weights."""
+    def load_block(self, index: int, dtype: torch.dtype | None = None) -> nn.Module:
+        """Block `index` with its weights in `dtype` (the model's, unless given) on `device`.
+
+        With weights wider than the model's dtype, `run_block` computes in the model's dtype (autocast) and `run_exact`
+        in the weights' own. Refuses NaN and infinite weights.
+        """
         block = self.blocks[index]
-        self._load(block, f"{self.blocks_name}.{index}.")
+        values = None
+        if self._ahead is not None and self._ahead[0] == index:
+            values = self._ahead[1].result()
+            self._ahead = None
+        self._load(block, f"{self.blocks_name}.{index}.", dtype=dtype, values=values)
+        self._wide = dtype is not None and dtype != self.dtype
         return block
+
+    def prefetch_block(self, index: int) -> None:
+        """Start reading block `index` from disk in a thread, for the next `load_block(index)`; costs its bytes."""
+        names = sorted({self._source[f"{self.blocks_name}.{index}.{n}"] for n in self.blocks[index].state_dict()})
+        future: Future[dict[str, Tensor]] = Future()
+
+        def read() -> None:
+            try:
+                future.set_result(self._read(names))
+            except BaseException as e:  # raised where the block is loaded
+                future.set_exception(e)
+
+        threading.Thread(target=read, name="prefetch-block", daemon=True).start()
+        self._ahead = (index, future)
 
     def release_block(self, index: int) -> None:
         """Put the block's parameters back on the meta device."""
         _to_meta(self.blocks[index])
 
-    def _load(self, module: nn.Module, prefix: str) -> None:
-        """Materialise every parameter and persistent buffer of `module` from the checkpoint."""
+    def _load(
+        self,
+        module: nn.Module,
+        prefix: str,
+        *,
+        dtype: torch.dtype | None = None,
+        values: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Materialise every parameter and persistent buffer of `module` from the checkpoint, or from `values` of it."""
         wanted = {name: self._source[prefix + name] for name in module.state_dict()}
-        values = read_dense(self.checkpoint, sorted(set(wanted.values())))
+        if values is None:
+            values = self._read(sorted(set(wanted.values())))
+        if self.device.type != "cpu":  # checked and converted where that is quick
+            values = {source: value.to(self.device, non_blocking=True) for source, value in values.items()}
         for source, value in values.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 bad = int((~torch.isfinite(value)).sum())
@@ -151,8 +189,7 @@ class StreamedModel:
                     f"{self.checkpoint.path}: tensor {wanted[name]} has shape {tuple(value.shape)}, but config.json "
                     f"says {tuple(old.shape)}; the config belongs to another model"
                 )
-            dtype = self.dtype if value.is_floating_point() else value.dtype
-            state[name] = value.to(self.device, dtype)
+            state[name] = value.to(self.device, (dtype or self.dtype) if value.is_floating_point() else value.dtype)
         module.load_state_dict(state, assign=True)
         for p in module.parameters():
             p.requires_grad_(False)
@@ -161,7 +198,20 @@ class StreamedModel:
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return read_dense(self.checkpoint, names, pinned=self.device.type == "cuda")
+
     # ---- running ---------------------------------------------------------------------------------
+
+    def embed_batches(self, ids_NT: Tensor, batch: int) -> list[Tensor]:
+        """`embed` of every `batch` rows of `ids_NT`; the embedding is read from the checkpoint once for all of them."""
+        _, unique = self._compact_ids(ids_NT)
+        self._rows = (unique, self.checkpoint.rows(self._embedding_source(), unique))
+        try:
+            with self._outside_loaded(head=False):
+                return [self.embed(part) for part in ids_NT.split(batch)]
+        finally:
+            self._rows = None
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Hidden states `[B, T, H]` that enter block 0; records what every block is called with at this shape."""
@@ -170,8 +220,21 @@ class StreamedModel:
         return hidden
 
     def run_block(self, index: int, hidden: Tensor) -> Tensor:
-        """The loaded block's output `[B, T, H]`. The shape must have been embedded before."""
+        """The loaded block's output `[B, T, H]` in the model's dtype. The shape must have been embedded before."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self._wide):
+            return self._run(index, hidden, self._call(index, hidden)).to(hidden.dtype)
+
+    def run_exact(self, index: int, hidden: Tensor) -> Tensor:
+        """The loaded block's output in the dtype of its weights, for proofs that a coarser one would spoil."""
+        if not self._wide:
+            return self.run_block(index, hidden)
         call = self._call(index, hidden)
+        wide = next(self.blocks[index].parameters()).dtype
+        return self._run(
+            index, hidden.to(wide), Call(args=_widened(call.args, wide), kwargs=_widened(call.kwargs, wide))
+        )
+
+    def _run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         out = self.blocks[index](hidden, *call.args, **call.kwargs)
         self._returns_tuple = isinstance(out, tuple)
         result = out[0] if isinstance(out, tuple) else out
@@ -247,12 +310,18 @@ class StreamedModel:
         unique, inverse = torch.unique(ids_BT.cpu(), return_inverse=True)
         return inverse, unique
 
+    def _embedding_source(self) -> str:
+        return self._source[f"{self._names[id(self.base.get_input_embeddings())]}.weight"]  # type: ignore[operator]
+
     @contextlib.contextmanager
     def _embedding_rows(self, unique: Tensor) -> Iterator[None]:
         """The input embedding holding only the rows in use: a vocabulary of 128k costs gigabytes otherwise."""
         embedding: nn.Embedding = self.base.get_input_embeddings()  # type: ignore[operator]
-        source = self._source[f"{self._names[id(embedding)]}.weight"]
-        rows = self.checkpoint.rows(source, unique).to(self.device, self.dtype)
+        if self._rows is None:
+            stored = self.checkpoint.rows(self._embedding_source(), unique)
+        else:
+            stored = self._rows[1][torch.searchsorted(self._rows[0], unique)]
+        rows = stored.to(self.device, self.dtype)
         held, padding = embedding._parameters["weight"], embedding.padding_idx
         embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         embedding.padding_idx = None
@@ -328,6 +397,17 @@ def find_blocks(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
     return best[0], list(best[1])
 
 
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    """A block's arguments with every floating tensor in `dtype`."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_widened(v, dtype) for v in value)
+    if isinstance(value, dict):
+        return {key: _widened(v, dtype) for key, v in value.items()}
+    return value
+
+
 def linears(block: nn.Module) -> dict[str, nn.Module]:
     """The block's linear layers by name, in order of definition."""
     return {name: m for name, m in block.named_modules() if is_linear(m)}
@@ -338,10 +418,10 @@ def skipped(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*{p}*") for p in patterns)
 
 
-def read_dense(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:
-    """Tensors by name; a quantized layer's `weight` is dequantized to float32 `[O, I]`."""
+def read_dense(checkpoint: Checkpoint, names: Sequence[str], *, pinned: bool = False) -> dict[str, Tensor]:
+    """Tensors by name; a quantized layer's `weight` is dequantized to float32 `[O, I]`. pinned: see `read_pinned`."""
     plain = [n for n in names if n in checkpoint and not _is_quantized(checkpoint, n)]
-    out = checkpoint.read(plain)
+    out = checkpoint.read_pinned(plain) if pinned else checkpoint.read(plain)
     config = quantization_of(checkpoint)
     for name in names:
         if name in out:

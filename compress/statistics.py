@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from compress.groups import Group
 
 _TILE = 512
+# Wider where a launch costs more than a few products too many.
+_GPU_TILE = 1024
 
 
 @dataclass(kw_only=True)
@@ -38,12 +40,22 @@ class InputStatistics:
         )
 
     def add(self, x_TI: Tensor) -> None:
-        """Add the tokens of a batch. Only tiles on and below the diagonal are multiplied; `finish` mirrors them."""
-        x = x_TI.to(torch.float32)
-        for start in range(0, x.shape[1], _TILE):
-            tile = x[:, start : start + _TILE]
-            self.gram_II[start:, start : start + _TILE].addmm_(x[:, start:].t(), tile)
-        self.magnitude_I += x.abs().sum(dim=0)
+        """Add the tokens of a batch. Only tiles on and below the diagonal are multiplied; `finish` mirrors them.
+
+        On a GPU, 16-bit inputs are multiplied as they are: the product of two of them is exact in float32, which is
+        what the matrix unit sums them in.
+        """
+        half = x_TI.is_cuda and x_TI.dtype in (torch.bfloat16, torch.float16)
+        x = x_TI if half else x_TI.to(torch.float32)
+        size = _GPU_TILE if x.is_cuda else _TILE
+        for start in range(0, x.shape[1], size):
+            below = self.gram_II[start:, start : start + size]
+            left, tile = x[:, start:].t(), x[:, start : start + size]
+            if half:
+                below += torch.mm(left, tile, out_dtype=torch.float32)
+            else:
+                below.addmm_(left, tile)
+        self.magnitude_I += x.abs().sum(dim=0, dtype=torch.float32)
         self.num_tokens += x.shape[0]
 
     def finish(self) -> None:
@@ -69,7 +81,10 @@ def collecting(block: nn.Module, groups: Sequence[Group], device: torch.device) 
 
     def hook(statistics: InputStatistics):  # type: ignore[no-untyped-def]
         def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            statistics.add(args[0].detach().reshape(-1, args[0].shape[-1]))
+            x = args[0].detach()
+            if torch.is_autocast_enabled(device.type):  # what the linear is about to compute with
+                x = x.to(torch.get_autocast_dtype(device.type))
+            statistics.add(x.reshape(-1, x.shape[-1]))
 
         return add
 

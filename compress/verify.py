@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import IO_THREADS, Checkpoint
 from compress.errors import ArtifactError
 
 # Column j of each run of eight lies in this nibble of its word.
 _NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
+_CHUNK_BYTES = 16 << 20
+# What a digest calls the dtypes that an artifact holds, by their name in the file.
+_KINDS = {
+    "F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16",
+    "I64": "torch.int64", "I32": "torch.int32", "I16": "torch.int16", "I8": "torch.int8", "U8": "torch.uint8",
+    "BOOL": "torch.bool", "F8_E4M3": "torch.float8_e4m3fn", "F8_E5M2": "torch.float8_e5m2",
+}  # fmt: skip
 
 
 def unpack_awq(words: np.ndarray) -> np.ndarray:
-    """AutoAWQ gemm words int32 `[K, N / 8]` into codes uint8 `[K, N]`."""
-    unsigned = words.view(np.uint32)
-    out = np.empty((words.shape[0], words.shape[1] * 8), dtype=np.uint8)
+    """AutoAWQ gemm words int32 `[K, N / 8]` into codes uint8 `[K, N]`, a view that is contiguous as `[N, K]`."""
+    unsigned = np.ascontiguousarray(words.view(np.uint32).T)
+    out = np.empty((unsigned.shape[0], 8, unsigned.shape[1]), dtype=np.uint8)
     for column, nibble in enumerate(_NIBBLE_OF_COLUMN):
-        out[:, column::8] = (unsigned // np.uint32(16**nibble)) % np.uint32(16)
-    return out
+        out[:, column] = (unsigned >> np.uint32(4 * nibble)) & np.uint32(15)
+    return out.reshape(-1, unsigned.shape[1]).T
 
 
 def verify_written(folder: Path, meant: Mapping[str, str]) -> int:
@@ -33,45 +41,47 @@ def verify_written(folder: Path, meant: Mapping[str, str]) -> int:
 
     meant maps a tensor's name, or for a packed layer `layer.codes`, `layer.scales` and `layer.zero_points` in the
     `[out_features, ...]` orientation, to the digest of what the run computed. Raises ArtifactError at the first
-    difference, and for tensors that are missing or that nobody meant to write.
+    difference, and for tensors that are missing or that nobody meant to write. Tensors are compared side by side:
+    unpacking and hashing leave the interpreter free.
     """
     checkpoint = Checkpoint.open(folder)
     seen: set[str] = set()
-    for name in checkpoint.names():
-        value = _array(checkpoint, name)
-        layer, _, leaf = name.rpartition(".")
-        if leaf == "qweight":
-            key, value, kind = f"{layer}.codes", np.ascontiguousarray(unpack_awq(value).T), "torch.uint8"
-        elif leaf == "qzeros":
-            key, value, kind = (
-                f"{layer}.zero_points",
-                np.ascontiguousarray(unpack_awq(value).T),
-                "torch.uint8",
-            )
-        elif leaf == "scales" and f"{layer}.scales" in meant:
-            key, value, kind = name, np.ascontiguousarray(value.T), "torch.float16"
-        else:
-            key, kind = name, _kind(checkpoint, name)
-        shape = ", ".join(str(n) for n in value.shape) + ("," if value.ndim == 1 else "")
-        found = hashlib.sha256(f"{kind}({shape})".encode() + value.tobytes()).hexdigest()
-        if meant.get(key) != found:
-            what = "was not meant to be there" if key not in meant else "differs from what was computed"
-            raise ArtifactError(f"{folder}: {key} {what}; the disk or memory is faulty, run again")
-        seen.add(key)
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        for key, found in pool.map(lambda name: _found(checkpoint, name, meant), checkpoint.names()):
+            if meant.get(key) != found:
+                what = "was not meant to be there" if key not in meant else "differs from what was computed"
+                raise ArtifactError(f"{folder}: {key} {what}; the disk or memory is faulty, run again")
+            seen.add(key)
     missing = sorted(set(meant) - seen)
     if missing:
         raise ArtifactError(f"{folder}: {missing[0]} was not written; run again")
     return len(seen)
 
 
-def _kind(checkpoint: Checkpoint, name: str) -> str:
-    return str(checkpoint.tensor(name).dtype)
+def _found(checkpoint: Checkpoint, name: str, meant: Mapping[str, str]) -> tuple[str, str]:
+    """What a stored tensor is called in `meant`, and the digest of what it holds."""
+    layer, _, leaf = name.rpartition(".")
+    if leaf == "qweight":
+        return f"{layer}.codes", _digest("torch.uint8", unpack_awq(checkpoint.tensor(name).numpy()).T)
+    if leaf == "qzeros":
+        return f"{layer}.zero_points", _digest("torch.uint8", unpack_awq(checkpoint.tensor(name).numpy()).T)
+    if leaf == "scales" and name in meant:
+        return name, _digest("torch.float16", np.ascontiguousarray(checkpoint.tensor(name).numpy().T))
+    info = checkpoint.info(name)
+    digest = hashlib.sha256(f"{_KINDS[info.dtype]}{info.shape}".encode())
+    with open(checkpoint.path / info.file, "rb") as f:  # in chunks: an embedding has gigabytes
+        f.seek(info.offset)
+        left = info.num_bytes
+        while left:
+            chunk = f.read(min(left, _CHUNK_BYTES))
+            if not chunk:
+                raise ArtifactError(f"{checkpoint.path / info.file}: ends inside {name}; run again")
+            digest.update(chunk)
+            left -= len(chunk)
+    return name, digest.hexdigest()
 
 
-def _array(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    tensor = checkpoint.tensor(name)
-    if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 2 and str(tensor.dtype) == "torch.bfloat16":
-        import torch
-
-        return tensor.view(torch.int16).numpy()
-    return tensor.numpy()
+def _digest(kind: str, value: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{kind}{tuple(value.shape)}".encode())
+    digest.update(value.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

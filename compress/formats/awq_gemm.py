@@ -48,10 +48,10 @@ def check(scheme: Scheme, name: str, out_features: int, in_features: int) -> Non
 
 def pack_columns(codes_KN: Tensor) -> Tensor:
     """Codes 0..15 `[K, N]` into int32 `[K, N / 8]`."""
-    grouped = codes_KN.to(torch.int32).reshape(codes_KN.shape[0], -1, PACK)
+    grouped = codes_KN.reshape(codes_KN.shape[0], -1, PACK)
     words = torch.zeros(grouped.shape[:2], dtype=torch.int32, device=codes_KN.device)
     for nibble, column in enumerate(ORDER):
-        words |= grouped[:, :, column] << (4 * nibble)
+        words |= grouped[:, :, column].to(torch.int32) << (4 * nibble)
     return words
 
 
