@@ -1,8 +1,10 @@
 """The artifact in ModelOpt's W4A16_AWQ layout, for readers of `hf_quant_config.json`.
 
-TensorRT-LLM believes that file before config.json (`quantization/modelopt_config.py`: "the file form remains
-authoritative") and then expects ModelOpt's own tensors, so it must not lie beside AutoAWQ's. It lies in a folder of its
-own, with the same codes and scales in ModelOpt's layout. For a linear `[O, I]`:
+Those readers believe that file before config.json and then expect ModelOpt's own tensors (TensorRT-LLM,
+`quantization/modelopt_config.py`: the file form is authoritative). So it must not lie beside AutoAWQ's: given such a
+folder, TensorRT Edge-LLM 0.11 skipped every quantized tensor and exported zeros (measured: "Loaded 14 tensors, skipped
+126"). It lies in a folder of its own, with the same codes and scales in ModelOpt's layout; Edge-LLM 0.11 loads all of
+that one, and its graph then holds the same bytes as from the AutoAWQ folder (measured). For a linear `[O, I]`:
 
     weight           uint8    [O / 2, I]    low nibble: row 2r, high nibble: row 2r + 1; code - 8 in two's complement
     weight_scale     float16  [O, I / group_size]
