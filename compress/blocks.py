@@ -1,9 +1,9 @@
 """One decoder block at a time: the loop that every compression method shares.
 
 For each block: load its weights, run the calibration batches through it to collect statistics, hand it to the
-method, and store what the method returns. The next block's inputs are the original block's outputs, or, for a method
-that corrects errors, those of the block as it was stored. Peak memory is one block with its statistics plus the
-calibration set's hidden states, whatever the depth of the model.
+method, and store what the method returns. The batches follow one path, the original model's, or two: beside it that of
+the model as compressed so far, for a method that corrects what the blocks before did wrong. Peak memory is one block
+with its statistics plus the calibration set's hidden states (twice with two paths), whatever the depth of the model.
 
 Shapes: N samples, B batch, T tokens, H hidden size
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +45,10 @@ CHECK_SHARE = 64
 class LoadedBlock:
     """A block as a method sees it. `run()` returns its output on `check_input` with the weights as they are now.
 
-    check_input, check_output: `[B, T, H]`, a few calibration rows and the original block's output on them.
+    check_input, check_output: `[B, T, H]`, a few calibration rows as they enter this block, and its output on them with
+    its original weights. inputs, targets: with two paths, all rows as they enter this block, batch by batch, and what
+    the original model has after it; else empty. forward(hidden, weights): the block's output with some parameters
+    replaced, by name; differentiable.
     """
 
     index: int
@@ -56,6 +59,9 @@ class LoadedBlock:
     run: Callable[[], Tensor]
     check_input: Tensor
     check_output: Tensor
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(kw_only=True)
@@ -96,18 +102,21 @@ def stream(
     method: Callable[[LoadedBlock], BlockResult],
     store: BlockStore,
     *,
-    propagate: str = "original",
+    paths: int = 1,
     on_stage: Callable[[int, str], None] = lambda index, stage: None,
 ) -> Iterator[BlockDone]:
     """Compress every block in order; yields after each.
 
-    ids_NT: int64 `[N, T]` calibration tokens. propagate: whether the next block sees the outputs of the `"original"`
-    block (one pass over the tokens) or of the `"compressed"` one (two; a method that corrects errors needs it).
-    Deterministic: the same model, ids and method give the same bytes, also when some blocks come from the store.
+    ids_NT: int64 `[N, T]` calibration tokens. paths: 1 when every block is measured on the original model's hidden
+    states (one pass over the tokens), 2 when it is measured on those of the model compressed so far and told the
+    difference (three passes). Deterministic: the same model, ids and method give the same bytes, also when some blocks
+    come from the store.
     """
     on_gpu = model.device.type == "cuda"
     batch = max(1, (GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS) // ids_NT.shape[1])
-    hidden = model.embed_batches(ids_NT, batch)
+    original = model.embed_batches(ids_NT, batch)
+    # One list while the two paths are equal, that is, up to the first block; then, with two paths, a list each.
+    compressed = original
     probe = model.embed(ids_NT[:1, :PROBE_TOKENS])
     known: dict[tuple[Any, ...], list[Group]] = {}
     with torch.no_grad(), BackgroundStore(store) if on_gpu else nullcontext(store) as store:
@@ -124,59 +133,64 @@ def stream(
                 known[structure] = find_groups(module, partial(model.run_exact, index, probe))
             result = store.load(index)
             resumed = result is not None
+            if paths == 2 and original is compressed:
+                original = list(original)  # from here on each path has its own batches
             if result is None:
                 on_stage(index, "collecting statistics")
-                statistics, check_input, check_output = _collect(
-                    model, index, known[structure], hidden, advance=propagate == "original"
-                )
+                statistics, check_input, check_output = _collect(model, index, known[structure], original, compressed)
                 on_stage(index, "searching")
-                loaded = LoadedBlock(
-                    index=index,
-                    prefix=prefix,
-                    module=module,
-                    groups=known[structure],
-                    statistics=statistics,
-                    run=partial(model.run_exact, index, check_input),
-                    check_input=check_input,
-                    check_output=check_output,
+                result = method(
+                    LoadedBlock(
+                        index=index,
+                        prefix=prefix,
+                        module=module,
+                        groups=known[structure],
+                        statistics=statistics,
+                        run=partial(model.run_exact, index, check_input),
+                        check_input=check_input,
+                        check_output=check_output,
+                        inputs=compressed if paths == 2 else [],
+                        targets=original if paths == 2 else [],
+                        forward=partial(model.run_with, index),
+                    )
                 )
-                result = method(loaded)
                 store.save(index, prefix, result)
-            elif propagate == "original":
-                _advance(model, index, hidden)
-            if index + 1 == model.num_blocks:
-                pass  # nobody needs the last block's outputs
-            elif propagate == "compressed":
+            else:
+                _advance(model, index, original)
+            if paths == 2 and index + 1 < model.num_blocks:  # nobody needs the last block's outputs
                 on_stage(index, "running the compressed block")
                 install(module, result)
-                _advance(model, index, hidden)
-            probe = hidden[0][:1, :PROBE_TOKENS]
-            _check_finite(hidden, prefix)
+                _advance(model, index, compressed)
+            probe = original[0][:1, :PROBE_TOKENS]
+            _check_finite(original, prefix)
             model.release_block(index)
             return_freed_memory()
             yield BlockDone(index=index, total=model.num_blocks, resumed=resumed, report=result.report)
 
 
 def _collect(
-    model: StreamedModel, index: int, groups: list[Group], hidden: list[Tensor], advance: bool
+    model: StreamedModel, index: int, groups: list[Group], original: list[Tensor], compressed: list[Tensor]
 ) -> tuple[list[InputStatistics], Tensor, Tensor]:
-    """Run every batch through the loaded block; returns statistics and the check batch's input and output.
+    """Run every batch through the loaded block, on both paths where they differ; `original` becomes its outputs.
 
-    With `advance`, `hidden` becomes the original block's outputs.
+    Returns the statistics of the compressed path's inputs, the first rows of that path, and the block's output on them.
     """
-    check_input = hidden[0][: _check_rows(hidden)]
+    check_input = compressed[0][: _check_rows(compressed)]
     check_output = check_input
-    with collecting(model.blocks[index], groups, model.device) as statistics:
-        for i, h in enumerate(hidden):
-            out = model.run_block(index, h)
+    with collecting(model.blocks[index], groups, model.device) as collector:
+        for i in range(len(original)):
+            before, other = original[i], compressed[i]
+            collector.keeping = before is not other
+            original[i] = out = model.run_block(index, before)
+            if collector.keeping:
+                collector.keeping = False
+                out = model.run_block(index, other)
             if i == 0:
-                check_output = out[: check_input.shape[0]]
-            if advance:
-                hidden[i] = out
+                check_output = out[: len(check_input)]
     if model.dtype != torch.float32:
         check_input = check_input.float()
         check_output = model.run_exact(index, check_input)
-    return statistics, check_input, check_output
+    return collector.statistics, check_input, check_output
 
 
 def _advance(model: StreamedModel, index: int, hidden: list[Tensor]) -> None:

@@ -19,6 +19,13 @@ from compress.progress import Steps, peak_memory_bytes, seconds_text
 @click.option("--group-size", type=int, default=128, show_default=True, help="Input channels that share a scale.")
 @click.option("--sym/--asym", default=False, show_default=True, help="Zero points all 8 (TensorRT readers), or fitted.")
 @click.option(
+    "--effort",
+    type=click.Choice(["fast", "balanced", "best"]),
+    default="balanced",
+    show_default=True,
+    help="fast: AWQ scales and fitted ranges; balanced: with error feedback; best: each block tuned as well.",
+)
+@click.option(
     "--calib",
     metavar="TEXT",
     help="Calibration text: a .txt, .jsonl or .parquet file, hf:DATASET[:split[:column]], or `self` (sampled from the "
@@ -34,7 +41,12 @@ from compress.progress import Steps, peak_memory_bytes, seconds_text
     show_default=True,
     help="Arithmetic of the calibration forward passes; statistics and searches are float32.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of `--calib self`.")
+@click.option(
+    "--self-samples",
+    type=click.IntRange(0),
+    help="Rows sampled from the model itself, added to the text [default: with `best`, up to 128 rows in all].",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling from the model and of tuning.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Layers to leave in float16, such as '*.down_proj'.")
 @click.option(
     "-o",
@@ -158,6 +170,15 @@ def _print_summary(outcome: Any, seconds: float) -> None:
         f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB",
         soft_wrap=True,
     )
+    tuned = record["tuning"]
+    if tuned:
+        gain = sum(t["held_out_error_tuned"] for t in tuned if t["kept"]) / max(
+            1e-30, sum(t["held_out_error"] for t in tuned if t["kept"])
+        )
+        console.print(
+            f"tuning lowered the blocks' held-out output error to {gain:.2f} of what it was; kept in "
+            f"{sum(t['kept'] for t in tuned)} of {len(tuned)} blocks"
+        )
     console.print(f"next: compress evaluate {outcome.out}   or, for less error: {_advice(record)}", soft_wrap=True)
 
 

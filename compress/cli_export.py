@@ -86,6 +86,7 @@ def command(
         report = Report(
             say=lambda text: print(text, file=sys.stderr, flush=True),
             on_blocks=blocks.start,
+            on_stage=lambda index, stage: blocks.note(stage),
             on_block=lambda done: blocks.step("read back" if done.resumed else "quantized", not done.resumed),
         )
         try:
@@ -122,6 +123,10 @@ class _Blocks:
         self.steps.step(text, computed=computed)
         if self.steps.done == self.steps.total:
             self.end()
+
+    def note(self, text: str) -> None:
+        if self.steps is not None:
+            self.steps.note(text)
 
     def end(self) -> None:
         if self.steps is not None:

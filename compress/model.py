@@ -14,7 +14,7 @@ import fnmatch
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,6 +233,15 @@ class StreamedModel:
         return self._run(
             index, hidden.to(wide), Call(args=_widened(call.args, wide), kwargs=_widened(call.kwargs, wide))
         )
+
+    def run_with(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """`run_block` with the block's parameters named in `weights` replaced; differentiable with respect to them."""
+        call = self._call(index, hidden)
+        with torch.autocast(self.device.type, self.dtype, enabled=self._wide):
+            out = torch.func.functional_call(self.blocks[index], dict(weights), (hidden, *call.args), dict(call.kwargs))
+        result = out[0] if isinstance(out, tuple) else out
+        assert isinstance(result, Tensor)
+        return result
 
     def _run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         out = self.blocks[index](hidden, *call.args, **call.kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ class InputStatistics:
     """Sums over the calibration tokens that reached one group of linears; all float32.
 
     gram_II: sum of outer products, symmetric. magnitude_I: sum of |x|. num_tokens: how many rows were added.
+    cross_II: sum of `(x' - x) x^T`, x' being what the original model has in x's place; None where the two are equal.
     """
 
     gram_II: Tensor
     magnitude_I: Tensor
     num_tokens: int = 0
+    cross_II: Tensor | None = None
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> InputStatistics:
@@ -39,22 +41,22 @@ class InputStatistics:
             magnitude_I=torch.zeros(in_features, dtype=torch.float32, device=device),
         )
 
-    def add(self, x_TI: Tensor) -> None:
-        """Add the tokens of a batch. Only tiles on and below the diagonal are multiplied; `finish` mirrors them.
+    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
+        """Add the tokens of a batch, and what the original model has in their place.
 
-        On a GPU, 16-bit inputs are multiplied as they are: the product of two of them is exact in float32, which is
-        what the matrix unit sums them in.
+        Of the Gram matrix only tiles on and below the diagonal are multiplied; `finish` mirrors them. On a GPU, 16-bit
+        inputs are multiplied as they are: the product of two of them is exact in float32, which is what the matrix
+        unit sums them in.
         """
         half = x_TI.is_cuda and x_TI.dtype in (torch.bfloat16, torch.float16)
         x = x_TI if half else x_TI.to(torch.float32)
         size = _GPU_TILE if x.is_cuda else _TILE
         for start in range(0, x.shape[1], size):
-            below = self.gram_II[start:, start : start + size]
-            left, tile = x[:, start:].t(), x[:, start : start + size]
-            if half:
-                below += torch.mm(left, tile, out_dtype=torch.float32)
-            else:
-                below.addmm_(left, tile)
+            _add_product(self.gram_II[start:, start : start + size], x[:, start:], x[:, start : start + size])
+        if original_TI is not None:
+            if self.cross_II is None:
+                self.cross_II = torch.zeros_like(self.gram_II)
+            _add_product(self.cross_II, (original_TI.float() - x_TI.float()).to(x.dtype), x)
         self.magnitude_I += x.abs().sum(dim=0, dtype=torch.float32)
         self.num_tokens += x.shape[0]
 
@@ -67,33 +69,60 @@ class InputStatistics:
             square.copy_(square.tril() + square.tril(-1).t())
         self.gram_II /= max(1, self.num_tokens)
         self.magnitude_I /= max(1, self.num_tokens)
+        if self.cross_II is not None:
+            self.cross_II /= max(1, self.num_tokens)
 
     def smoothed(self, s_I: Tensor) -> Tensor:
         """The Gram matrix of the inputs once they are divided by s: `D^-1 G D^-1`, no second pass needed."""
         return self.gram_II / (s_I.unsqueeze(0) * s_I.unsqueeze(1))
 
 
-@contextmanager
-def collecting(block: nn.Module, groups: Sequence[Group], device: torch.device) -> Iterator[list[InputStatistics]]:
-    """Collect each group's statistics from every forward of `block` inside the context."""
-    collected = [InputStatistics.empty(g.in_features, device) for g in groups]
-    handles = []
+def _add_product(sum_II: Tensor, left_TI: Tensor, right_TI: Tensor) -> None:
+    if left_TI.dtype == torch.float32:
+        sum_II.addmm_(left_TI.t(), right_TI)
+    else:
+        sum_II += torch.mm(left_TI.t(), right_TI, out_dtype=torch.float32)
 
-    def hook(statistics: InputStatistics):  # type: ignore[no-untyped-def]
-        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+
+@dataclass(kw_only=True)
+class Collector:
+    """Takes each group's inputs from the forwards of a block: adds them up, or, while `keeping`, holds the last ones.
+
+    Inputs that were kept are the original model's counterparts of those that are added next.
+    """
+
+    statistics: list[InputStatistics]
+    keeping: bool = False
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    def take(self, group: int, x_TI: Tensor) -> None:
+        if self.keeping:
+            self.kept[group] = x_TI
+        else:
+            self.statistics[group].add(x_TI, self.kept.pop(group, None))
+
+
+@contextmanager
+def collecting(block: nn.Module, groups: Sequence[Group], device: torch.device) -> Iterator[Collector]:
+    """Collect each group's statistics from every forward of `block` inside the context."""
+    collector = Collector(statistics=[InputStatistics.empty(g.in_features, device) for g in groups])
+
+    def hook(group: int):  # type: ignore[no-untyped-def]
+        def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
             if torch.is_autocast_enabled(device.type):  # what the linear is about to compute with
                 x = x.to(torch.get_autocast_dtype(device.type))
-            statistics.add(x.reshape(-1, x.shape[-1]))
+            collector.take(group, x.reshape(-1, x.shape[-1]))
 
-        return add
+        return take
 
-    for group, statistics in zip(groups, collected, strict=True):
-        handles.append(block.get_submodule(group.layers[0]).register_forward_pre_hook(hook(statistics)))
+    handles = [
+        block.get_submodule(group.layers[0]).register_forward_pre_hook(hook(i)) for i, group in enumerate(groups)
+    ]
     try:
-        yield collected
+        yield collector
     finally:
         for handle in handles:
             handle.remove()
-        for statistics in collected:
+        for statistics in collector.statistics:
             statistics.finish()

@@ -27,6 +27,7 @@ class Report:
 
     say: Callable[[str], None] = lambda text: None
     on_blocks: Callable[[int], None] = lambda total: None
+    on_stage: Callable[[int, str], None] = lambda index, stage: None
     on_block: Callable[[BlockDone], None] = lambda done: None
 
 
@@ -70,7 +71,14 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: R
         )
     _check_text(request, record, artifact)
     report.say(f"{why}: its recipe runs again from {record['parent']['path']} into {folder}")
-    outcome = quantize_awq(request, on_start=lambda total, text: report.on_blocks(total), on_block=report.on_block)
+    outcome = quantize_awq(
+        request,
+        on_start=lambda total, text: report.on_blocks(total),
+        on_stage=report.on_stage,
+        on_block=report.on_block,
+    )
+    for note in outcome.notes:
+        report.say(f"note: {note}")
     if outcome.record["calibration"]["sha256"] != record["calibration"]["sha256"]:
         report.say(f"note: {record['calibration']['source']} gave other calibration text than when {artifact} was made")
     return folder

@@ -107,7 +107,12 @@ def _floored(x_I: Tensor) -> Tensor:
 
 def output_error(delta_OI: Tensor, gram_II: Tensor) -> float:
     """`tr(D G D^T)`: summed over rows, the mean over tokens of the squared output error."""
-    return float(((delta_OI @ gram_II) * delta_OI).sum(dtype=torch.float64))
+    return float(row_errors(delta_OI, gram_II).sum(dtype=torch.float64))
+
+
+def row_errors(delta_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """The terms of `output_error`, one a row: the diagonal of `D G D^T`. `[O]`"""
+    return (delta_OI @ gram_II).mul_(delta_OI).sum(dim=1)
 
 
 def _relative_magnitude(w_OI: Tensor, scheme: Scheme) -> Tensor:

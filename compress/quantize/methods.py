@@ -1,13 +1,18 @@
-"""How one loaded block is quantized with AWQ: search, confirm, fold, prove, fit ranges, round.
+"""How one loaded block is quantized: search, confirm, fold, prove, round, and with `best` tune.
 
-The algorithms are in `awq.py`; this file only applies them to a block in the right order.
+The algorithms are in files of their own (`awq`, `retarget`, `feedback`, `refit`, `tune`); this file only applies them
+to a block in the right order. What each effort does, and why, is in METHODS.md:
+
+    fast      AWQ scales; ranges fitted to the Gram matrix; rounded to nearest
+    balanced  AWQ scales where error feedback profits; retargeted; rounded with error feedback; scales refitted
+    best      the same, then codes, scales and norms tuned on the block's output
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,8 +22,12 @@ from compress import numerics
 from compress.blocks import BlockResult, LoadedBlock
 from compress.errors import ArtifactError
 from compress.groups import Group, apply_fold, output_unchanged, restore, scale_columns
-from compress.model import is_linear, linears, set_weight_OI, skipped, weight_OI
+from compress.model import is_linear, linears, parameter, set_weight_OI, skipped, weight_OI
 from compress.quantize import awq
+from compress.quantize.feedback import Rounded, round_with_feedback, shrunk
+from compress.quantize.refit import refit_scales
+from compress.quantize.retarget import retarget
+from compress.quantize.tune import TuneOptions, tune_block
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
 from compress.statistics import InputStatistics
@@ -27,14 +36,28 @@ from compress.statistics import InputStatistics
 STORE_DTYPE = torch.float16
 
 
+EFFORTS = ("fast", "balanced", "best")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AwqOptions:
-    """Choices of the AWQ method. skip: glob patterns of layers to leave in float16."""
+    """Choices of the method. skip: glob patterns of layers to leave in float16. clip: of effort `fast` only."""
 
     scheme: Scheme
+    effort: str = "balanced"
     skip: tuple[str, ...] = ()
     smooth: bool = True
     clip: bool = True
+    tune: TuneOptions = TuneOptions()
+
+    @property
+    def feedback(self) -> bool:
+        return self.effort != "fast"
+
+    @property
+    def paths(self) -> int:
+        """How many paths of hidden states the method must be given; see `blocks.stream`."""
+        return 2 if self.feedback else 1
 
 
 def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
@@ -44,37 +67,45 @@ def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
     chosen = [name for name in layers if not skipped(loaded.prefix + name, options.skip)]
     plain = {name: _plain_error(layers[name], stats, scheme) for name, stats in _inputs(loaded, chosen)}
     row_scale: dict[str, Tensor] = {}
-    column_scale: dict[str, Tensor] = {}
     group_reports = []
+    scales = []
     current = loaded.check_output
     for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
         members = [name for name in group.layers if name in chosen]
         report, s_I, current = _smooth(loaded, group, statistics, members, options, row_scale, current)
         group_reports.append(report)
-        for name in members:
-            column_scale[name] = s_I
-    quantized: dict[str, QuantizedWeight] = {}
-    layer_reports = []
-    by_layer = dict(_inputs(loaded, chosen))
+        scales.append(s_I)
+    rounded: dict[str, Rounded] = {}
+    errors: dict[str, float] = {}
+    for group, statistics, s_I in zip(loaded.groups, loaded.statistics, scales, strict=True):
+        members = [name for name in group.layers if name in chosen]
+        gram_II = statistics.smoothed(s_I)
+        weights = {name: weight_OI(layers[name]).float().contiguous() for name in members}
+        targets = _targets(weights, statistics, s_I, gram_II) if options.feedback else weights
+        rounded.update(_round(targets, gram_II, statistics.num_tokens, options))
+        for name, w_OI in targets.items():
+            delta = rounded[name].dequantize(scheme).sub_(w_OI)
+            if name in row_scale:  # errors are reported for the layer as it was before anything was folded into it
+                delta *= row_scale[name].unsqueeze(1)
+            errors[name] = awq.output_error(delta, gram_II)
+    block_report: dict[str, Any] = {}
+    if options.effort == "best" and rounded:
+        rounded, block_report = _tuned(loaded, rounded, options)
     ratio_of = {name: g["ratio"] for g in group_reports for name in g["layers"]}
-    for name in chosen:
-        w_OI = weight_OI(layers[name]).float().contiguous()
-        gram_II = by_layer[name].smoothed(column_scale[name])
-        quantized[name], factor = _round(w_OI, gram_II, options)
-        delta = quantized[name].dequantize().to(w_OI.device) - w_OI
-        if name in row_scale:  # errors are reported for the layer as it was before anything was folded into it
-            delta *= row_scale[name].unsqueeze(1)
-        layer_reports.append(
-            {
-                "layer": loaded.prefix + name,
-                "error": _relative(awq.output_error(delta, gram_II), plain[name].signal),
-                "rtn_error": _relative(plain[name].rtn, plain[name].signal),
-                "ratio": ratio_of[name],
-                "clip": round(float(factor.mean()), 4),
-            }
-        )
+    layer_reports = [
+        {
+            "layer": loaded.prefix + name,
+            "error": _relative(errors[name], plain[name].signal),
+            "rtn_error": _relative(plain[name].rtn, plain[name].signal),
+            "ratio": ratio_of[name],
+            "clip": round(float(rounded[name].factor_OG.mean()), 4),
+        }
+        for name in chosen
+    ]
+    quantized = {name: _packed(rounded[name], scheme) for name in chosen}
     dense = _stored_dense(loaded, quantized)
-    return BlockResult(quantized=quantized, dense=dense, report={"layers": layer_reports, "groups": group_reports})
+    report = {"layers": layer_reports, "groups": group_reports, **block_report}
+    return BlockResult(quantized=quantized, dense=dense, report=report)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +171,12 @@ def _smooth(
     if choice.ratio == 0 and not choice.duo:
         report["note"] = "no scale beat the identity"
         return report, ones, current
-    errors = {}
-    for label, s_I in (("chosen", choice.s_I), ("identity", ones)):
-        for module, w_OI in zip(modules, weights, strict=True):
-            set_weight_OI(module, numerics.round_to_nearest(w_OI * s_I, options.scheme) / s_I)
-        errors[label] = float((loaded.run() - loaded.check_output).square().mean())
-    for module, w_OI in zip(modules, weights, strict=True):
-        set_weight_OI(module, w_OI)
-    if not errors["chosen"] < errors["identity"]:
-        report["note"] = "the true forward preferred the identity to the scale found"
+    if options.feedback:
+        preferred, said = _feedback_prefers(weights, statistics, choice.s_I, options.scheme), "error feedback"
+    else:
+        preferred, said = _forward_prefers(loaded, modules, weights, choice.s_I, options.scheme), "the true forward"
+    if not preferred:
+        report["note"] = f"{said} preferred the identity to the scale found"
         return report, ones, current
     folded, after = _fold(loaded, group, choice.s_I, row_scale, current)
     if folded is None:
@@ -156,6 +184,38 @@ def _smooth(
         return report, ones, current
     report.update(ratio=choice.ratio, duo=choice.duo)
     return report, folded, after
+
+
+def _forward_prefers(
+    loaded: LoadedBlock, modules: Sequence[nn.Module], weights: Sequence[Tensor], s_I: Tensor, scheme: Scheme
+) -> bool:
+    """Whether the block's output, with these layers rounded to nearest, is nearer its own with the scale than without.
+
+    The paper's own criterion is the error of the parent's output; this is that of the block, for two candidates.
+    """
+    errors = []
+    for s in (s_I, torch.ones_like(s_I)):
+        for module, w_OI in zip(modules, weights, strict=True):
+            set_weight_OI(module, numerics.round_to_nearest(w_OI * s, scheme) / s)
+        errors.append(float((loaded.run() - loaded.check_output).square().mean()))
+    for module, w_OI in zip(modules, weights, strict=True):
+        set_weight_OI(module, w_OI)
+    return errors[0] < errors[1]
+
+
+def _feedback_prefers(weights: Sequence[Tensor], statistics: InputStatistics, s_I: Tensor, scheme: Scheme) -> bool:
+    """Whether a sample of rows loses less to rounding *with error feedback* under the scale than without it.
+
+    Error feedback makes up for much of what a scale is for, so the two must be weighed together.
+    """
+    rows = torch.cat(list(weights))
+    rows = rows[:: max(1, len(rows) // awq.SEARCH_ROWS)]
+    errors = []
+    for s in (s_I, torch.ones_like(s_I)):
+        w_OI, gram_II = rows * s, statistics.smoothed(s)
+        found = round_with_feedback(w_OI, shrunk(gram_II, statistics.num_tokens), scheme)
+        errors.append(awq.output_error(found.dequantize(scheme).sub_(w_OI), gram_II))
+    return errors[0] < errors[1]
 
 
 def _fold(
@@ -186,20 +246,82 @@ def _fold(
     return None, before
 
 
-def _round(w_OI: Tensor, gram_II: Tensor, options: AwqOptions) -> tuple[QuantizedWeight, Tensor]:
-    """Codes of a weight, and the factors its ranges were shrunk by."""
+def _targets(
+    weights: Mapping[str, Tensor], statistics: InputStatistics, s_I: Tensor, gram_II: Tensor
+) -> dict[str, Tensor]:
+    """What each layer of a group should be rounded to; see `retarget`. The weights themselves in the first block."""
+    if statistics.cross_II is None or not weights:
+        return dict(weights)
+    cross_II = statistics.cross_II / (s_I.unsqueeze(0) * s_I.unsqueeze(1))
+    return _split(retarget(torch.cat(list(weights.values())), gram_II, cross_II), weights)
+
+
+def _split(stacked: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of a stack of layers, given back to the layers."""
+    return dict(zip(like, stacked.split([len(w) for w in like.values()]), strict=True))
+
+
+def _round(weights: Mapping[str, Tensor], gram_II: Tensor, num_tokens: int, options: AwqOptions) -> dict[str, Rounded]:
+    """Codes of the layers of one group."""
     scheme = options.scheme
-    steps = awq.CLIP_STEPS if options.clip else 0
-    scale, zero, factor = (
-        awq.search_range(w_OI, gram_II, scheme)
-        if steps
-        else (
-            *numerics.scale_and_zero(*numerics.range_of(numerics.to_groups(w_OI, scheme)), scheme),
-            torch.ones(1),
-        )
+    if not options.feedback:
+        return {name: _round_plainly(w_OI, gram_II, options) for name, w_OI in weights.items()}
+    if not weights:
+        return {}
+    w_OI, hessian_II = torch.cat(list(weights.values())), shrunk(gram_II, num_tokens)
+    found = round_with_feedback(w_OI, hessian_II, scheme)
+    found = replace(found, scale_OG=refit_scales(found, w_OI, hessian_II, scheme))
+    parts = {f.name: _split(getattr(found, f.name), weights) for f in fields(found)}
+    return {name: Rounded(**{key: part[name] for key, part in parts.items()}) for name in weights}
+
+
+def _round_plainly(w_OI: Tensor, gram_II: Tensor, options: AwqOptions) -> Rounded:
+    """Round to nearest within the range that the Gram matrix prefers (`clip`), or within the full one."""
+    scheme = options.scheme
+    w_OGg = numerics.to_groups(w_OI, scheme)
+    if options.clip:
+        scale, zero, factor = awq.search_range(w_OI, gram_II, scheme)
+    else:
+        scale, zero = numerics.scale_and_zero(*numerics.range_of(w_OGg), scheme)
+        factor = torch.ones_like(scale)
+    return Rounded(
+        codes_OI=numerics.quantize(w_OGg, scale, zero, scheme).to(torch.uint8).reshape(w_OI.shape),
+        scale_OG=scale,
+        zero_point_OG=zero,
+        wanted_OI=w_OI,
+        factor_OG=factor,
     )
-    q = numerics.quantize(numerics.to_groups(w_OI, scheme), scale, zero, scheme)
-    return QuantizedWeight.from_parts(q, scale, zero, scheme), factor
+
+
+def _tuned(
+    loaded: LoadedBlock, rounded: Mapping[str, Rounded], options: AwqOptions
+) -> tuple[dict[str, Rounded], dict[str, Any]]:
+    """The layers after tuning, the block's norms set to theirs, and the block's part of the report."""
+    names = {f"{name}.weight": name for name in rounded}
+    module = loaded.module
+    norms = {
+        f"{name}.weight": parameter(m, "weight")
+        for name, m in module.named_modules()
+        if not is_linear(m) and m._parameters.get("weight") is not None and parameter(m, "weight").ndim == 1
+    }
+    tuned = tune_block(
+        {full: rounded[name] for full, name in names.items()},
+        norms,
+        loaded.forward,
+        torch.cat(loaded.inputs),
+        torch.cat(loaded.targets),
+        options.scheme,
+        options.tune,
+    )
+    for name, value in tuned.norms.items():
+        norms[name].copy_(value)
+    before, after = (float(f"{e:.6g}") for e in tuned.errors)
+    said = {"held_out_error": before, "held_out_error_tuned": after, "kept": tuned.kept}
+    return {names[full]: r for full, r in tuned.layers.items()}, {"tuning": said}
+
+
+def _packed(rounded: Rounded, scheme: Scheme) -> QuantizedWeight:
+    return QuantizedWeight.from_parts(rounded.codes_OI, rounded.scale_OG, rounded.zero_point_OG, scheme)
 
 
 def _stored_dense(loaded: LoadedBlock, quantized: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:

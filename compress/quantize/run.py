@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 import compress
 from compress import calibration
@@ -23,15 +24,25 @@ from compress.formats import awq_gemm
 from compress.journal import Journal, check_free_space
 from compress.model import StreamedModel, is_conv1d, linears, skipped, weight_OI
 from compress.quantize.methods import STORE_DTYPE, AwqOptions, awq_block, to_stored
+from compress.quantize.tune import TuneOptions
 from compress.scheme import Scheme
 from compress.workspace import Source
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Calibration rows below which effort `best` adds the model's own text, and the largest model it does that with.
+ENOUGH_ROWS = 128
+SAMPLED_FROM_BYTES = 4_000_000_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AwqRequest:
-    """Everything that decides the artifact. samples and seq_len count calibration rows and tokens a row."""
+    """Everything that decides the artifact. samples and seq_len count calibration rows and tokens a row.
+
+    self_samples: rows sampled from the model itself and added to the text; None leaves it to the effort.
+    """
 
     source: Source
     out: Path
@@ -43,9 +54,11 @@ class AwqRequest:
     dtype: str = "float32"
     device: str = "cpu"
     skip: tuple[str, ...] = ()
+    effort: str = "balanced"
     smooth: bool = True
     clip: bool = True
-    propagate: str = "original"
+    tune_steps: int = 200
+    self_samples: int | None = None
     force: bool = False
     resume: bool = True
     trust_remote_code: bool = False
@@ -60,9 +73,11 @@ class AwqRequest:
             "dtype": self.dtype,
             "device": torch.device(self.device).type,
             "skip": list(self.skip),
+            "effort": self.effort,
             "smooth": self.smooth,
             "clip": self.clip,
-            "propagate": self.propagate,
+            "tune_steps": self.tune_steps,
+            "self_samples": self.self_samples,
         }
 
 
@@ -117,6 +132,7 @@ def quantize_awq(
         is_reference=request.source.is_reference,
         vocab_size=model.vocab_size,
     )
+    ids_NT, notes = with_own_text(request, model.checkpoint, tokenizer, texts.ids_NT)
     # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
     check_free_space(out.parent, 2 * estimated_bytes(model, request) + 64_000_000)
     journal = Journal(partial_folder, request.scheme, awq_gemm.tensors, awq_gemm.read, awq_gemm.SUFFIXES)
@@ -125,18 +141,23 @@ def quantize_awq(
         "model": str(request.source.path.resolve()),
         "content": model.checkpoint.identity(),
         **request.options(),
-        "calibration": texts.sha256,
+        "calibration": calibration.ids_sha256(ids_NT),
         "versions": versions(),
     }
     journal.start(identity, resume=request.resume)
     parent_hash = _in_background(model.checkpoint.content_sha256)
     on_start(model.num_blocks, texts.source)
-    method = partial(
-        awq_block,
-        options=AwqOptions(scheme=request.scheme, skip=request.skip, smooth=request.smooth, clip=request.clip),
+    options = AwqOptions(
+        scheme=request.scheme,
+        effort=request.effort,
+        skip=request.skip,
+        smooth=request.smooth,
+        clip=request.clip,
+        tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
     )
+    method = partial(awq_block, options=options)
     done = []
-    for step in stream(model, texts.ids_NT, method, journal, propagate=request.propagate, on_stage=on_stage):
+    for step in stream(model, ids_NT, method, journal, paths=options.paths, on_stage=on_stage):
         done.append(step)
         on_block(step)
     rest = write_rest(journal, model, to_stored)
@@ -154,10 +175,12 @@ def quantize_awq(
             "seq_len": texts.ids_NT.shape[1],
             "num_documents": texts.num_documents,
             "num_tokens_unused": texts.num_tokens_unused,
+            "num_sampled_from_model": len(ids_NT) - len(texts.ids_NT),
         },
         "versions": versions(),
         "layers": [layer for step in done for layer in step.report["layers"]],
         "groups": [{"block": step.index, **group} for step in done for group in step.report["groups"]],
+        "tuning": [{"block": step.index, **step.report["tuning"]} for step in done if "tuning" in step.report],
         "left_in_float16": left_dense(model, request),
         "files_not_carried": not_carried(model.checkpoint.path),
     }
@@ -173,6 +196,7 @@ def quantize_awq(
         out_bytes=_weight_bytes(Checkpoint.open(out)),
         verified=verified,
         resumed=sum(step.resumed for step in done),
+        notes=notes,
     )
 
 
@@ -223,6 +247,40 @@ def _recorded_calibration(record: Mapping[str, Any], folder: Path) -> str | None
             f"{record['parent']['path']} again with `compress awq --calib FILE`"
         )
     return str(path)
+
+
+def with_own_text(
+    request: AwqRequest, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor
+) -> tuple[Tensor, list[str]]:
+    """The calibration rows and, behind them, rows sampled from the model itself; and what to tell the user.
+
+    Tuning a block on little text fits that text. What the model writes itself costs no text and is what the model
+    knows, so effort `best` tops a short calibration set up to `ENOUGH_ROWS`, unless told otherwise or the model is too
+    large to be sampled from (sampling holds all of it in memory).
+    """
+    asked = request.self_samples
+    if asked is None:
+        asked = max(0, ENOUGH_ROWS - len(ids_NT)) if request.effort == "best" else 0
+        size = _weight_bytes(checkpoint)
+        if asked and size > SAMPLED_FROM_BYTES:
+            note = (
+                f"the model ({size / 1e9:.1f} GB) was not sampled from for more calibration text: that holds all of it "
+                f"in memory; give more text, or pass --self-samples {asked} if it fits"
+            )
+            return ids_NT, [note]
+    if not asked:
+        return ids_NT, []
+    if request.calib == "self":
+        raise ConfigError("--self-samples adds to a text, but --calib self samples all rows already; raise --samples")
+    own_NT = calibration.sample_from_model(
+        calibration.load_model_float32(request.source.path),
+        tokenizer,
+        num_samples=asked,
+        seq_len=ids_NT.shape[1],
+        seed=request.seed,
+    )
+    note = f"calibrated on {len(ids_NT)} rows of the text and {asked} sampled from the model itself"
+    return torch.cat([ids_NT, own_NT]), [note]
 
 
 def refuse(model: StreamedModel, request: AwqRequest) -> None:

@@ -133,7 +133,7 @@ def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: d
     assert stored_scheme(outcome.out, G32) == Scheme(group_size=32, symmetric=True)
     first, second = read_manifest(artifact), read_manifest(again)
     assert first is not None and second is not None
-    same = ("samples", "seq_len", "seed", "skip", "smooth", "clip", "propagate")
+    same = ("samples", "seq_len", "seed", "skip", "smooth", "clip", "effort")
     assert all(first.record["options"][k] == second.record["options"][k] for k in same)
     assert first.record["calibration"]["sha256"] == second.record["calibration"]["sha256"]
     assert first.record["parent"] == second.record["parent"]
@@ -195,7 +195,7 @@ def test_requantization_is_refused_with_the_command_that_helps(
     refused(ArtifactError, "its parent ../../model is gone; fetch that model and run: compress awq MODEL --bits 4")
     (tmp_path / "moved").rename(model)
     manifest = (artifact / "compress.json").read_text()
-    (artifact / "compress.json").write_text(manifest.replace('"propagate"', '"unheard_of"'))
+    (artifact / "compress.json").write_text(manifest.replace('"effort"', '"unheard_of"'))
     refused(ArtifactError, "records option unheard_of, which this version cannot run again")
     (artifact / "compress.json").unlink()
     refused(ArtifactError, "has no compress.json that says how to make them; quantize its original")
