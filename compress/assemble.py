@@ -18,6 +18,7 @@ from compress.artifact import Manifest, carried_files, write_manifest
 from compress.checkpoint import (
     file_sha256,
     json_bytes,
+    link_shards,
     merge_shards,
     read_json,
     save_atomically,
@@ -86,8 +87,11 @@ def assemble(
     if staged.exists():
         shutil.rmtree(staged)
     staged.mkdir()
-    blocks = [journal.tensors_path(i) for i in range(model.num_blocks)]
-    merge_shards(rest + blocks, staged, max_shard_bytes=MAX_SHARD_BYTES)
+    parts = rest + [journal.tensors_path(i) for i in range(model.num_blocks)]
+    if sum(part.stat().st_size for part in parts) > MAX_SHARD_BYTES:
+        link_shards(parts, staged)  # what would be several shards anyhow becomes one a block, without a copy
+    else:
+        merge_shards(parts, staged, max_shard_bytes=MAX_SHARD_BYTES)
     write_bytes_atomically(staged / "config.json", json_bytes(config))
     for path in carried_files(model.checkpoint.path):
         write_bytes_atomically(staged / path.name, path.read_bytes())

@@ -6,8 +6,9 @@ store below leaves: a block counts as finished when *that* store says so, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -71,9 +72,11 @@ class BackgroundStore:
             self.stream.synchronize()
 
 
-def start(compute: Callable[[], T]) -> Callable[[], T]:
-    """Run `compute` in a thread from now on; the returned function waits for its value, or raises its error."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="background")
-    future = pool.submit(compute)
-    pool.shutdown(wait=False)
-    return future.result
+@contextmanager
+def meanwhile(compute: Callable[[], T]) -> Iterator[Callable[[], T]]:
+    """Run `compute` in a thread while the context lasts; gives a function that waits for its value or raises its error.
+
+    Leaving the context waits as well, so that nothing is written behind the caller's back.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="meanwhile") as pool:
+        yield pool.submit(compute).result

@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from compress import distributed
 from compress.background import BackgroundStore
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, find_groups
 from compress.model import StreamedModel, linears, set_weight_OI
 from compress.quantized import QuantizedWeight
@@ -103,18 +105,26 @@ def stream(
     store: BlockStore,
     *,
     paths: int = 1,
+    num_parts: int = 1,
     on_stage: Callable[[int, str], None] = lambda index, stage: None,
 ) -> Iterator[BlockDone]:
     """Compress every block in order; yields after each.
 
     ids_NT: int64 `[N, T]` calibration tokens. paths: 1 when every block is measured on the original model's hidden
     states (one pass over the tokens), 2 when it is measured on those of the model compressed so far and told the
-    difference (three passes). Deterministic: the same model, ids and method give the same bytes, also when some blocks
-    come from the store.
+    difference (three passes). num_parts: how many runs of batches the statistics are summed in, in this process, before
+    the sums are added. Of several processes (`distributed`) each runs its part of the rows, and all must call this
+    alike. Deterministic: the same model, ids and method give the same bytes, also when some blocks come from the store.
     """
     on_gpu = model.device.type == "cuda"
     batch = max(1, (GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS) // ids_NT.shape[1])
-    original = model.embed_batches(ids_NT, batch)
+    batches = distributed.parts(ids_NT.split(batch), distributed.num_processes())[distributed.rank()]
+    if not batches:
+        raise ConfigError(
+            f"{ids_NT.shape[0]} calibration rows make fewer batches of {batch} rows than there are processes "
+            f"({distributed.num_processes()}); start fewer, or pass more --samples"
+        )
+    original = model.embed_batches(torch.cat(batches), batch)
     # One list while the two paths are equal, that is, up to the first block; then, with two paths, a list each.
     compressed = original
     probe = model.embed(ids_NT[:1, :PROBE_TOKENS])
@@ -137,7 +147,9 @@ def stream(
                 original = list(original)  # from here on each path has its own batches
             if result is None:
                 on_stage(index, "collecting statistics")
-                statistics, check_input, check_output = _collect(model, index, known[structure], original, compressed)
+                statistics, check_input, check_output = _collect(
+                    model, index, known[structure], original, compressed, num_parts
+                )
                 on_stage(index, "searching")
                 result = method(
                     LoadedBlock(
@@ -161,7 +173,7 @@ def stream(
                 on_stage(index, "running the compressed block")
                 install(module, result)
                 _advance(model, index, compressed)
-            probe = original[0][:1, :PROBE_TOKENS]
+            probe = distributed.from_first(original[0][:1, :PROBE_TOKENS])
             _check_finite(original, prefix)
             model.release_block(index)
             return_freed_memory()
@@ -169,7 +181,12 @@ def stream(
 
 
 def _collect(
-    model: StreamedModel, index: int, groups: list[Group], original: list[Tensor], compressed: list[Tensor]
+    model: StreamedModel,
+    index: int,
+    groups: list[Group],
+    original: list[Tensor],
+    compressed: list[Tensor],
+    num_parts: int = 1,
 ) -> tuple[list[InputStatistics], Tensor, Tensor]:
     """Run every batch through the loaded block, on both paths where they differ; `original` becomes its outputs.
 
@@ -177,6 +194,7 @@ def _collect(
     """
     check_input = compressed[0][: _check_rows(compressed)]
     check_output = check_input
+    ends = list(accumulate(len(part) for part in distributed.parts(original, num_parts)))[:-1]
     with collecting(model.blocks[index], groups, model.device) as collector:
         for i in range(len(original)):
             before, other = original[i], compressed[i]
@@ -187,6 +205,10 @@ def _collect(
                 out = model.run_block(index, other)
             if i == 0:
                 check_output = out[: len(check_input)]
+            if i + 1 in ends:
+                for statistics in collector.statistics:
+                    statistics.close_part()
+    check_input, check_output = distributed.from_first(check_input), distributed.from_first(check_output)
     if model.dtype != torch.float32:
         check_input = check_input.float()
         check_output = model.run_exact(index, check_input)
@@ -201,7 +223,7 @@ def _advance(model: StreamedModel, index: int, hidden: list[Tensor]) -> None:
 
 def _check_rows(hidden: list[Tensor]) -> int:
     seq_len = hidden[0].shape[1]
-    total = sum(h.shape[0] for h in hidden) * seq_len
+    total = distributed.add_up_count(sum(h.shape[0] for h in hidden), hidden[0].device) * seq_len
     tokens = min(CHECK_TOKENS[1], max(CHECK_TOKENS[0], total // CHECK_SHARE))
     return min(hidden[0].shape[0], max(1, tokens // seq_len))
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -321,10 +322,41 @@ def merge_shards(parts: list[Path], out: Path, *, max_shard_bytes: int) -> dict[
         _stream_shard(out / file, members)
         weight_map.update({name: file for _, name, _ in members})
     if len(shards) > 1:
-        total = sum(info.num_bytes for _, _, info in sources)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_bytes_atomically(out / INDEX, json_bytes(index))
+        _write_index(out, weight_map, sum(info.num_bytes for _, _, info in sources))
     return weight_map
+
+
+def link_shards(parts: list[Path], out: Path) -> dict[str, str]:
+    """Make each of `parts` (safetensors files, on disk already) a Hugging Face shard in `out`; returns name -> file.
+
+    Hard links: nothing is copied and no space is needed. Where the file system has none, copies.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        header = _read_header(part)
+        weight_map.update(dict.fromkeys(sorted(header), file))
+        total += sum(info.num_bytes for info in header.values())
+        try:
+            os.link(part, out / file)
+        except OSError:
+            _copy_durably(part, out / file)
+    _write_index(out, weight_map, total)
+    fsync_dir(out)
+    return weight_map
+
+
+def _copy_durably(source: Path, target: Path) -> None:
+    with open(source, "rb") as read, open(target, "wb") as write:
+        shutil.copyfileobj(read, write, _CHUNK_BYTES)
+        write.flush()
+        os.fsync(write.fileno())
+
+
+def _write_index(out: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_bytes_atomically(out / INDEX, json_bytes(index))
 
 
 def _stream_shard(path: Path, members: list[tuple[Path, str, TensorInfo]]) -> None:

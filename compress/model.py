@@ -100,6 +100,10 @@ class StreamedModel:
         Weights stored as AutoAWQ gemm or compressed-tensors integers are dequantized when their block is loaded.
         Raises ArtifactError for a damaged folder and UnsupportedError for an architecture that does not fit.
         """
+        if torch.device(device).type == "cuda":
+            # Before the first allocation: matrices of many sizes come and go, and fixed segments reserve half as much
+            # again as is in use.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         checkpoint = Checkpoint.open(path)
         model = meta_model(checkpoint, trust_remote_code=trust_remote_code)
         _refuse_experts(checkpoint, model)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from compress import distributed
 from compress.groups import Group
 
 _TILE = 512
@@ -27,12 +28,14 @@ class InputStatistics:
 
     gram_II: sum of outer products, symmetric. magnitude_I: sum of |x|. num_tokens: how many rows were added.
     cross_II: sum of `(x' - x) x^T`, x' being what the original model has in x's place; None where the two are equal.
+    closed: the sums of earlier parts of the calibration set, if it is added up in parts.
     """
 
     gram_II: Tensor
     magnitude_I: Tensor
     num_tokens: int = 0
     cross_II: Tensor | None = None
+    closed: list[Tensor] | None = None
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> InputStatistics:
@@ -60,8 +63,28 @@ class InputStatistics:
         self.magnitude_I += x.abs().sum(dim=0, dtype=torch.float32)
         self.num_tokens += x.shape[0]
 
+    def close_part(self) -> None:
+        """End a part of the calibration set: what follows is summed on its own before it is added."""
+        sums = self._sums()
+        if self.closed is None:
+            self.closed = [one.clone() for one in sums]
+        else:
+            for total, one in zip(self.closed, sums, strict=True):
+                total += one
+        for one in sums:
+            one.zero_()
+
+    def _sums(self) -> list[Tensor]:
+        return [self.gram_II, self.magnitude_I, *([] if self.cross_II is None else [self.cross_II])]
+
     def finish(self) -> None:
-        """Turn the sums into means over tokens and make the Gram matrix exactly symmetric."""
+        """Add up all parts, of all processes, take means over tokens, and make the Gram matrix exactly symmetric."""
+        for total, one in zip(self.closed or [], self._sums(), strict=self.closed is not None):
+            one.copy_(total.add_(one))
+        self.closed = None
+        for one in self._sums():
+            distributed.add_up(one)
+        self.num_tokens = distributed.add_up_count(self.num_tokens, self.gram_II.device)
         for start in range(0, self.gram_II.shape[0], _TILE):
             stop = start + _TILE
             self.gram_II[start:stop, stop:] = self.gram_II[stop:, start:stop].t()
@@ -74,7 +97,14 @@ class InputStatistics:
 
     def smoothed(self, s_I: Tensor) -> Tensor:
         """The Gram matrix of the inputs once they are divided by s: `D^-1 G D^-1`, no second pass needed."""
-        return self.gram_II / (s_I.unsqueeze(0) * s_I.unsqueeze(1))
+        return (self.gram_II / s_I.unsqueeze(1)).div_(s_I)
+
+    def smooth_(self, s_I: Tensor) -> None:
+        """Become the statistics of the inputs divided by s; in place, since a wide layer's matrices are gigabytes."""
+        for matrix_II in (self.gram_II, self.cross_II):
+            if matrix_II is not None:
+                matrix_II.div_(s_I.unsqueeze(1)).div_(s_I)
+        self.magnitude_I.div_(s_I)
 
 
 def _add_product(sum_II: Tensor, left_TI: Tensor, right_TI: Tensor) -> None:
@@ -124,5 +154,5 @@ def collecting(block: nn.Module, groups: Sequence[Group], device: torch.device) 
     finally:
         for handle in handles:
             handle.remove()
-        for statistics in collector.statistics:
-            statistics.finish()
+    for statistics in collector.statistics:
+        statistics.finish()

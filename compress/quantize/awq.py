@@ -112,7 +112,8 @@ def output_error(delta_OI: Tensor, gram_II: Tensor) -> float:
 
 def row_errors(delta_OI: Tensor, gram_II: Tensor) -> Tensor:
     """The terms of `output_error`, one a row: the diagonal of `D G D^T`. `[O]`"""
-    return (delta_OI @ gram_II).mul_(delta_OI).sum(dim=1)
+    with numerics.tensor_float32():  # ranks candidates; see numerics for what that costs
+        return (delta_OI @ gram_II).mul_(delta_OI).sum(dim=1)
 
 
 def _relative_magnitude(w_OI: Tensor, scheme: Scheme) -> Tensor:

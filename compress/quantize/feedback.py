@@ -77,8 +77,10 @@ def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
     mean = float(hessian_II.diagonal().mean())
     if not mean < float("inf"):
         raise ArtifactError("the Gram matrix of a layer's inputs is not finite; its weights or the text are damaged")
-    # Reversing rows and columns turns the lower Cholesky factor into the upper one.
+    # Reversing rows and columns turns the lower Cholesky factor into the upper one. A wide layer's matrices are
+    # gigabytes, so each is dropped once the next is there.
     reversed_II = hessian_II.flip(0, 1)
+    del hessian_II
     reversed_II.diagonal().add_(max(damping * mean, 1e-30))
     while True:
         factor, failed = torch.linalg.cholesky_ex(reversed_II)
@@ -86,9 +88,11 @@ def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
             break
         reversed_II.diagonal().add_(9 * max(damping * mean, 1e-30))
         damping *= 10
-    upper = factor.flip(0, 1)
-    eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, eye, upper=True)
+    del reversed_II
+    upper_II = factor.flip(0, 1)
+    del factor
+    eye = torch.eye(len(upper_II), dtype=upper_II.dtype, device=upper_II.device)
+    inverse: Tensor = torch.linalg.solve_triangular(upper_II, eye, upper=True)
     return inverse
 
 

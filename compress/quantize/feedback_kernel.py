@@ -17,7 +17,7 @@ _SCORE_TILE, _SCORE_WARPS = 4096, 1
 _ROUNDER = tl.constexpr(12582912.0)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _feedback(  # type: ignore[no-untyped-def]
     w_ptr,
     upper_ptr,

@@ -79,15 +79,16 @@ def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
     errors: dict[str, float] = {}
     for group, statistics, s_I in zip(loaded.groups, loaded.statistics, scales, strict=True):
         members = [name for name in group.layers if name in chosen]
-        gram_II = statistics.smoothed(s_I)
+        statistics.smooth_(s_I)
         weights = {name: weight_OI(layers[name]).float().contiguous() for name in members}
-        targets = _targets(weights, statistics, s_I, gram_II) if options.feedback else weights
-        rounded.update(_round(targets, gram_II, statistics.num_tokens, options))
+        targets = _targets(weights, statistics) if options.feedback else weights
+        statistics.cross_II = None
+        rounded.update(_round(targets, statistics, options))
         for name, w_OI in targets.items():
             delta = rounded[name].dequantize(scheme).sub_(w_OI)
             if name in row_scale:  # errors are reported for the layer as it was before anything was folded into it
                 delta *= row_scale[name].unsqueeze(1)
-            errors[name] = awq.output_error(delta, gram_II)
+            errors[name] = awq.output_error(delta, statistics.gram_II)
     block_report: dict[str, Any] = {}
     if options.effort == "best" and rounded:
         rounded, block_report = _tuned(loaded, rounded, options)
@@ -212,9 +213,9 @@ def _feedback_prefers(weights: Sequence[Tensor], statistics: InputStatistics, s_
     rows = rows[:: max(1, len(rows) // awq.SEARCH_ROWS)]
     errors = []
     for s in (s_I, torch.ones_like(s_I)):
-        w_OI, gram_II = rows * s, statistics.smoothed(s)
-        found = round_with_feedback(w_OI, shrunk(gram_II, statistics.num_tokens), scheme)
-        errors.append(awq.output_error(found.dequantize(scheme).sub_(w_OI), gram_II))
+        w_OI, hessian_II = rows * s, shrunk(statistics.smoothed(s), statistics.num_tokens)
+        found = round_with_feedback(w_OI, hessian_II, scheme)
+        errors.append(awq.output_error(found.dequantize(scheme).sub_(w_OI), hessian_II))
     return errors[0] < errors[1]
 
 
@@ -246,14 +247,12 @@ def _fold(
     return None, before
 
 
-def _targets(
-    weights: Mapping[str, Tensor], statistics: InputStatistics, s_I: Tensor, gram_II: Tensor
-) -> dict[str, Tensor]:
+def _targets(weights: Mapping[str, Tensor], statistics: InputStatistics) -> dict[str, Tensor]:
     """What each layer of a group should be rounded to; see `retarget`. The weights themselves in the first block."""
     if statistics.cross_II is None or not weights:
         return dict(weights)
-    cross_II = statistics.cross_II / (s_I.unsqueeze(0) * s_I.unsqueeze(1))
-    return _split(retarget(torch.cat(list(weights.values())), gram_II, cross_II), weights)
+    stacked = torch.cat(list(weights.values()))
+    return _split(retarget(stacked, statistics.gram_II, statistics.cross_II), weights)
 
 
 def _split(stacked: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -261,14 +260,14 @@ def _split(stacked: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(like, stacked.split([len(w) for w in like.values()]), strict=True))
 
 
-def _round(weights: Mapping[str, Tensor], gram_II: Tensor, num_tokens: int, options: AwqOptions) -> dict[str, Rounded]:
+def _round(weights: Mapping[str, Tensor], statistics: InputStatistics, options: AwqOptions) -> dict[str, Rounded]:
     """Codes of the layers of one group."""
     scheme = options.scheme
     if not options.feedback:
-        return {name: _round_plainly(w_OI, gram_II, options) for name, w_OI in weights.items()}
+        return {name: _round_plainly(w_OI, statistics.gram_II, options) for name, w_OI in weights.items()}
     if not weights:
         return {}
-    w_OI, hessian_II = torch.cat(list(weights.values())), shrunk(gram_II, num_tokens)
+    w_OI, hessian_II = torch.cat(list(weights.values())), shrunk(statistics.gram_II, statistics.num_tokens)
     found = round_with_feedback(w_OI, hessian_II, scheme)
     found = replace(found, scale_OG=refit_scales(found, w_OI, hessian_II, scheme))
     parts = {f.name: _split(getattr(found, f.name), weights) for f in fields(found)}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import calibration
+from compress import calibration, distributed
 from compress.artifact import BUNDLED, Manifest, read_manifest, rebased
 from compress.assemble import assemble, was_published, write_rest
-from compress.blocks import BlockDone, stream
+from compress.background import meanwhile
+from compress.blocks import BlockDone, BlockResult, stream
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import awq_gemm
@@ -103,13 +104,32 @@ def quantize_awq(
 ) -> AwqOutcome:
     """Quantize `request.source` to an AutoAWQ gemm folder at `request.out`.
 
-    Raises CompressError subclasses, each before anything is at `request.out`.
+    Under `torchrun`, the processes share the calibration set and the first one writes; all return the outcome. Raises
+    CompressError subclasses, each before anything is at `request.out`.
     """
+    with distributed.joined(request.device) as device:
+        outcome = _quantize(replace(request, device=device), on_start, on_block, on_stage)
+        distributed.wait_for_all()
+        return outcome or _outcome_of(request.out, request, [])
+
+
+def _quantize(
+    request: AwqRequest,
+    on_start: Callable[[int, str], None],
+    on_block: Callable[[BlockDone], None],
+    on_stage: Callable[[int, str], None],
+) -> AwqOutcome | None:
+    """See `quantize_awq`. None in a process that does not write."""
     out = request.out
     partial_folder = out.with_name(out.name + ".partial")
-    if was_published(partial_folder, out):
-        Journal(partial_folder, request.scheme, awq_gemm.tensors, awq_gemm.read, awq_gemm.SUFFIXES).close()
-        return _outcome_of(out, request)
+    journal = Journal(partial_folder, request.scheme, awq_gemm.tensors, awq_gemm.read, awq_gemm.SUFFIXES)
+    finished = was_published(partial_folder, out)
+    distributed.wait_for_all()
+    writes = distributed.rank() == 0
+    if finished:
+        if writes:
+            journal.close()
+        return _outcome_of(out, request, ["an earlier run had finished this artifact; nothing was left to do"])
     if out.exists() and not request.force:
         raise ConfigError(f"{out} exists already; pass --force to replace it, or -o for another place")
     if out.resolve() == request.source.path.resolve():
@@ -121,6 +141,11 @@ def quantize_awq(
         trust_remote_code=request.trust_remote_code,
     )
     refuse(model, request)
+    if request.effort == "best" and distributed.running():
+        raise UnsupportedError(
+            f"--effort best tunes each block on all rows in one process, and {distributed.num_processes()} were "
+            "started; start one, or use --effort balanced"
+        )
     tokenizer = calibration.load_tokenizer(request.source.path)
     texts = calibration.load(
         request.calib,
@@ -135,7 +160,6 @@ def quantize_awq(
     ids_NT, notes = with_own_text(request, model.checkpoint, tokenizer, texts.ids_NT)
     # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
     check_free_space(out.parent, 2 * estimated_bytes(model, request) + 64_000_000)
-    journal = Journal(partial_folder, request.scheme, awq_gemm.tensors, awq_gemm.read, awq_gemm.SUFFIXES)
     identity = {
         "stage": "awq",
         "model": str(request.source.path.resolve()),
@@ -144,8 +168,9 @@ def quantize_awq(
         "calibration": calibration.ids_sha256(ids_NT),
         "versions": versions(),
     }
-    journal.start(identity, resume=request.resume)
-    parent_hash = _in_background(model.checkpoint.content_sha256)
+    if writes:
+        journal.start(identity, resume=request.resume)
+    distributed.wait_for_all()
     on_start(model.num_blocks, texts.source)
     options = AwqOptions(
         scheme=request.scheme,
@@ -156,16 +181,24 @@ def quantize_awq(
         tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
     )
     method = partial(awq_block, options=options)
-    done = []
-    for step in stream(model, ids_NT, method, journal, paths=options.paths, on_stage=on_stage):
-        done.append(step)
-        on_block(step)
-    rest = write_rest(journal, model, to_stored)
+    store = journal if writes else _ReadOnly(journal)
+    with ExitStack() as threads:
+        if writes:  # neither needs the blocks, so both are done while those are computed
+            parent_hash = threads.enter_context(meanwhile(model.checkpoint.content_sha256))
+            written_rest = threads.enter_context(meanwhile(partial(write_rest, journal, model, to_stored)))
+        done = []
+        for step in stream(model, ids_NT, method, store, paths=options.paths, on_stage=on_stage):
+            done.append(step)
+            on_block(step)
+        if not writes:
+            return None
+        rest = written_rest()
+        parent_sha256 = parent_hash()
     record = {
         "stage": "awq",
         "format": "awq-gemm",
         "options": request.options(),
-        "parent": {"path": _parent_path(request), "sha256": parent_hash()},
+        "parent": {"path": _parent_path(request), "sha256": parent_sha256},
         "calibration": {
             "source": texts.source,
             **_calibration_path(texts.source, out),
@@ -384,7 +417,8 @@ def _parent_path(request: AwqRequest) -> str:
     return os.path.relpath(path, request.out.resolve())
 
 
-def _outcome_of(out: Path, request: AwqRequest) -> AwqOutcome:
+def _outcome_of(out: Path, request: AwqRequest, notes: list[str]) -> AwqOutcome:
+    """The outcome of a run that another process, or an earlier one, brought to its end."""
     manifest = read_manifest(out)
     if manifest is None:
         raise ArtifactError(f"{out} has no manifest; pass --force to make it again")
@@ -394,8 +428,21 @@ def _outcome_of(out: Path, request: AwqRequest) -> AwqOutcome:
         source_bytes=_weight_bytes(Checkpoint.open(request.source.path)),
         out_bytes=_weight_bytes(Checkpoint.open(out)),
         verified=0,
-        notes=["an earlier run had finished this artifact; nothing was left to do"],
+        notes=notes,
     )
+
+
+@dataclass(frozen=True)
+class _ReadOnly:
+    """The journal as a process sees it that does not write: all processes come to the same blocks."""
+
+    journal: Journal
+
+    def load(self, index: int) -> BlockResult | None:
+        return self.journal.load(index)
+
+    def save(self, index: int, prefix: str, result: BlockResult) -> None:
+        pass
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:
@@ -407,18 +454,3 @@ def _numel(shape: tuple[int, ...]) -> int:
     for n in shape:
         total *= n
     return total
-
-
-def _in_background(compute: Callable[[], str]) -> Callable[[], str]:
-    """Start `compute` in a thread; the returned function waits for its value. Hashing leaves the interpreter free."""
-    box: list[str] = []
-    thread = threading.Thread(target=lambda: box.append(compute()), daemon=True)
-    thread.start()
-
-    def wait() -> str:
-        thread.join()
-        if not box:
-            raise ArtifactError("the model's files could not be hashed; they changed while they were read")
-        return box[0]
-
-    return wait

@@ -4,9 +4,9 @@
 
 Makes a Llama of random weights in the shape of a real one (16-bit, sharded at 5 GB, full vocabulary), drops it from the
 page cache, and runs the quantizer on it in a process of its own with 128 x 512 random token ids. Prints seconds by
-stage, peak GPU memory, peak resident memory, and the arithmetic and bytes that the run cannot avoid against what the same card
-and disk did when measured just before. With --blocks below the real number, the time of the whole model is extrapolated
-from the blocks' mean and said to be.
+stage, peak GPU memory, peak resident memory, and the arithmetic and bytes that the run cannot avoid against what the
+same card and disk did when measured just before. With --blocks below the real number, the time of the whole model is
+extrapolated from a block's median and said to be.
 
 Random weights say nothing about accuracy; shapes, bytes and operations are those of the real model.
 """
@@ -224,6 +224,8 @@ def child(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
+    from compress import assemble
+    from compress.quantize import run
     from compress.quantize.run import AwqRequest, quantize_awq
     from compress.scheme import Scheme
     from compress.workspace import resolve
@@ -259,6 +261,12 @@ def child(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     state["since"] = started
 
+    parts = {name: 0.0 for name in ("write_rest", "merge_shards", "link_shards", "verify_written", "publish")}
+    for module in (run, assemble):
+        for name in parts:
+            if hasattr(module, name):
+                setattr(module, name, _timed(getattr(module, name), name, parts))
+
     def work() -> Any:
         return quantize_awq(request, on_start=on_start, on_block=on_block, on_stage=lambda _, stage: enter(stage))
 
@@ -272,6 +280,7 @@ def child(arguments: argparse.Namespace) -> None:
         "seconds": time.perf_counter() - started,
         "import_seconds": imports,
         "stages": stages,
+        "assembly": {name: seconds for name, seconds in parts.items() if seconds},
         "blocks": blocks,
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "verified": outcome.verified,
@@ -281,6 +290,17 @@ def child(arguments: argparse.Namespace) -> None:
         result["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
         result["gpu_reserved_bytes"] = torch.cuda.max_memory_reserved()
     print(json.dumps(result))
+
+
+def _timed(work: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            seconds[name] += time.perf_counter() - started
+
+    return timed
 
 
 def _profiled(work: Callable[[], Any]) -> Any:
@@ -387,6 +407,7 @@ def show(report: dict[str, Any]) -> None:
         )
         for stage, seconds in run["stages"].items():
             print(f"  {stage:<45} {seconds:8.2f} s")
+        print("  of these: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in run["assembly"].items()))
         steady = sorted(run["blocks"][1:]) or run["blocks"]
         each = steady[len(steady) // 2]
         print(f"  a block: first {run['blocks'][0]:.2f} s, median of the rest {each:.2f} s")

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from compress.background import BackgroundStore, start
+from compress.background import BackgroundStore, meanwhile
 from compress.blocks import BlockResult
 from compress.errors import ArtifactError
 
@@ -64,12 +64,21 @@ def test_an_error_of_the_caller_wins_and_the_block_under_way_is_kept() -> None:
         raise KeyboardInterrupt
 
 
-def test_start_gives_the_value_or_the_error() -> None:
-    assert start(lambda: 6 * 7)() == 42
+def test_meanwhile_gives_the_value_or_the_error_and_waits() -> None:
+    with meanwhile(lambda: 6 * 7) as wait:
+        assert wait() == 42
 
     def fail() -> int:
         raise ArtifactError("gone")
 
-    wait = start(fail)
-    with pytest.raises(ArtifactError, match="gone"):
+    with pytest.raises(ArtifactError, match="gone"), meanwhile(fail) as wait:
         wait()
+    finished: list[int] = []
+
+    def slow() -> None:
+        time.sleep(0.05)
+        finished.append(1)
+
+    with pytest.raises(KeyboardInterrupt), meanwhile(slow):
+        raise KeyboardInterrupt
+    assert finished

@@ -8,7 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import INDEX, Checkpoint, merge_shards, save_atomically
+from compress.checkpoint import (
+    INDEX,
+    Checkpoint,
+    file_sha256,
+    link_shards,
+    merge_shards,
+    save_atomically,
+    save_in_parts,
+    tensor_sha256,
+)
 from compress.errors import ArtifactError
 
 
@@ -117,3 +126,33 @@ def test_merge_keeps_every_byte(tmp_path: Path, limit: int) -> None:
         for name, value in load_file(out / file).items():
             assert value.dtype == tensors[name].dtype and torch.equal(value, tensors[name])
     assert Checkpoint.open(out).names() == sorted(tensors)
+
+
+def test_parts_and_slices_are_the_whole(tmp_path: Path) -> None:
+    """A tensor saved in parts is the file that safetensors reads, its hashes are of what is there, and any rows come
+    back; so do several tensors at once."""
+    value = torch.randn(37, 5).to(torch.bfloat16)
+    path = tmp_path / "model.safetensors"
+    file_hash, content_hash = save_in_parts(path, "w", torch.bfloat16, (37, 5), value.split(10))
+    assert torch.equal(load_file(path)["w"], value)
+    assert file_hash == file_sha256(path) and content_hash == tensor_sha256(value)
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert torch.equal(checkpoint.slice("w", 3, 20), value[3:20])
+    assert torch.equal(checkpoint.rows("w", torch.tensor([0, 5, 36])), value[[0, 5, 36]])
+    assert torch.equal(checkpoint.read_pinned(["w"])["w"], value)
+
+
+def test_linked_shards_hold_every_tensor(tmp_path: Path) -> None:
+    parts = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_atomically(parts[0], {"x": torch.ones(3), "y": torch.zeros(2, 2)})
+    save_atomically(parts[1], {"z": torch.arange(5)})
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert link_shards(parts, out)["z"] == "model-00002-of-00002.safetensors"
+    for part in parts:  # what was linked stays when the working folder goes
+        part.unlink()
+    checkpoint = Checkpoint.open(out)
+    assert checkpoint.names() == ["x", "y", "z"] and torch.equal(checkpoint.tensor("z"), torch.arange(5))
+    assert json.loads((out / INDEX).read_text())["metadata"]["total_size"] == 12 + 16 + 40

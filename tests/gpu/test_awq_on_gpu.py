@@ -38,27 +38,47 @@ def test_float32_on_the_gpu_is_nearly_the_artifact_of_the_cpu(reference_model: P
     """Sums in another order move a few choices of a range or a scale by a step, and codes with them, never the error.
     Smoothing is off in the comparison of codes: one other scale changes every code of its layer."""
     plain = {
-        device: quantize(reference_model, tmp_path / f"plain-{device}", device=device, smooth=False)
+        device: quantize(reference_model, tmp_path / f"plain-{device}", device=device, smooth=False, effort="fast")
         for device in ("cpu", "cuda")
     }
     differing = (codes(plain["cpu"].out) != codes(plain["cuda"].out)).float().mean()
     assert float(differing) < 2e-3
     assert summed_error(plain["cuda"]) == pytest.approx(summed_error(plain["cpu"]), rel=1e-3)
-    full = {d: quantize(reference_model, tmp_path / f"full-{d}", device=d) for d in ("cpu", "cuda")}
-    assert summed_error(full["cuda"]) == pytest.approx(summed_error(full["cpu"]), rel=2e-2)
+    for effort in ("fast", "balanced"):
+        full = {
+            d: quantize(reference_model, tmp_path / f"{effort}-{d}", device=d, effort=effort) for d in ("cpu", "cuda")
+        }
+        assert summed_error(full["cuda"]) == pytest.approx(summed_error(full["cpu"]), rel=2e-2)
 
 
 def test_bfloat16_passes_find_the_same_folds_and_nearly_the_error(reference_model: Path, tmp_path: Path) -> None:
-    exact = quantize(reference_model, tmp_path / "float32", device="cuda")
-    coarse = quantize(reference_model, tmp_path / "bfloat16", device="cuda", dtype="bfloat16")
+    exact = quantize(reference_model, tmp_path / "float32", device="cuda", effort="fast")
+    coarse = quantize(reference_model, tmp_path / "bfloat16", device="cuda", dtype="bfloat16", effort="fast")
     folds = [[g["fold"] for g in o.record["groups"]] for o in (exact, coarse)]
     assert folds[0] == folds[1] and all(folds[0])
     assert summed_error(coarse) == pytest.approx(summed_error(exact), rel=0.05)
 
 
-def test_same_bytes_twice(reference_model: Path, tmp_path: Path) -> None:
-    first, second = (quantize(reference_model, tmp_path / n, device="cuda", dtype="bfloat16").out for n in "ab")
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_same_bytes_twice(effort: str, reference_model: Path, tmp_path: Path) -> None:
+    first, second = (
+        quantize(reference_model, tmp_path / n, device="cuda", dtype="bfloat16", effort=effort).out for n in "ab"
+    )
     assert [file_sha256(p) for p in sorted(first.iterdir())] == [file_sha256(p) for p in sorted(second.iterdir())]
+
+
+def test_tuning_lowers_the_held_out_error(reference_model: Path, tmp_path: Path) -> None:
+    outcome = quantize(
+        reference_model,
+        tmp_path / "best",
+        device="cuda",
+        dtype="bfloat16",
+        effort="best",
+        tune_steps=40,
+        self_samples=0,
+    )
+    tuning = outcome.record["tuning"]
+    assert sum(t["kept"] for t in tuning) >= len(tuning) / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -73,5 +93,6 @@ def test_gram_matrix_is_accurate(dtype: torch.dtype) -> None:
     exact = (x_TI.double().t() @ x_TI.double()) / len(x_TI)
     norm = exact.diagonal().sqrt()
     error = ((statistics.gram_II.cpu().double() - exact) / (norm[:, None] * norm[None])).abs().max()
-    assert float(error) < 1e-5
+    # The matrix unit sums 16-bit products in float32, but truncates where float32 arithmetic rounds.
+    assert float(error) < (1e-5 if dtype == torch.float32 else 1e-4)
     assert torch.equal(statistics.gram_II, statistics.gram_II.t())

@@ -139,6 +139,19 @@ def test_same_bytes_twice_and_from_a_sharded_folder(build_model: Any, quantize: 
     assert sharded["model.safetensors"] == first["model.safetensors"]
 
 
+def test_beyond_one_shard_the_blocks_files_become_the_shards(
+    build_model: Any, quantize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_model()
+    whole = Checkpoint.open(quantize(folder, "whole").out)
+    monkeypatch.setattr("compress.assemble.MAX_SHARD_BYTES", 100_000)
+    sharded = Checkpoint.open(quantize(folder, "sharded").out)
+    files = {info.file for info in sharded.tensors.values()}
+    assert len(files) > 2 and all(file.startswith("model-000") for file in files)
+    assert sharded.names() == whole.names()
+    assert all(torch.equal(sharded.tensor(n), whole.tensor(n)) for n in whole.names())
+
+
 def test_awq_beats_round_to_nearest_on_the_reference_model(reference_model: Path, quantize: Any) -> None:
     """On real weights each step must pay: smoothing lowers the summed layer error, clipping lowers it again."""
     error = {}

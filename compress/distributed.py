@@ -1,0 +1,103 @@
+"""Several processes share the calibration set: each runs its part of the batches, and the sums are added up.
+
+Every process loads each block and computes every choice from the same sums, so that weights never travel; only the
+first one should write. The parts are contiguous runs of batches, and their sums are always added in the order of the
+parts: W processes give, bit for bit, what one process gives that adds the set up in W parts (`num_parts=W` of
+`blocks.stream`, with as many threads a process). One process that adds it up in one part takes float32 sums in another
+order and gets other last bits, because what was summed one by one cannot be had from sums of parts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Meet the processes that `torchrun` started beside this one, if any; gives the device that is this process's own.
+
+    Reads torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Each process of a host gets a
+    GPU of its own when `device` is a GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def running() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Number of this process among those that share the calibration set; 0 for the one that writes."""
+    return dist.get_rank() if running() else 0
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if running() else 1
+
+
+def parts(items: Sequence[T], count: int) -> list[list[T]]:
+    """`items` cut into `count` contiguous runs whose lengths differ by at most one; some are empty if items are few."""
+    bounds = [len(items) * i // count for i in range(count + 1)]
+    return [list(items[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def add_up(partial: Tensor) -> None:
+    """Replace each process's `partial` by the sum over processes, added in their order; in place, the same everywhere.
+
+    An all-reduce would be free to add in any order. Needs two more tensors of the size of `partial`.
+    """
+    if not running():
+        return
+    total = torch.zeros_like(partial)
+    for source in range(num_processes()):
+        term = partial.clone() if source == rank() else torch.empty_like(partial)
+        dist.broadcast(term, source)
+        total += term
+    partial.copy_(total)
+
+
+def add_up_count(count: int, device: torch.device) -> int:
+    """The sum over processes of an integer; `device` is where the processes exchange tensors."""
+    if not running():
+        return count
+    total = torch.tensor([count], dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def from_first(value: Tensor) -> Tensor:
+    """What the first process holds; `value` elsewhere gives the number of dimensions, the dtype and the device only."""
+    if not running():
+        return value
+    shape = torch.tensor(value.shape, dtype=torch.int64, device=value.device)
+    dist.broadcast(shape, 0)
+    out = value.contiguous() if rank() == 0 else torch.empty(shape.tolist(), dtype=value.dtype, device=value.device)
+    dist.broadcast(out, 0)
+    return out
+
+
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    if running():
+        dist.barrier()

@@ -1,0 +1,126 @@
+"""Two processes that share the calibration set make what one process makes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compress.blocks import BlockResult, LoadedBlock, stream
+from compress.distributed import add_up, from_first, num_processes, parts, rank
+from compress.model import StreamedModel
+from compress.quantize.methods import AwqOptions, awq_block
+from compress.scheme import Scheme
+
+WORLD = 2
+
+# What each process does; the first one saves what it found.
+PROCESS = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from compress.distributed import joined, rank, wait_for_all
+from test_distributed import outcome
+torch.set_num_threads(1)
+with joined("cpu") as device:
+    assert device == "cpu"
+    found = {effort: outcome(sys.argv[2], effort) for effort in ("fast", "balanced")}
+    torch.save(found, f"{sys.argv[3]}.{rank()}.pt")
+    wait_for_all()
+"""
+
+
+class Kept:
+    """A store in memory."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, BlockResult] = {}
+
+    def load(self, index: int) -> BlockResult | None:
+        return None
+
+    def save(self, index: int, prefix: str, result: BlockResult) -> None:
+        self.blocks[index] = result
+
+
+def outcome(folder: str, effort: str, num_parts: int = 1) -> dict[str, torch.Tensor]:
+    """Gram matrices, codes, scales and errors of every block."""
+    model = StreamedModel.open(folder)
+    # three batches of at most 2048 tokens, so that two processes get unequal parts
+    ids_NT = torch.randint(0, 4096, (20, 256), generator=torch.Generator().manual_seed(1))
+    seen: dict[str, torch.Tensor] = {}
+    options = AwqOptions(scheme=Scheme(group_size=32), effort=effort)
+
+    def method(loaded: LoadedBlock) -> BlockResult:
+        for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
+            seen[f"{loaded.index}.{group.name}.gram"] = statistics.gram_II.clone()
+            seen[f"{loaded.index}.{group.name}.tokens"] = torch.tensor(statistics.num_tokens)
+        seen[f"{loaded.index}.check"] = loaded.check_output.clone()
+        return awq_block(loaded, options)
+
+    store = Kept()
+    for done in stream(model, ids_NT, method, store, paths=options.paths, num_parts=num_parts):
+        seen[f"{done.index}.errors"] = torch.tensor([layer["error"] for layer in done.report["layers"]])
+    for index, block in store.blocks.items():
+        for name, q in block.quantized.items():
+            seen[f"{index}.{name}.codes"], seen[f"{index}.{name}.scale"] = q.codes_OI, q.scale_OG
+    return seen
+
+
+def several(folder: Path, tmp_path: Path) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """What each process found, by effort."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), str(folder), str(tmp_path / "found")]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
+    running = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, **meeting, "RANK": str(i)})
+        for i in range(WORLD)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    return [torch.load(tmp_path / f"found.{i}.pt") for i in range(WORLD)]
+
+
+def test_two_processes_equal_one(build_model: Any, tmp_path: Path) -> None:
+    """Bit for bit, when the one process adds the calibration set up in two parts; in one part, sums are rounded in
+    another order, so Gram matrices agree to float32 noise and errors with them."""
+    folder = build_model()
+    found = several(folder, tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one = {effort: outcome(str(folder), effort, num_parts=WORLD) for effort in found[0]}
+        plain = outcome(str(folder), "fast")
+    finally:
+        torch.set_num_threads(threads)
+    for effort, expected in one.items():
+        assert int(expected["0.o_proj.tokens"]) == 20 * 256
+        for mine in found:
+            assert mine[effort].keys() == expected.keys()
+            assert not [key for key in expected if not torch.equal(mine[effort][key], expected[key])]
+    for key in (k for k in plain if k.startswith("0.") and k.endswith("gram")):
+        norm = plain[key].diagonal().sqrt()
+        assert float(((one["fast"][key] - plain[key]) / (norm[:, None] * norm)).abs().max()) < 1e-5
+    torch.testing.assert_close(one["fast"]["0.errors"], plain["0.errors"], rtol=0.02, atol=0)
+
+
+@given(st.lists(st.integers()), st.integers(1, 9))
+def test_parts_are_contiguous_and_even(items: list[int], count: int) -> None:
+    cut = parts(items, count)
+    assert [x for part in cut for x in part] == items and len(cut) == count
+    assert max(map(len, cut)) - min(map(len, cut)) <= 1
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    x = torch.arange(4.0)
+    add_up(x)
+    assert x.tolist() == [0.0, 1.0, 2.0, 3.0] and from_first(x) is x
+    assert (rank(), num_processes()) == (0, 1)
