@@ -5,7 +5,8 @@ The manifest holds no dates, durations or host names, so that the same run gives
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,18 @@ def parent_path(parent: Mapping[str, Any], folder: Path) -> Path:
             f"{folder}: its parent {parent['path']} is no longer there; pass the original model explicitly"
         )
     return path
+
+
+def rebased(lineage: Sequence[Mapping[str, Any]], old: Path, new: Path) -> list[dict[str, Any]]:
+    """A lineage copied from the manifest in `old` to one in `new`: paths are relative to the manifest's own folder."""
+
+    def moved(parent: Mapping[str, Any]) -> dict[str, Any]:
+        path = str(parent["path"])
+        if path == BUNDLED or Path(path).is_absolute():
+            return dict(parent)
+        return {**parent, "path": os.path.relpath(Path(old, path).resolve(), new.resolve())}
+
+    return [{**record, "parent": moved(record["parent"])} for record in lineage]
 
 
 def carried_files(folder: Path) -> list[Path]:

@@ -14,12 +14,25 @@ import click
 
 from compress import __version__
 from compress.errors import CompressError
+from compress.siblings import check_siblings
 
 # command -> (module, first line of its help)
 _COMMANDS = {
     "awq": (
         "compress.cli_awq",
         "Quantize to AWQ INT4: an AutoAWQ folder that vLLM, SGLang and transformers load.",
+    ),
+    "export": (
+        "compress.cli_export",
+        "Turn an artifact into what an A100, an Orin or a CPU runs, sized and verified.",
+    ),
+    "fit": (
+        "compress.cli_fit",
+        "Will a model fit a machine, and how fast might it be? Before anything is quantized.",
+    ),
+    "targets": (
+        "compress.cli_targets",
+        "List the machines, with their memory, speed and formats.",
     ),
     "evaluate": (
         "compress.cli_evaluate",
@@ -49,6 +62,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         # The one place where our errors become exit codes; anything else is a bug and keeps its traceback.
         try:
+            check_siblings()
             return super().invoke(ctx)
         except CompressError as e:
             click.echo(f"error: {e}", err=True)
@@ -64,9 +78,10 @@ def main() -> None:
     """Make a language model fit an A100 server or a Jetson Orin, and prove that it is still right.
 
     \b
-      compress awq --bits 4       quantize
-      compress evaluate           prove it
-      compress inspect            see what was made
+      compress awq --bits 4            quantize
+      compress export --target orin    package for the device
+      compress evaluate                prove it
+      compress inspect                 see what was made
 
     Each command takes the newest artifact of ./artifacts, or the bundled reference model if there is none.
     """

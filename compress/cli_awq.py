@@ -68,10 +68,10 @@ def command(
     """
     started = time.monotonic()
     from compress.scheme import Scheme
-    from compress.workspace import WORKSPACE, resolve
+    from compress.workspace import WORKSPACE, is_model, resolve
 
     scheme = Scheme(num_bits=bits, group_size=group_size, symmetric=sym)
-    source = resolve(model, quantizable=True)
+    source = resolve(model, quantizable=True, accept=is_model)
     print(f"model: {source.said}", file=sys.stderr)
     from compress.quantize.run import AwqRequest, quantize_awq
 

@@ -77,9 +77,9 @@ def command(
     the original's, and its bounds come from a paired bootstrap.
     """
     import calibration_data
-    from compress.workspace import WORKSPACE, is_reference, resolve
+    from compress.workspace import WORKSPACE, is_judgeable, is_reference, resolve
 
-    source = resolve(candidate)
+    source = resolve(candidate, accept=is_judgeable)
     original = _original(source, reference)
     if data is None and not is_reference(original):
         raise ConfigError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from compress.artifact import BUNDLED, MANIFEST, parent_path, read_manifest
-from compress.checkpoint import read_json
+from compress.checkpoint import INDEX, SINGLE, read_json
 from compress.errors import ArtifactError, ConfigError
 
 WORKSPACE = Path("artifacts")
@@ -23,14 +24,35 @@ class Source:
     is_reference: bool = False
 
 
-def resolve(model: str | None, *, quantizable: bool = False, workspace: Path = WORKSPACE) -> Source:
-    """The model that the user named, or the workspace's newest artifact, or the bundled reference model.
+Accept = Callable[[Path], bool]
+
+
+def holds_weights(folder: Path) -> bool:
+    """A Hugging Face folder: config.json and safetensors. Exports of that format are among them."""
+    return (folder / "config.json").exists() and ((folder / SINGLE).exists() or (folder / INDEX).exists())
+
+
+def is_model(folder: Path) -> bool:
+    """A Hugging Face folder that no `compress export` made: what stages go on from."""
+    manifest = read_manifest(folder)
+    return holds_weights(folder) and (manifest is None or manifest.record["stage"] != "export")
+
+
+def is_judgeable(folder: Path) -> bool:
+    """What `compress evaluate` can run: a Hugging Face folder, or an export with one graph at its top."""
+    return holds_weights(folder) or (folder / "model.onnx").exists() or len(list(folder.glob("*.onnx"))) == 1
+
+
+def resolve(
+    model: str | None, *, quantizable: bool = False, accept: Accept = holds_weights, workspace: Path = WORKSPACE
+) -> Source:
+    """The model that the user named, or the workspace's newest artifact that `accept` takes, or the bundled model.
 
     With `quantizable`, artifacts that already are quantized stand for the original they came from, so that
     `compress awq --group-size 64` after `compress awq` starts from full precision again.
     """
     if model is None:
-        return _from_workspace(quantizable, workspace)
+        return _from_workspace(quantizable, accept, workspace)
     path = Path(model)
     if path.is_dir():
         return Source(path=path, name=_short(path.resolve().name), said=str(path), is_reference=is_reference(path))
@@ -41,11 +63,20 @@ def resolve(model: str | None, *, quantizable: bool = False, workspace: Path = W
     raise ConfigError(f"{model}: no such folder, and not a hub id such as org/name")
 
 
-def _from_workspace(quantizable: bool, workspace: Path) -> Source:
-    newest = max(workspace.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime_ns, default=None)
-    if newest is None:
-        return _bundled("the bundled reference model (the workspace is empty)")
-    folder = newest.parent
+def config_only(model: str) -> Path:
+    """The folder of a model whose config.json is enough: a hub model's weights are not fetched."""
+    if Path(model).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return resolve(model).path
+    return _download(model, ["config.json"])
+
+
+def _from_workspace(quantizable: bool, accept: Accept, workspace: Path) -> Source:
+    manifests = sorted(workspace.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    # an unfinished run's folder is called NAME.partial
+    folder = next((p.parent for p in manifests if p.parent.suffix != ".partial" and accept(p.parent)), None)
+    if folder is None:
+        state = "holds nothing to go on from" if manifests else "is empty"
+        return _bundled(f"the bundled reference model (the workspace {state})")
     if quantizable and "quantization_config" in read_json(folder / "config.json"):
         manifest = read_manifest(folder)
         assert manifest is not None
@@ -85,14 +116,16 @@ def _short(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name) or "model"
 
 
-def _download(model: str) -> Path:
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+
+
+def _download(model: str, patterns: Sequence[str] = _FILES) -> Path:
     """A hub model's folder in the local cache, fetched if need be; never anything that could be a pickle."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:160]
         raise ArtifactError(f"{model}: no such folder here, and the hub did not give it ({reason})") from None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import compress
 from compress import calibration, distributed
-from compress.artifact import BUNDLED, Manifest, read_manifest
+from compress.artifact import BUNDLED, Manifest, read_manifest, rebased
 from compress.assemble import assemble, was_published, write_rest
 from compress.background import meanwhile
 from compress.blocks import BlockDone, BlockResult, stream
@@ -201,6 +201,7 @@ def _quantize(
         "parent": {"path": _parent_path(request), "sha256": parent_sha256},
         "calibration": {
             "source": texts.source,
+            **_calibration_path(texts.source, out),
             "sha256": texts.sha256,
             "text_sha256": texts.text_sha256,
             "num_samples": texts.ids_NT.shape[0],
@@ -217,7 +218,8 @@ def _quantize(
         "files_not_carried": not_carried(model.checkpoint.path),
     }
     earlier = read_manifest(request.source.path)
-    manifest = Manifest(lineage=[record, *(earlier.lineage if earlier else [])], reports=[])
+    before = rebased(earlier.lineage, request.source.path, out) if earlier else []
+    manifest = Manifest(lineage=[record, *before], reports=[])
     config = out_config(model.checkpoint, request, left_dense(model, request))
     verified = assemble(journal, model, out, rest=rest, config=config, manifest=manifest)
     return AwqOutcome(
@@ -229,6 +231,55 @@ def _quantize(
         resumed=sum(step.resumed for step in done),
         notes=notes,
     )
+
+
+def request_from_record(
+    record: Mapping[str, Any], folder: Path, *, source: Source, out: Path, scheme: Scheme
+) -> AwqRequest:
+    """The request that made the artifact in `folder`, as its manifest's `record` tells it, with another scheme.
+
+    `source` is its parent. Raises ArtifactError when the record holds an option that this version does not know, or
+    when the calibration text is gone.
+    """
+    options: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in record["options"].items() if k != "scheme"
+    }
+    unknown = sorted(set(options) - {f.name for f in fields(AwqRequest)})
+    if record.get("stage") != "awq" or unknown:
+        what = f"option {unknown[0]}" if unknown else f"stage {record.get('stage')!r}"
+        raise ArtifactError(
+            f"{folder}: its manifest records {what}, which this version cannot run again; quantize its parent "
+            f"{record['parent']['path']} yourself with `compress awq`"
+        )
+    calib = _recorded_calibration(record, folder)
+    return AwqRequest(source=source, out=out, scheme=scheme, calib=calib, **options)
+
+
+def _calibration_path(source: str, out: Path) -> dict[str, str]:
+    """Where a calibration file lies, relative to the artifact, so that the recipe can be run again from anywhere."""
+    if not source.startswith("file:"):
+        return {}
+    return {"path": os.path.relpath(Path(source.removeprefix("file:")).resolve(), out.resolve())}
+
+
+def _recorded_calibration(record: Mapping[str, Any], folder: Path) -> str | None:
+    """What to pass as `calib` to get the recorded calibration set again."""
+    calibration_record = record["calibration"]
+    name = str(calibration_record["source"])
+    if name.startswith("bundled:"):
+        return None  # the default of the bundled model, which the parent then is
+    if not name.startswith("file:"):
+        return name  # self, or hf:...
+    asked = Path(name.removeprefix("file:"))
+    recorded = calibration_record.get("path")
+    found = Path(folder, recorded).resolve() if recorded else asked.resolve()
+    path = asked if asked.resolve() == found else Path(os.path.relpath(found))
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} was calibrated on {asked}, which is not there any more; put it back at {path}, or quantize "
+            f"{record['parent']['path']} again with `compress awq --calib FILE`"
+        )
+    return str(path)
 
 
 def with_own_text(

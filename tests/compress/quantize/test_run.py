@@ -20,7 +20,7 @@ from compress.calibration import load_tokenizer
 from compress.checkpoint import Checkpoint, file_sha256
 from compress.errors import ArtifactError, CompressError, ConfigError, UnsupportedError
 from compress.model import StreamedModel
-from compress.quantize.run import AwqOutcome, AwqRequest, quantize_awq
+from compress.quantize.run import AwqOutcome, AwqRequest, quantize_awq, request_from_record
 from compress.scheme import Scheme
 from compress.workspace import resolve
 
@@ -164,6 +164,26 @@ def test_awq_beats_round_to_nearest_on_the_reference_model(reference_model: Path
     assert abs(error["plain"] - rtn) < 1e-3 * rtn
     assert error["smooth"] < 0.9 * error["plain"]
     assert error["both"] < 0.9 * error["smooth"]
+
+
+def test_a_recorded_recipe_runs_again(build_model: Any, quantize: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """From the manifest alone, in another working folder: the same options, the same text, the same bytes."""
+    folder = build_model()
+    made = quantize(folder, skip=("down_proj",), clip=False, seed=3)
+    monkeypatch.chdir(tmp_path / "model")
+    again = request_from_record(made.record, made.out, source=resolve(str(folder)), out=tmp_path / "again", scheme=G32)
+    assert again.options() == made.record["options"]
+    assert contents(quantize_awq(again).out) == contents(made.out)
+
+
+@pytest.mark.parametrize("source", ["self", "hf:some/set:train:text", "bundled:self_sampled"])
+def test_recorded_calibration_without_a_file(source: str, build_model: Any, tmp_path: Path) -> None:
+    parent = resolve(str(build_model()))
+    options = AwqRequest(source=parent, out=tmp_path / "x", scheme=G32).options()
+    record = {"stage": "awq", "options": options, "calibration": {"source": source}, "parent": {"path": "p"}}
+    request = request_from_record(record, tmp_path / "x", source=parent, out=tmp_path / "y", scheme=G32)
+    assert request.calib == (None if source.startswith("bundled") else source)
+    assert request.options() == options
 
 
 # ---- refusals ----------------------------------------------------------------------------------------

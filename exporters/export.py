@@ -1,0 +1,263 @@
+"""`compress export` from start to end: resolve, size, fit the layout, write, account, publish. One visible sequence.
+
+A format is a module with `LAYOUT` and `write` (see `exporters.format`). Everything that it writes lies in OUT.partial
+until the manifest is there; then one rename makes OUT, so a kill at any moment leaves no OUT.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import compress
+from compress.artifact import BUNDLED, Manifest, read_manifest, rebased, write_manifest
+from compress.checkpoint import Checkpoint, file_sha256
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.journal import check_free_space, publish
+from compress.workspace import WORKSPACE, Source
+from exporters.format import Job, Layout, Written
+from exporters.inventory import Model, read_model, stored_scheme
+from exporters.requantize import Report, requantize
+from exporters.sizing import Plan, Sizing, check, native_kv_bits
+from exporters.targets import TARGETS, Target
+
+FORMATS: dict[str, str] = {
+    "hf": "exporters.hf",
+    "onnx": "exporters.onnx_genai",
+    "onnx-trt": "exporters.onnx_trt",
+    "edge": "exporters.edge",
+}
+# The pip extra that a format's own imports come from.
+EXTRAS = {"onnx": "onnx", "onnx-trt": "onnx", "edge": "edge"}
+STAGED = "staged"
+
+
+class Format(Protocol):
+    """The two names of a format's module."""
+
+    LAYOUT: Layout
+
+    def write(self, job: Job) -> Written: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What to export. context None: the target's default, at most what the model was made for. options: the format's.
+
+    format None: the target's first. out None: artifacts/NAME-TARGET-FORMAT.
+    """
+
+    source: Source
+    target: Target
+    format: str | None = None
+    context: int | None = None
+    batch: int = 1
+    out: Path | None = None
+    force: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOutcome:
+    """What was made. parts: bytes by name; fp16_bytes, fp32_bytes: the same model unquantized.
+
+    requantized: the artifact made on the way because the reader needs other codes, or None.
+    """
+
+    out: Path
+    record: dict[str, Any]
+    sizing: Sizing
+    parts: dict[str, int]
+    total_bytes: int
+    fp16_bytes: int
+    fp32_bytes: int
+    requantized: Path | None
+    notes: list[str]
+
+
+def export(
+    request: ExportRequest, *, formats: Mapping[str, str] = FORMATS, report: Report | None = None
+) -> ExportOutcome:
+    """Write, verify and publish one export.
+
+    Raises UnsupportedError for a format that the target or this installation cannot take, DoesNotFit when it is too
+    big, and whatever the format raises; in every case nothing is left at the output folder.
+    """
+    report = report or Report()
+    target = request.target
+    name = format_of(request.format, target, formats)
+    module = load_format(name, formats)
+    artifact = request.source.path
+    refuse_exports(artifact)
+    out = request.out or WORKSPACE / f"{request.source.name}-{target.name}-{name}"
+    refuse_out(out, artifact, force=request.force)
+    model = read_model(artifact)
+    plan = Plan(
+        format=name,
+        context=context_for(model, target, request.context),
+        batch=request.batch,
+        kv_bits=native_kv_bits(name),
+    )
+    sizing = check(model, plan, target)
+    wanted = module.LAYOUT.wants(stored_scheme(artifact, model.scheme)) if model.scheme else None
+    requantized = None
+    if wanted is not None:
+        requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", out, report)
+        artifact, model = requantized, read_model(requantized)
+        sizing = check(model, plan, target)
+    check_free_space(out.parent, 2 * sizing.weights + 64_000_000)
+    working = out.with_name(out.name + ".partial")
+    if working.exists():
+        shutil.rmtree(working)
+    staged = working / STAGED
+    staged.mkdir(parents=True)
+    report.say(f"writing {name} for {target.name}: context {plan.context}, batch {plan.batch}")
+    job = Job(
+        artifact=artifact,
+        target=target,
+        context=plan.context,
+        batch=plan.batch,
+        staged=staged,
+        options=request.options,
+        say=report.say,
+    )
+    try:
+        written = module.write(job)
+        if not written.record.get("verified") or not sum(written.parts.values()):
+            raise ArtifactError(
+                f"format {name} does not say what it verified, or what it wrote; the export was not kept"
+            )
+        record = _record(request, name, plan, sizing, artifact, requantized, out, written, staged)
+        write_manifest(staged, _manifest(record, artifact, out))
+    except Exception:
+        shutil.rmtree(working)  # what was not verified is not kept
+        raise
+    publish(staged, out)
+    shutil.rmtree(working)
+    return ExportOutcome(
+        out=out,
+        record=record,
+        sizing=sizing,
+        parts=dict(written.parts),
+        total_bytes=sum(written.parts.values()),
+        fp16_bytes=2 * model.num_parameters,
+        fp32_bytes=4 * model.num_parameters,
+        requantized=requantized,
+        notes=list(written.notes),
+    )
+
+
+# ---- what can be asked for -----------------------------------------------------------------------------
+
+
+def target_named(name: str) -> Target:
+    """The target called `name`. Raises ConfigError that lists them."""
+    if name not in TARGETS:
+        raise ConfigError(f"--target {name}: there is no such target; known are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def format_of(name: str | None, target: Target, formats: Mapping[str, str] = FORMATS) -> str:
+    """The format asked for, or the target's first. Raises when there is no such format or no reader of it."""
+    if name is None:
+        return target.formats[0]
+    if name not in formats:
+        raise ConfigError(f"--format {name}: there is no such format; known are {', '.join(formats)}")
+    if name not in target.formats:
+        raise UnsupportedError(
+            f"--format {name}: the readers of {target.name} take {', '.join(target.formats)}; choose one of them, or "
+            "another --target (compress targets)"
+        )
+    return name
+
+
+def load_format(name: str, formats: Mapping[str, str] = FORMATS) -> Format:
+    """The format's module, or one sentence that says what to install."""
+    try:
+        module: Any = importlib.import_module(formats[name])
+    except ModuleNotFoundError as e:
+        if e.name and formats[name].startswith(e.name):
+            raise UnsupportedError(f"--format {name}: this installation does not include it") from None
+        extra = EXTRAS.get(name)
+        way_out = f'pip install "compress-toolkit[{extra}]"' if extra else f"pip install {e.name}"
+        raise ConfigError(f"--format {name} needs {e.name}, which is not installed; {way_out}") from None
+    format: Format = module
+    return format
+
+
+def context_for(model: Model, target: Target, asked: int | None) -> int:
+    """The context to size for. ConfigError when the model was not made for so many tokens."""
+    limit = model.max_positions
+    if asked is None:
+        return min(target.context, limit or target.context)
+    if limit is not None and asked > limit:
+        raise ConfigError(f"--context {asked}: {model.name} was made for at most {limit} tokens; ask for no more")
+    return asked
+
+
+def refuse_exports(artifact: Path) -> None:
+    manifest = read_manifest(artifact)
+    if manifest is not None and manifest.record["stage"] == "export":
+        origin = manifest.record["parent"]["path"]
+        raise ConfigError(f"{artifact} is an export already; pass the artifact that it was made from, {origin}")
+
+
+def refuse_out(out: Path, artifact: Path, *, force: bool) -> None:
+    if out.exists() and not force:
+        raise ConfigError(f"{out} exists already; pass --force to replace it, or -o for another place")
+    if out.resolve() == artifact.resolve():
+        raise ConfigError(f"{out} is the artifact itself; pass another folder with -o")
+
+
+# ---- the manifest --------------------------------------------------------------------------------------
+
+
+def _record(
+    request: ExportRequest,
+    name: str,
+    plan: Plan,
+    sizing: Sizing,
+    artifact: Path,
+    requantized: Path | None,
+    out: Path,
+    written: Written,
+    staged: Path,
+) -> dict[str, Any]:
+    """The export's record: what was asked, what was made of it, how large, how verified, and every file's hash."""
+    total = sum(written.parts.values())
+    model = read_model(artifact)
+    return {
+        "stage": "export",
+        "format": name,
+        "target": request.target.name,
+        "options": {"context": plan.context, "batch": plan.batch, **request.options},
+        "parent": {"path": _path_from(out, artifact), "sha256": Checkpoint.open(artifact).content_sha256()},
+        "requantized_from": _path_from(out, request.source.path) if requantized else None,
+        "machine": {k: getattr(request.target, k) for k in ("sm", "jetpack", "tensorrt", "memory_bytes", "usable")},
+        "sizing": sizing.to_json(),
+        "parts": dict(written.parts),
+        "bytes": total,
+        "ratio_to_fp16": round(2 * model.num_parameters / total, 4),
+        "ratio_to_fp32": round(4 * model.num_parameters / total, 4),
+        "written": written.record,
+        "notes": list(written.notes),
+        "files": {p.relative_to(staged).as_posix(): file_sha256(p) for p in sorted(staged.rglob("*")) if p.is_file()},
+        "versions": {"compress": compress.__version__},
+    }
+
+
+def _manifest(record: dict[str, Any], artifact: Path, out: Path) -> Manifest:
+    earlier = read_manifest(artifact)
+    return Manifest(lineage=[record, *(rebased(earlier.lineage, artifact, out) if earlier else [])], reports=[])
+
+
+def _path_from(out: Path, folder: Path) -> str:
+    import calibration_data
+
+    path = folder.resolve()
+    return BUNDLED if path == calibration_data.reference_model().resolve() else os.path.relpath(path, out.resolve())

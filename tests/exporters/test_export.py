@@ -1,0 +1,329 @@
+"""The driver from artifact to published folder: what it makes, refuses, quantizes again, and leaves after a crash."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.artifact import read_manifest
+from compress.checkpoint import Checkpoint, file_sha256, read_json
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.formats import awq_gemm
+from compress.quantize.run import AwqRequest, quantize_awq
+from compress.scheme import Scheme
+from compress.workspace import is_judgeable, is_model, resolve
+from exporters.export import FORMATS, ExportOutcome, ExportRequest, export, load_format
+from exporters.format import Layout
+from exporters.inventory import stored_scheme
+from exporters.requantize import Report
+from exporters.sizing import DoesNotFit
+from exporters.targets import TARGETS
+
+G32 = Scheme(group_size=32)
+# A format whose reader has no zero points, like TensorRT's. It writes what `hf` writes, so what it writes is checked.
+SYMMETRIC_READER = """
+import os, signal
+from compress.errors import ArtifactError
+from exporters import hf
+from exporters.format import Layout, Written
+
+LAYOUT = Layout(num_bits=(4,), group_sizes=(128, 32), symmetric=True)
+
+def write(job):
+    job.say(f"artifact {job.artifact.name}")
+    (job.staged / "half").write_text("half of a file")
+    if job.options.get("die"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.options.get("silent"):
+        return Written(record={}, parts={"half": 14})
+    if job.options.get("fail"):
+        raise ArtifactError("what was written does not compute what the artifact says")
+    (job.staged / "half").unlink()
+    return hf.write(job)
+"""
+
+
+@pytest.fixture
+def symmetric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """FORMATS with an `edge` of our own, in a module of its own."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "symmetric_reader.py").write_text(SYMMETRIC_READER)
+    monkeypatch.syspath_prepend(str(folder))
+    return {**FORMATS, "edge": "symmetric_reader"}
+
+
+@pytest.fixture
+def artifact(build_model: Any, calib_text: Path, tmp_path: Path) -> Path:
+    """A small asymmetric AWQ artifact in a workspace."""
+    request = AwqRequest(
+        source=resolve(str(build_model())), out=tmp_path / "artifacts" / "small", scheme=G32, calib=str(calib_text),
+        samples=4, seq_len=64, skip=("layers.0.mlp.down_proj",),
+    )  # fmt: skip
+    return quantize_awq(request).out
+
+
+def run(artifact: Path, out: str, target: str = "a100", **changes: Any) -> ExportOutcome:
+    formats, report = changes.pop("formats", FORMATS), changes.pop("report", None)
+    request = ExportRequest(source=resolve(str(artifact)), target=TARGETS[target], out=artifact.parent / out, **changes)
+    return export(request, formats=formats, report=report)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_hf_export_is_the_artifact_with_a_manifest(artifact: Path) -> None:
+    outcome = run(artifact, "small-a100-hf", context=128, batch=4)
+    made = contents(outcome.out)
+    original = contents(artifact)
+    for name in set(original) - {"compress.json"}:
+        assert made[name] == original[name]
+    manifest = read_manifest(outcome.out)
+    assert manifest is not None
+    record = manifest.record
+    assert (record["stage"], record["format"], record["target"]) == ("export", "hf", "a100")
+    assert record["options"] == {"context": 128, "batch": 4}
+    assert record["files"] == {k: v for k, v in made.items() if k != "compress.json"}
+    assert record["parent"] == {"path": "../small", "sha256": Checkpoint.open(artifact).content_sha256()}
+    assert [r["stage"] for r in manifest.lineage] == ["export", "awq"]
+    assert record["requantized_from"] is None
+    assert not list(artifact.parent.glob("*.partial"))
+    # size honesty: the parts are the files' bytes, and the ratio is to what the parameters would take
+    size = sum((outcome.out / n).stat().st_size for n in made if "/" not in n and n != "compress.json")
+    assert abs(outcome.total_bytes - size) < 20_000, "all but safetensors headers"
+    parameters = sum(p.numel() for p in _dense(artifact))
+    assert outcome.fp16_bytes == 2 * parameters and outcome.fp32_bytes == 4 * parameters
+    assert record["ratio_to_fp16"] == pytest.approx(2 * parameters / outcome.total_bytes, abs=1e-4)
+
+
+def _dense(artifact: Path) -> list[torch.Tensor]:
+    from compress.model import StreamedModel
+
+    return [p for _, p in StreamedModel.open(artifact).model.named_parameters()]
+
+
+def test_same_bytes_twice_and_an_unquantized_folder(artifact: Path, build_model: Any) -> None:
+    first = contents(run(artifact, "one").out)
+    assert contents(run(artifact, "two").out) == first
+    assert contents(run(artifact, "one", force=True).out) == first
+    folder = build_model("Qwen3", name="artifacts/plain")
+    outcome = run(folder, "plain-hf")
+    assert contents(outcome.out)["model.safetensors"] == contents(folder)["model.safetensors"]
+    assert "quantization_config" not in read_json(outcome.out / "config.json")
+    manifest = read_manifest(outcome.out)
+    assert manifest is not None and manifest.root["path"] == "../plain"
+
+
+def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: dict[str, str]) -> None:
+    said: list[str] = []
+    blocks: list[bool] = []
+    report = Report(say=said.append, on_block=lambda done: blocks.append(done.resumed))
+    outcome = run(artifact, "small-orin", "orin", formats=symmetric, report=report)
+    again = artifact.parent / "small-sym"
+    assert outcome.requantized == again and len(blocks) == 2
+    assert any("needs w4g32-sym codes" in line and "its recipe runs again" in line for line in said)
+    assert stored_scheme(artifact, G32) == G32
+    assert stored_scheme(outcome.out, G32) == Scheme(group_size=32, symmetric=True)
+    first, second = read_manifest(artifact), read_manifest(again)
+    assert first is not None and second is not None
+    same = ("samples", "seq_len", "seed", "skip", "smooth", "clip", "effort")
+    assert all(first.record["options"][k] == second.record["options"][k] for k in same)
+    assert first.record["calibration"]["sha256"] == second.record["calibration"]["sha256"]
+    assert first.record["parent"] == second.record["parent"]
+    manifest = read_manifest(outcome.out)
+    assert manifest is not None
+    assert manifest.record["requantized_from"] == "../small" and manifest.record["parent"]["path"] == "../small-sym"
+    assert [r["stage"] for r in manifest.lineage] == ["export", "awq"]
+    # the layer that the user left in float16 stays so
+    assert "model.layers.0.mlp.down_proj.weight" in Checkpoint.open(outcome.out)
+    # once made it is used again, and the same codes come from a direct run
+    said.clear()
+    blocks.clear()
+    assert run(artifact, "second", "orin", formats=symmetric, report=report).requantized == again
+    assert not blocks and any("used as it is" in line for line in said)
+    direct = contents(again)
+    shutil.rmtree(again)
+    run(artifact, "third", "orin", formats=symmetric)
+    assert contents(again) == direct
+    # a symmetric artifact is taken as it is
+    assert run(again, "fourth", "orin", formats=symmetric).requantized is None
+
+
+def test_a_killed_requantization_goes_on(artifact: Path, symmetric: dict[str, str]) -> None:
+    class Killed(Exception):
+        pass
+
+    def stop(done: Any) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(artifact, "out", "orin", formats=symmetric, report=Report(on_block=stop))
+    assert not (artifact.parent / "out").exists() and not (artifact.parent / "small-sym").exists()
+    resumed: list[bool] = []
+    run(artifact, "out", "orin", formats=symmetric, report=Report(on_block=lambda d: resumed.append(d.resumed)))
+    assert resumed == [True, False]
+
+
+def test_requantization_is_refused_with_the_command_that_helps(
+    artifact: Path, symmetric: dict[str, str], calib_text: Path, tmp_path: Path
+) -> None:
+    def refused(kind: type[Exception], message: str) -> None:
+        with pytest.raises(kind, match=message):
+            run(artifact, "out", "orin", formats=symmetric)
+        assert not (artifact.parent / "out").exists() and not (artifact.parent / "small-sym").exists()
+
+    text = calib_text.read_text()
+    calib_text.write_text(text[200:])
+    refused(ArtifactError, r"is not the text that .*small was calibrated on; .*--bits 4 --group-size 32 --sym")
+    calib_text.write_text(text)
+    calib_text.rename(tmp_path / "elsewhere.txt")
+    refused(ArtifactError, r"was calibrated on .*calib.txt, which is not there any more; put it back")
+    (tmp_path / "elsewhere.txt").rename(calib_text)
+    model = tmp_path / "model"
+    config = (model / "config.json").read_bytes()
+    (model / "config.json").write_bytes(config.replace(b'"bos_token_id": 0', b'"bos_token_id": 1'))
+    refused(ArtifactError, r"has changed since .* was made from it; .*compress awq .* --bits 4 --group-size 32 --sym")
+    (model / "config.json").write_bytes(config)
+    model.rename(tmp_path / "moved")
+    refused(ArtifactError, "its parent ../../model is gone; fetch that model and run: compress awq MODEL --bits 4")
+    (tmp_path / "moved").rename(model)
+    manifest = (artifact / "compress.json").read_text()
+    (artifact / "compress.json").write_text(manifest.replace('"effort"', '"unheard_of"'))
+    refused(ArtifactError, "records option unheard_of, which this version cannot run again")
+    (artifact / "compress.json").unlink()
+    refused(ArtifactError, "has no compress.json that says how to make them; quantize its original")
+
+
+def test_an_artifact_of_another_recipe_in_the_way(artifact: Path, symmetric: dict[str, str]) -> None:
+    shutil.copytree(artifact, artifact.parent / "small-sym")
+    with pytest.raises(ConfigError, match="small-sym exists and was made by another recipe"):
+        run(artifact, "out", "orin", formats=symmetric)
+    # the same options, but other text
+    shutil.rmtree(artifact.parent / "small-sym")
+    run(artifact, "out", "orin", formats=symmetric)
+    path = artifact.parent / "small-sym" / "compress.json"
+    manifest = read_manifest(artifact)
+    assert manifest is not None
+    path.write_text(path.read_text().replace(manifest.record["calibration"]["sha256"], "0" * 64))
+    with pytest.raises(ConfigError, match="small-sym exists and was made by another recipe"):
+        run(artifact, "again", "orin", formats=symmetric)
+
+
+def test_a_failed_write_leaves_nothing(artifact: Path, symmetric: dict[str, str]) -> None:
+    made = run(artifact, "out", "orin", formats=symmetric).out
+    before = contents(made)
+    with pytest.raises(ArtifactError, match="does not compute what the artifact says"):
+        run(artifact, "out", "orin", formats=symmetric, force=True, options={"fail": True})
+    assert contents(made) == before and not list(artifact.parent.glob("*.partial"))
+    with pytest.raises(ArtifactError):
+        run(artifact, "new", "orin", formats=symmetric, options={"fail": True})
+    with pytest.raises(ArtifactError, match="does not say what it verified"):
+        run(artifact, "new", "orin", formats=symmetric, options={"silent": True})
+    assert not (artifact.parent / "new").exists()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from compress.workspace import resolve
+from exporters.export import ExportRequest, FORMATS, export
+from exporters.targets import TARGETS
+artifact, out = map(Path, sys.argv[1:])
+request = ExportRequest(source=resolve(str(artifact)), target=TARGETS["orin"], out=out, options={"die": True})
+export(request, formats={**FORMATS, "edge": "symmetric_reader"})
+"""
+
+
+def test_a_kill_in_the_middle_leaves_no_out(artifact: Path, symmetric: dict[str, str], tmp_path: Path) -> None:
+    out = artifact.parent / "out"
+    path = os.pathsep.join([str(tmp_path / "modules"), *sys.path])
+    command = [sys.executable, "-c", KILLED, str(artifact), str(out)]
+    code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120).returncode
+    assert code == -9
+    assert not out.exists() and (artifact.parent / "out.partial" / "staged" / "half").exists()
+    assert not is_model(artifact.parent / "out.partial")
+    made = run(artifact, "out", "orin", formats=symmetric)
+    assert not (artifact.parent / "out.partial").exists() and not (made.out / "half").exists()
+
+
+# ---- refusals ----------------------------------------------------------------------------------------
+
+
+def test_refusals_come_before_any_work(artifact: Path) -> None:
+    with pytest.raises(UnsupportedError, match="the readers of lambda take onnx; choose"):
+        run(artifact, "out", "lambda", format="hf")
+    with pytest.raises(ConfigError, match="there is no such format; known are hf, onnx"):
+        run(artifact, "out", format="gguf")
+    with pytest.raises(ConfigError, match="--context 4096: small was made for at most 256 tokens"):
+        run(artifact, "out", context=4096)
+    with pytest.raises(DoesNotFit, match="this would fit: --batch"):
+        run(artifact, "out", batch=10**8)
+    made = run(artifact, "out").out
+    with pytest.raises(ConfigError, match="out exists already; pass --force"):
+        run(artifact, "out")
+    with pytest.raises(ConfigError, match=r"is an export already; pass the artifact that it was made from, \.\./small"):
+        run(made, "again")
+    assert sorted(p.name for p in artifact.parent.iterdir()) == ["out", "small"]
+
+
+def test_a_missing_format_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wants_more.py").write_text("import a_package_that_nobody_has\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r'needs a_package_that_nobody_has, .*pip install "compress-toolkit\[onnx\]"'):
+        load_format("onnx", {"onnx": "wants_more"})
+    with pytest.raises(UnsupportedError, match="this installation does not include it"):
+        load_format("onnx", {"onnx": "exporters.not_there"})
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheme", "wanted"),
+    [
+        (Layout(symmetric=True), Scheme(), Scheme(symmetric=True)),
+        (Layout(symmetric=True), Scheme(symmetric=True), None),
+        (Layout(), Scheme(group_size=16), None),
+        (Layout(group_sizes=(128, 32)), Scheme(group_size=32), None),
+        (Layout(group_sizes=(128, 32)), Scheme(group_size=64, symmetric=True), Scheme(symmetric=True)),
+        (Layout(), Scheme(num_bits=8), Scheme(num_bits=4)),
+    ],
+)
+def test_the_smallest_change_that_fits(layout: Layout, scheme: Scheme, wanted: Scheme | None) -> None:
+    assert layout.wants(scheme) == wanted
+
+
+def test_stored_scheme_reads_the_zero_points(artifact: Path) -> None:
+    """AutoAWQ's config says zero_point either way, so one wrong zero point must show."""
+    from safetensors.torch import load_file, save_file
+
+    path = artifact / "model.safetensors"
+    tensors = load_file(path)
+    eights = awq_gemm.pack_columns(torch.full((1, 8), 8))
+    names = [n for n in tensors if n.endswith(".qzeros")]
+    for name in names:
+        tensors[name] = eights.expand_as(tensors[name]).contiguous()
+    save_file(tensors, path)
+    assert stored_scheme(artifact, G32).symmetric
+    tensors[names[-1]][-1, -1] += 1
+    save_file(tensors, path)
+    assert not stored_scheme(artifact, G32).symmetric
+
+
+def test_stages_pick_sensibly(artifact: Path) -> None:
+    workspace = artifact.parent
+    made = run(artifact, "small-a100-hf").out
+    os.utime(made / "compress.json", ns=(2**62, 2**62))
+    assert resolve(None, accept=is_model, workspace=workspace).path == artifact, "export and awq go on from artifacts"
+    assert resolve(None, accept=is_judgeable, workspace=workspace).path == made, "evaluate judges exports too"
+    graph = workspace / "graph"
+    graph.mkdir()
+    (graph / "compress.json").write_text(json.dumps(read_json(made / "compress.json")))
+    os.utime(graph / "compress.json", ns=(2**62 + 1, 2**62 + 1))
+    assert resolve(None, accept=is_judgeable, workspace=workspace).path == made
+    (graph / "model.onnx").touch()
+    assert resolve(None, accept=is_judgeable, workspace=workspace).path == graph
