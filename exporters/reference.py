@@ -53,7 +53,9 @@ def compare(found_TV: Tensor, reference: Reference, *, tolerance: float, what: s
     """
     wanted = reference.logits_TV
     if tuple(found_TV.shape) != tuple(wanted.shape):
-        raise ArtifactError(f"{what}: logits of shape {tuple(found_TV.shape)}, the artifact's are {tuple(wanted.shape)}")
+        raise ArtifactError(
+            f"{what}: logits of shape {tuple(found_TV.shape)}, the artifact's are {tuple(wanted.shape)}"
+        )
     error = float((found_TV.double() - wanted.double()).norm() / wanted.double().norm())
     same = float((found_TV.argmax(-1) == wanted.argmax(-1)).double().mean())
     if not error <= tolerance:
