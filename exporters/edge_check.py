@@ -28,6 +28,7 @@ _INPUTS = (
     "attention_sequence_lengths", "state_indices", "execution_phase_marker", "context_sequence_count_carrier",
     "kv_page_table", "logits_indices",
 )  # fmt: skip
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _COUNTS = re.compile(r"Loaded (\d+) tensors, skipped (\d+) from")
 
 
@@ -106,10 +107,14 @@ def check_structure(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         raise _wrong(folder, "model.onnx", f"has {len(attention)} attentions {sorted(found)}, not {layers} of {heads}")
     stated = {"vocab_size": vocab, "num_hidden_layers": layers, "hidden_size": config["hidden_size"]}
     stated |= {"num_key_value_heads": heads[1], "head_dim": heads[2], "rope_theta": rope_of(config)["rope_theta"]}
-    stated["max_position_embeddings"] = config["max_position_embeddings"]
+    stated |= {name: config[name] for name in ("max_position_embeddings", "rms_norm_eps")}
     for name, value in stated.items():
         if written.get(name) != value:
             raise _wrong(folder, "config.json", f"says {name} = {written.get(name)}, the artifact {value}")
+    rope, wanted = written.get("rope_scaling") or {}, rope_of(config)
+    for name in ("rope_type", *_LLAMA3) if wanted["rope_type"] == "llama3" else ("rope_type",):
+        if rope.get(name, "default") != wanted[name]:
+            raise _wrong(folder, "config.json", f"says {name} = {rope.get(name)}, the artifact {wanted[name]}")
     opsets = {o.domain or "ai.onnx": int(o.version) for o in graph.model.opset_import}
     return {"layers": layers, "opset": opsets, "inputs": len(graph.inputs), "outputs": len(graph.outputs)}
 

@@ -143,7 +143,7 @@ def clean_environ(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def _make(folder: Path, say: Say, environ: Mapping[str, str]) -> Environment:
     """Make, check and publish. What is there under the final name is complete; anything else is removed first."""
-    check_disk(folder.parent, say)
+    check_disk(folder.parent)
     partial = folder.with_name(folder.name + ".partial")
     for old in (partial, folder):
         shutil.rmtree(old, ignore_errors=True)
@@ -187,7 +187,7 @@ def install_steps(environ: Mapping[str, str]) -> list[tuple[list[str], list[str]
     ]
 
 
-def check_disk(folder: Path, say: Say) -> None:
+def check_disk(folder: Path) -> None:
     """Refuse to start an installation that the disk cannot hold."""
     import torch
 

@@ -10,7 +10,6 @@ Shapes: N out_features, K in_features, G groups along K
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -37,6 +36,7 @@ ARCHITECTURES = {
     "phi3": "not on Edge-LLM's list; a Llama once its fused projections are split, which is exact",
 }
 GROUP_SIZE = 128  # Int4GroupwiseGemmPluginV2
+LLAMA3_DIMS = (64, 128)  # "Llama-3 RoPE supports rotaryDim 64 or 128 only", a message of its 0.11.0 runtime
 MULTIPLE_N = 64  # its fragments, tensorrt_edgellm 0.11.0 checkpoint/repacking.py
 
 # A template for models that have none (the exporter refuses such folders): the messages' text as it is.
@@ -88,10 +88,15 @@ def check_model(checkpoint: Checkpoint, context: int) -> None:
             f"support; pass --context {window}"
         )
     rope = rope_of(config)
-    if rope["rope_type"] not in ("default", "llama3") or float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
+    if rope["rope_type"] not in ("default", "llama3") or float(rope["partial_rotary_factor"]) != 1.0:
         raise UnsupportedError(
-            f"{path}: rotary embedding {rope['rope_type']!r} (partial {rope.get('partial_rotary_factor', 1.0)}) is not "
+            f"{path}: rotary embedding {rope['rope_type']!r} (partial {rope['partial_rotary_factor']}) is not "
             "supported by edge yet; default and llama3 are"
+        )
+    if rope["rope_type"] == "llama3" and head_dim(config) not in LLAMA3_DIMS:
+        raise UnsupportedError(
+            f"{path}: llama3 rotary embedding with head_dim {head_dim(config)} is not supported by edge, only with "
+            f"{' or '.join(str(n) for n in LLAMA3_DIMS)}"
         )
     if "lm_head.qweight" in checkpoint:
         raise UnsupportedError(f"{path}: its lm_head is quantized, and edge takes it in float16; quantize without it")
@@ -132,13 +137,6 @@ def hand_over(checkpoint: Checkpoint, folder: Path) -> Handed:
     if not _has_template(folder):
         (folder / TEMPLATE).write_text(PLAIN_TEMPLATE, encoding="utf-8")
         notes.append("the model has no chat template: one that passes the text through was added")
-    rope = rope_of(config)
-    if rope["rope_type"] == "llama3":
-        config = _as_longrope(config, rope)
-        notes.append(
-            "rope: llama3 is written as longrope with equal factors, because Edge-LLM's runtime computes llama3 as "
-            "plain rotary embedding; compare its answers on the device"
-        )
     config.pop("sliding_window", None)  # check_model: the context never reaches it
     if config["model_type"] == "phi3":
         names = _split_shards(checkpoint, folder)
@@ -211,42 +209,11 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def llama3_factors(rope: Mapping[str, Any], dim: int) -> list[float]:
-    """What Llama 3.1 divides each of the `dim / 2` angles by.
-
-    Wavelengths below original / high_freq_factor stay, those above original / low_freq_factor are divided by `factor`,
-    and between them 1 / factor is interpolated in original / wavelength. Source: Meta's Llama 3.1 reference code.
-    """
-    factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    factors = []
-    for i in range(0, dim, 2):
-        wavelength = 2 * math.pi * float(rope["rope_theta"]) ** (i / dim)
-        share = min(1.0, max(0.0, (original / wavelength - low) / (high - low)))
-        factors.append(1 / ((1 - share) / factor + share))
-    return factors
-
-
 def head_dim(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 # ---- helpers -------------------------------------------------------------------------------------------
-
-
-def _as_longrope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with llama3's angles as longrope factors; equal lengths keep longrope from scaling attention."""
-    factors = llama3_factors(rope, head_dim(config))
-    longest = config["max_position_embeddings"]
-    scaling = {"rope_type": "longrope", "long_factor": factors, "short_factor": factors}
-    scaling["original_max_position_embeddings"] = longest
-    out = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")}
-    return {
-        **out,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": scaling,
-        "original_max_position_embeddings": longest,
-    }
 
 
 def _window(config: Mapping[str, Any]) -> int | None:

@@ -166,22 +166,31 @@ def _int4_weight(node: Any, keywords: Mapping[str, Any], constants: Mapping[str,
 def rope_table(config: Mapping[str, Any], length: int) -> Tensor:
     """Cosines, then sines, of each position's angles: float32 `[length, R]`, as Edge-LLM's runtime fills its table.
 
-    Plain rotary embedding (Su et al. 2021), or `longrope`, whose angles are divided by one factor each (Ding et al.
-    2024); with original_max_position_embeddings equal to max_position_embeddings it scales nothing else. That is all
-    that `exporters.edge` writes into config.json.
+    config: the export's config.json, which is all that the runtime knows. Plain rotary embedding (Su et al. 2021), or
+    `llama3`.
     """
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("type") or scaling.get("rope_type") or "default"
     dim = int(int(config["head_dim"]) * float(config.get("partial_rotary_factor", 1.0)))
     angle = float(config["rope_theta"]) ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    if kind == "longrope":
-        if config["original_max_position_embeddings"] != config["max_position_embeddings"]:
-            raise UnsupportedError("longrope that also scales attention has no definition here; refused")
-        angle = angle / torch.tensor(scaling["short_factor"], dtype=torch.float64)
+    if kind == "llama3":
+        angle = angle / llama3_factors(angle, scaling)
     elif kind != "default":
         raise UnsupportedError(f"rope type {kind!r} has no definition here; refused")
     angles = torch.arange(length, dtype=torch.float64)[:, None] * angle[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def llama3_factors(angle: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """What Llama 3.1 divides each angle by; float64, same shape.
+
+    Wavelengths below original / high_freq_factor stay, those above original / low_freq_factor are divided by `factor`,
+    and between them 1 / factor is interpolated in original / wavelength. Source: Meta's Llama 3.1 reference code.
+    """
+    factor, original = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    share = ((original * angle / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - share) / factor + share)
 
 
 def attention(arguments: Sequence[Tensor | None], keywords: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
