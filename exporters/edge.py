@@ -218,7 +218,7 @@ def _parts(folder: Path) -> dict[str, int]:
     graph = edge_graph.Graph(folder)
     parts = {"decoder linears": 0, "lm_head": 0, "norms and biases": 0}
     for name, proto in graph.initializers.items():
-        size = graph.constant(name).numel() * graph.constant(name).element_size()
+        size = graph.num_bytes(name)
         if "lm_head" in name:
             parts["lm_head"] += size
         else:

@@ -140,32 +140,29 @@ def _dense(graph: Graph, folder: Path, name: str, norms: Mapping[str, str], like
     if inside in graph.initializers:
         return graph.constant(inside)
     for other, proto in graph.initializers.items():
-        if tuple(proto.dims) == tuple(like.shape):  # equal tensors are stored once, under one of their names
-            found = graph.constant(other).to(like.dtype)
-            if torch.equal(found, like):
-                return found
-        elif like.ndim == 2 and len(proto.dims) == 2 and proto.dims[0] == like.shape[1] and proto.dims[1] >= len(like):
-            columns = _columns(graph.constant(other).to(like.dtype), like.t())
-            if columns is not None:
-                return columns.t()
-    if like.ndim == 2:
-        for other, proto in graph.initializers.items():  # square: stored transposed, so its shape said nothing
-            if tuple(proto.dims) == tuple(like.shape) and torch.equal(graph.constant(other).t().to(like.dtype), like):
-                return like
+        dims = tuple(proto.dims)
+        if dims == tuple(like.shape):  # equal tensors are stored once, under one of their names
+            if torch.equal(graph.first_row(other), like if like.ndim == 1 else like[0]):
+                found = graph.constant(other)
+                if torch.equal(found, like):
+                    return found
+        if like.ndim == 2 and len(dims) == 2 and dims[0] == like.shape[1] and dims[1] >= like.shape[0]:
+            for start in _starts(graph.first_row(other), like[:, 0]):
+                found = graph.constant(other)[:, start : start + len(like)].t()
+                if torch.equal(found, like):
+                    return found
     raise _wrong(folder, name, "is missing")
 
 
-def _columns(whole_KM: Tensor, wanted_KN: Tensor) -> Tensor | None:
-    """The columns of `whole_KM` that equal `wanted_KN`, side by side, or None.
+def _starts(row_M: Tensor, wanted_N: Tensor) -> list[int]:
+    """Where `wanted_N` lies in `row_M`.
 
-    Unquantized projections of one input are stored transposed and fused (query, key and value), without a name.
+    Unquantized projections of one input are stored transposed and side by side (query, key and value), without a name:
+    one row tells which columns they could be before anything large is read.
     """
-    n = wanted_KN.shape[1]
-    first = (whole_KM[:, : whole_KM.shape[1] - n + 1] == wanted_KN[:, :1]).all(dim=0).nonzero().flatten()
-    for start in first.tolist():
-        if torch.equal(whole_KM[:, start : start + n], wanted_KN):
-            return whole_KM[:, start : start + n]
-    return None
+    n = len(wanted_N)
+    starts = (row_M[: len(row_M) - n + 1] == wanted_N[0]).nonzero().flatten().tolist()
+    return [start for start in starts if torch.equal(row_M[start : start + n], wanted_N)]
 
 
 def _equal(folder: Path, name: str, found: Tensor, wanted: Tensor) -> None:

@@ -55,22 +55,37 @@ class Graph:
 
     def constant(self, name: str) -> Tensor:
         """An initializer as it is stored (its own dtype), read from the data file."""
+        shape = tuple(self.initializers[name].dims)
+        return self._read(name, math.prod(shape)).reshape(shape)
+
+    def first_row(self, name: str) -> Tensor:
+        """The values along the last axis at index 0 of the others; the rest is not read."""
+        return self._read(name, int([1, *self.initializers[name].dims][-1]))
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of an initializer as stored."""
         import onnx
 
         proto = self.initializers[name]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
-        shape = tuple(proto.dims)
+        itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type).itemsize
+        return itemsize * math.prod(proto.dims)
+
+    def _read(self, name: str, count: int) -> Tensor:
+        """The first `count` values of an initializer."""
+        import onnx
+
+        proto = self.initializers[name]
         if proto.data_location != onnx.TensorProto.EXTERNAL:
-            return torch.from_numpy(np.array(onnx.numpy_helper.to_array(proto)).reshape(shape))
+            return torch.from_numpy(onnx.numpy_helper.to_array(proto).reshape(-1)[:count].copy())
         where = {entry.key: entry.value for entry in proto.external_data}
         file = where["location"]
         if Path(file).name != file:
             raise ArtifactError(f"{self.folder / 'model.onnx'}: {name} lies in {file!r}, outside the export; refused")
-        count = math.prod(shape)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
         values = np.fromfile(self.folder / file, dtype=dtype, count=count, offset=int(where.get("offset", 0)))
         if values.size != count:
             raise ArtifactError(f"{self.folder / file}: ends inside {name}; the disk may be full, export again")
-        return torch.from_numpy(values.reshape(shape))
+        return torch.from_numpy(values)
 
 
 def attributes(node: Any) -> dict[str, Any]:

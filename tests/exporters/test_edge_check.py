@@ -134,3 +134,27 @@ def test_a_product_that_the_artifact_has_not_is_noticed(awq_folder: Make, tmp_pa
     (artifact / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="is quantized, though the artifact's is not"):
         edge_check.check_weights(Checkpoint.open(artifact), folder)
+
+
+def fused(arrays: dict[str, Any]) -> None:
+    """What the exporter makes of unquantized projections: transposed, query, key and value in one, names gone."""
+    for layer in range(2):
+        above = f"_model.model.layers.{layer}"
+        parts = [arrays.pop(f"{above}.self_attn.{which}_proj.weight") for which in "qkv"]
+        arrays[f"val_{layer}"] = np.ascontiguousarray(np.concatenate(parts).T)
+        for which in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+            arrays[f"val_{layer}_{which}"] = np.ascontiguousarray(arrays.pop(f"{above}.{which}.weight").T)
+
+
+def test_unquantized_projections_are_found_by_content(build_model: Make, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(build_model(dtype="float16"))
+    folder = export_by_hand(checkpoint, tmp_path / "llm", fused)
+    counts = edge_check.check_weights(checkpoint, folder)
+    assert counts == {"int4_layers": 0, "codes": 0, "scales": 0, "float16_tensors": 21}
+
+    def wrong(arrays: dict[str, Any]) -> None:
+        fused(arrays)
+        arrays["val_1"][5, 70] += 1  # inside the keys: 64 columns of queries, then 32
+
+    with pytest.raises(ArtifactError, match="layers.1.self_attn.k_proj.weight is missing"):
+        edge_check.check_weights(checkpoint, export_by_hand(checkpoint, tmp_path / "bad", wrong))
