@@ -67,8 +67,7 @@ class Graph:
         import onnx
 
         proto = self.initializers[name]
-        itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type).itemsize
-        return itemsize * math.prod(proto.dims)
+        return int(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type).itemsize * math.prod(proto.dims))
 
     def _read(self, name: str, count: int) -> Tensor:
         """The first `count` values of an initializer."""
