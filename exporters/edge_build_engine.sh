@@ -19,6 +19,7 @@ readonly TARGET="@TARGET@"
 readonly SM="@SM@"
 readonly SOC="@SOC@"
 readonly MIN_L4T="@MIN_L4T@"
+readonly TESTED_L4T="@TESTED_L4T@"
 readonly JETPACK="@JETPACK@"
 readonly TENSORRT_MAJORS="@TENSORRT_MAJORS@"
 readonly BUILD_BYTES_LOW=@BUILD_BYTES_LOW@
@@ -73,6 +74,8 @@ check_jetpack() {
         fail "Jetson Linux $release is older than $MIN_L4T; install JetPack $JETPACK"
     else
         say "Jetson Linux $release"
+        at_least "$release" "$TESTED_L4T" ||
+            say "warning: TensorRT Edge-LLM @EDGELLM_VERSION@ was tested by NVIDIA from Jetson Linux $TESTED_L4T only"
     fi
 }
 

@@ -153,7 +153,7 @@ def _make(folder: Path, say: Say, environ: Mapping[str, str]) -> Environment:
         for requirements, extra in install_steps(environ):
             say(f"pip install {' '.join(requirements)}")
             command = [str(python_of(partial)), "-m", "pip", "install", "--disable-pip-version-check", *extra]
-            code, tail = stream([*command, *requirements], say=None, environ=clean_environ(environ))
+            code, tail = stream([*command, *requirements], say=_pip_progress(say), environ=clean_environ(environ))
             if code:
                 raise ConfigError(
                     f"pip could not install {requirements[0]} ({reason(tail)}); check pip's index and network, give "
@@ -172,6 +172,19 @@ def _make(folder: Path, say: Say, environ: Mapping[str, str]) -> Environment:
         shutil.rmtree(partial, ignore_errors=True)
     say(f"environment ready: torch {versions['torch']}, tensorrt-edgellm {versions['tensorrt-edgellm']}")
     return Environment(folder=folder, versions=versions)
+
+
+def _pip_progress(say: Say) -> Say:
+    """Passes on what takes time: each download, and the unpacking at the end."""
+
+    def told(line: str) -> None:
+        text = line.strip()
+        if text.startswith("Downloading "):
+            say(f"pip: downloading {text.split('/')[-1].removeprefix('Downloading ')}")
+        elif text.startswith("Installing collected packages"):
+            say("pip: installing")
+
+    return told
 
 
 def install_steps(environ: Mapping[str, str]) -> list[tuple[list[str], list[str]]]:

@@ -161,7 +161,11 @@ def test_script_builds_again_only_when_something_changed(machine: Machine) -> No
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("etc/nv_tegra_release", "# R35 (release), REVISION: 4.1, GCID: 1\n", "Jetson Linux 35.4.1 is older than 36.4"),
+        (
+            "etc/nv_tegra_release",
+            "# R35 (release), REVISION: 4.1, GCID: 1\n",
+            "Jetson Linux 35.4.1 is older than 36.4.3",
+        ),
         ("etc/nv_tegra_release", "nonsense\n", "does not name a release"),
         ("proc/device-tree/compatible", "nvidia,tegra264\0", r"compute capability 11.0, and orin .* has 8.7"),
         ("proc/device-tree/compatible", "vendor,board\0", "compute capability unknown"),
@@ -178,11 +182,13 @@ def test_script_stops_before_building_on_the_wrong_device(file: str, text: str, 
     assert machine.run("--check-only", IGNORE_CHECKS="1").returncode == 0
 
 
-def test_script_warns_of_zram_and_scarce_memory(machine: Machine) -> None:
+def test_script_warns_of_zram_scarce_memory_and_an_untested_release(machine: Machine) -> None:
+    machine.file("etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic, EABI: aarch64\n")
     machine.file("proc/meminfo", "MemAvailable: 20000000 kB\nSwapFree: 8000000 kB\n")
     machine.file("proc/swaps", "Filename Type Size Used Priority\n/dev/zram0 partition 4000000 0 5\n")
     done = machine.run("--check-only")
     assert done.returncode == 0 and not machine.calls()
+    assert "was tested by NVIDIA from Jetson Linux 39.2 only" in done.stderr
     assert "warning: building may take up to 32.0 GB" in done.stderr and "swap is zram" in done.stderr
 
 
