@@ -171,6 +171,8 @@ def _make(folder: Path, say: Say, environ: Mapping[str, str]) -> Environment:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     say(f"environment ready: torch {versions['torch']}, tensorrt-edgellm {versions['tensorrt-edgellm']}")
+    if _running_cpu_build() and "+cpu" not in versions["torch"]:
+        say("pip's index gave a CUDA build of torch, which is not needed; COMPRESS_TORCH_ARGS can name another index")
     return Environment(folder=folder, versions=versions)
 
 
@@ -190,8 +192,7 @@ def _pip_progress(say: Say) -> Say:
 def install_steps(environ: Mapping[str, str]) -> list[tuple[list[str], list[str]]]:
     """What pip installs, in order: (requirements, further arguments).
 
-    torch comes first and alone, so that COMPRESS_TORCH_ARGS (an index of CPU builds, say) reaches nothing else. A
-    build like the running one is asked for where its version is the pinned one.
+    torch comes first and alone, so that COMPRESS_TORCH_ARGS (an index of CPU builds, say) reaches nothing else.
     """
     rest = [f"{name}=={pin}" for name, pin in PINS.items() if name not in ("torch", "tensorrt-edgellm")]
     return [
@@ -202,15 +203,20 @@ def install_steps(environ: Mapping[str, str]) -> list[tuple[list[str], list[str]
 
 def check_disk(folder: Path) -> None:
     """Refuse to start an installation that the disk cannot hold."""
-    import torch
-
-    kind = "cpu" if torch.version.cuda is None else "cuda"
+    kind = "cpu" if _running_cpu_build() else "cuda"
     free = shutil.disk_usage(folder).free
     if free < DISK_BYTES[kind]:
         raise ConfigError(
             f"{folder} has {free / 1e9:.1f} GB free, and TensorRT Edge-LLM's environment needs about "
             f"{DISK_BYTES[kind] / 1e9:.1f}; free some, or point XDG_CACHE_HOME at a larger disk"
         )
+
+
+def _running_cpu_build() -> bool:
+    """Whether the running torch is a CPU build: pip probably finds the same kind for the environment."""
+    import torch
+
+    return torch.version.cuda is None
 
 
 def _venv(folder: Path) -> None:
