@@ -43,7 +43,9 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What may differ from one decoder layer to the next. `window`: how many tokens back attention sees, itself included."""
+    """What may differ from one decoder layer to the next. `window`: how many tokens back attention sees, itself
+    included.
+    """
 
     rope: Rope
     window: int | None
@@ -53,9 +55,9 @@ class Layer:
 class Family:
     """What a model type always is, whatever its config says.
 
-    norm_offset: added to the stored weight of every norm (Gemma stores w, uses 1 + w). post_norms: a second pair of norms,
-    on what attention and MLP return. qk_norm: queries and keys are normalised head by head. fused: q, k, v are one
-    linear and gate, up another. scaled_embedding: embeddings times sqrt(hidden size).
+    norm_offset: added to the stored weight of every norm (Gemma stores w, uses 1 + w). post_norms: a second pair of
+    norms, on what attention and MLP return. qk_norm: queries and keys are normalised head by head. fused: q, k, v are
+    one linear and gate, up another. scaled_embedding: embeddings times sqrt(hidden size).
     """
 
     norm_offset: float = 0.0

@@ -1,11 +1,12 @@
-"""The decoder as an ONNX graph: prefill and decode are the same graph, called with T tokens and a cache of fixed capacity.
+"""The decoder as an ONNX graph: prefill and decode are the same graph, called with T tokens and a cache of fixed
+capacity.
 
 Inputs   input_ids int64 [B, T]; write_indices int64 [B], how many tokens each sequence's cache holds already;
          logits_indices int64 [B, L], which of the T tokens to predict after; past_key_values.N.key|value [B, K, S, D]
 Outputs  logits [B, L, V]; present.N.key|value [B, K, S, D], the caches with T more tokens
 
-A token at position p sees the slots up to p, so what lies beyond in the cache does not matter: a shorter sequence of a batch
-may be padded on the right, and its padding is overwritten as it decodes on.
+A token at position p sees the slots up to p, so what lies beyond in the cache does not matter: a shorter sequence of a
+batch may be padded on the right, and its padding is overwritten as it decodes on.
 
 Shapes: B batch, T new tokens, L logits asked for, S cache capacity, N query heads, K key-value heads, R = N / K, D head
 size, H hidden size, V vocabulary
@@ -119,8 +120,8 @@ class Decoder:
             )
             for c, new in (("key", k), ("value", v))
         )  # fmt: skip
-        # The R query heads of one key-value head become R T queries of it (their memory is in that order already), so that
-        # no reader needs to repeat keys and values.
+        # The R query heads of one key-value head become R T queries of it (their memory is in that order already), so
+        # that no reader needs to repeat keys and values.
         q = g.op("Reshape", [q, g.ints([0, arch.num_kv_heads, -1, arch.head_dim])], f"{module}/q_folded")
         mask = self.mask(layer.window)
         out = self.dialect.attention(g, q, keys, values, mask, arch.attention_softcap, f"{module}/mixed")
@@ -186,7 +187,9 @@ class Decoder:
         g, arch = self.g, self.arch
         rows = g.op("Range", [g.ints(0), "sizes/batch_scalar", g.ints(1)], "logits/batch")
         first = g.op("Mul", [rows, "sizes/tokens_scalar"], "logits/first")
-        flat = g.op("Add", ["logits_indices", g.op("Unsqueeze", [first, g.ints([1])], "logits/first_column")], "logits/rows")
+        flat = g.op(
+            "Add", ["logits_indices", g.op("Unsqueeze", [first, g.ints([1])], "logits/first_column")], "logits/rows"
+        )
         flat = g.op("Reshape", [flat, g.ints([-1])], "logits/rows_flat")
         x = g.op("Reshape", [x, g.ints([-1, arch.hidden_size])], "logits/tokens_flat")
         x = self.norm(g.op("Gather", [x, flat], "logits/hidden", axis=0), "model.norm")

@@ -1,7 +1,7 @@
 """An ONNX graph's weights in a file beside it, written a chunk at a time.
 
-A protobuf ends at 2 GB, so no weight is ever in one: the model file holds names, shapes and places (`location`, `offset`,
-`length`; onnx.proto, "external data"). Offsets are decimal text there and have no limit of their own.
+A protobuf ends at 2 GB, so no weight is ever in one: the model file holds names, shapes and places (`location`,
+`offset`, `length`; onnx.proto, "external data"). Offsets are decimal text there and have no limit of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SMALL = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A weight to be written: ONNX element type and dims, what makes its bytes, and the part of the model it counts to."""
+    """A weight to be written: ONNX element type and dims, what makes its bytes, the part of the model it counts to."""
 
     name: str
     data_type: int
@@ -81,8 +81,8 @@ class DataFile:
             written += len(chunk)
         if written != tensor.num_bytes:
             raise ArtifactError(
-                f"{tensor.name}: {written} bytes for {list(tensor.dims)}, which needs {tensor.num_bytes}; the artifact's "
-                "config does not match its weights"
+                f"{tensor.name}: {written} bytes for {list(tensor.dims)}, which needs {tensor.num_bytes}; the "
+                "artifact's config does not match its weights"
             )
         entry = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
         entry.data_location = onnx.TensorProto.EXTERNAL

@@ -1,10 +1,11 @@
-"""The decomposed dialect: basic operators only, for TensorRT 10.3 (JetPack 6.2) and what lacks the operators of opset 24.
+"""The decomposed dialect: basic operators only, for TensorRT 10.3 (JetPack 6.2) and what lacks the operators of opset
+24.
 
 Norms run in float32, because a float16 square overflows above 256. Attention is MatMul, Softmax, MatMul with the scale
 already in the queries, which is the pattern that TensorRT's documentation names for fusion.
 
-Shapes: B batch, T tokens, S cache capacity, N heads (of queries, or of keys and values), K key-value heads, Q queries that
-share a key-value head, D head size, F rotated pairs
+Shapes: B batch, T tokens, S cache capacity, N heads (of queries, or of keys and values), K key-value heads, Q queries
+that share a key-value head, D head size, F rotated pairs
 """
 
 from __future__ import annotations
@@ -69,9 +70,7 @@ def update_cache(
     return g.op("ScatterND", [past_BKSD, indices, new_BKTD], name)
 
 
-def attention(
-    g: Graph, q_BKQD: str, k_BKSD: str, v_BKSD: str, mask_B1QS: str, softcap: float | None, name: str
-) -> str:
+def attention(g: Graph, q_BKQD: str, k_BKSD: str, v_BKSD: str, mask_B1QS: str, softcap: float | None, name: str) -> str:
     """`softmax(q k^T + mask) v`, `[B, K, Q, D]`, of scaled queries."""
     bias = g.op("Where", [mask_B1QS, g.scalar(0.0), g.scalar(LOWEST)], f"{mask_B1QS}/bias")
     turned = g.op("Transpose", [k_BKSD], f"{name}/keys_turned", perm=[0, 1, 3, 2])

@@ -1,11 +1,11 @@
 """The dialect of opset 24, for TensorRT from 10.15 on: one operator each for norm, rotation, cache and attention.
 
-TensorRT's conditions (operator pages KVCacheUpdate and Attention): a cache is a network input of static length, its update a
-network output at the same address; attention has no past, no soft cap, and not a mask and causality at once. So the mask
-says both what is written and what is past, and a model with capped scores gets the decomposed attention.
+TensorRT's conditions (operator pages KVCacheUpdate and Attention): a cache is a network input of static length, its
+update a network output at the same address; attention has no past, no soft cap, and not a mask and causality at once.
+So the mask says both what is written and what is past, and a model with capped scores gets the decomposed attention.
 
-Shapes: B batch, T tokens, S cache capacity, N heads (of queries, or of keys and values), K key-value heads, Q queries that
-share a key-value head, D head size, F rotated pairs
+Shapes: B batch, T tokens, S cache capacity, N heads (of queries, or of keys and values), K key-value heads, Q queries
+that share a key-value head, D head size, F rotated pairs
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def update_cache(
     return g.op("TensorScatter", [past_BKSD, new_BKTD, write_indices_B], name, axis=2, mode="linear")
 
 
-def attention(
-    g: Graph, q_BKQD: str, k_BKSD: str, v_BKSD: str, mask_B1QS: str, softcap: float | None, name: str
-) -> str:
+def attention(g: Graph, q_BKQD: str, k_BKSD: str, v_BKSD: str, mask_B1QS: str, softcap: float | None, name: str) -> str:
     """`softmax(q k^T + mask) v`, `[B, K, Q, D]`, of scaled queries."""
     if softcap is not None:
         return opset21.attention(g, q_BKQD, k_BKSD, v_BKSD, mask_B1QS, softcap, name)

@@ -106,9 +106,7 @@ class Weights:
             w_KN = read_dense(self.checkpoint, [source])[source].t().contiguous()
             yield self._bytes(w_KN.float(), source)
 
-        return Stored(
-            name=name, data_type=self.float_type, dims=(in_features, out_features), chunks=chunks, part=part
-        )
+        return Stored(name=name, data_type=self.float_type, dims=(in_features, out_features), chunks=chunks, part=part)
 
     def int4_KN(self, layer: str, part: str) -> tuple[Stored, Stored, int]:
         """A quantized linear: INT4 codes `[K, N]` in -8..7, scales `[G, N]`, and the group size along K.
@@ -153,7 +151,8 @@ class Weights:
 
     def _bytes(self, values: Tensor, source: str) -> bytes:
         """Little-endian bytes in the graph's float type; ArtifactError for what float16 cannot hold."""
-        array = values.numpy().astype(_NUMPY[self.float_type])
+        with np.errstate(over="ignore"):  # what overflows is reported below
+            array = values.numpy().astype(_NUMPY[self.float_type])
         if not np.isfinite(array).all():
             raise ArtifactError(
                 f"{self.checkpoint.path}: tensor {source} reaches {float(values.abs().max()):.3g}, beyond float16's "

@@ -20,8 +20,8 @@ def write_graph(
 ) -> dict[str, int]:
     """Write both files into `folder`; returns bytes by part. One tensor, or slice of one, is in memory at a time.
 
-    float_type FLOAT gives the same graph in float32, to compare with the artifact exactly. Raises UnsupportedError for a
-    model that the graph cannot express, and ArtifactError for weights that do not fit their config or float16.
+    float_type FLOAT gives the same graph in float32, to compare with the artifact exactly. Raises UnsupportedError for
+    a model that the graph cannot express, and ArtifactError for weights that do not fit their config or float16.
     """
     model = StreamedModel.open(artifact)
     arch = architecture.read(model)

@@ -1,0 +1,85 @@
+"""Format `onnx-trt`: our own ONNX graph for TensorRT, with what its device needs to build an engine from it.
+
+The folder holds `model.onnx` and `model.onnx.data`, the tokenizer, `build.json` (input shapes of prefill and decode),
+`build_engine.py` for the device, and a README with the contract of inputs and outputs. Two dialects: opset 24 for
+TensorRT from 10.15 on, opset 21 for older ones. An unquantized folder gives a float16 graph.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+from compress.artifact import carried_files
+from compress.checkpoint import json_bytes, write_bytes_atomically
+from compress.errors import ConfigError
+from compress.model import StreamedModel
+from exporters import reference
+from exporters.format import Job, Layout, Written
+from exporters.graph import architecture, engine, run
+from exporters.graph.decoder import DIALECTS
+from exporters.graph.lint import lint, products
+from exporters.graph.write import GRAPH, write_graph
+
+LAYOUT = Layout(num_bits=(4,), symmetric=True)
+OPSET = 24
+
+# What float16 may cost. Its unit roundoff is 2**-11 = 4.9e-4; on the reference model, 6 layers, the logits of the
+# written graph are 3 to 4e-4 off, because roundings are independent and mostly smaller than the sum they enter. They
+# add up like the square root of their number, so 4 u sqrt(layers) is 4.8e-3 there and 1.1e-2 at 32 layers: ten times
+# what was seen, and a tenth of what INT4 itself changes. That the graph is the right one is shown in float32, to 1e-5,
+# by the tests.
+UNIT_ROUNDOFF = 2.0**-11
+SAFETY = 4.0
+
+
+def tolerance(num_layers: int) -> float:
+    """Largest relative error of the logits that float16 arithmetic explains."""
+    return float(f"{SAFETY * UNIT_ROUNDOFF * num_layers**0.5:.2g}")
+
+
+def write(job: Job) -> Written:
+    """See `exporters.format`. Options: opset, 24 or 21. `job.context` is the caches' capacity."""
+    opset = int(job.options.get("opset", OPSET))
+    if opset not in DIALECTS:
+        raise ConfigError(f"--opset {opset}: onnx-trt writes 24 (TensorRT from 10.15 on) and 21 (older)")
+    arch = architecture.read(StreamedModel.open(job.artifact))
+    shortest = reference.PREFILL + reference.DECODE
+    if not shortest <= job.context <= arch.max_positions:
+        raise ConfigError(
+            f"--context {job.context}: choose {shortest} (what the check of the export runs) to {arch.max_positions} "
+            "(what the model was trained for)"
+        )
+    job.say(f"writing the graph (opset {opset})")
+    parts = write_graph(job.artifact, job.staged, opset=opset, capacity=job.context)
+    job.say("checking the graph against its dialect and the artifact")
+    counts = lint(job.staged / GRAPH, job.artifact, opset)
+    for file in carried_files(job.artifact):
+        write_bytes_atomically(job.staged / file.name, file.read_bytes())
+    quantized = products(job.staged / GRAPH)
+    plan = engine.plan(arch, context=job.context, batch=job.batch, opset=opset, quantized=quantized)
+    write_bytes_atomically(job.staged / engine.PLAN, json_bytes(plan))
+    write_bytes_atomically(job.staged / engine.SCRIPT, engine.script())
+    write_bytes_atomically(job.staged / "README.md", engine.readme(plan, arch).encode())
+    job.say("running it on ONNX Runtime's CPU provider: 16 tokens, then 32 one by one")
+    verified = verify(job.artifact, job.staged, len(arch.layers))
+    return Written(
+        record={
+            "opset": opset,
+            "capacity": job.context,
+            "batch": job.batch,
+            "precision": "int4" if counts["quantized_layers_compared"] else "float16",
+            "versions": {name: metadata.version(name) for name in ("onnx", "onnxruntime")},
+            "lint": counts,
+            "verified": verified,
+        },
+        parts=parts,
+        notes=["no TensorRT engine was built or run: build_engine.py does that on the device"],
+    )
+
+
+def verify(artifact: Path, folder: Path, num_layers: int) -> dict[str, float]:
+    """Run the written graph and compare; ArtifactError when it differs from the artifact by more than float16 does."""
+    wanted = reference.of_artifact(artifact)
+    found = run.logits_TV(run.open_session(folder / GRAPH), wanted.ids_T, wanted.prefill)
+    return reference.compare(found, wanted, tolerance=tolerance(num_layers), what=str(folder / GRAPH))
