@@ -7,6 +7,7 @@ TensorRT from 10.15 on, opset 21 for older ones. An unquantized folder gives a f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from exporters.graph.write import GRAPH, write_graph
 
 LAYOUT = Layout(num_bits=(4,), symmetric=True)
 OPSET = 24
+LARGE = 1_000_000_000
 
 # What float16 may cost. Its unit roundoff is 2**-11 = 4.9e-4; on the reference model, 6 layers, the logits of the
 # written graph are 3 to 4e-4 off, because roundings are independent and mostly smaller than the sum they enter. They
@@ -51,7 +53,7 @@ def write(job: Job) -> Written:
             "(what the model was trained for)"
         )
     job.say(f"writing the graph (opset {opset})")
-    parts = write_graph(job.artifact, job.staged, opset=opset, capacity=job.context)
+    parts = write_graph(job.artifact, job.staged, opset=opset, capacity=job.context, on_bytes=_tenths(job))
     job.say("checking the graph against its dialect and the artifact")
     counts = lint(job.staged / GRAPH, job.artifact, opset)
     for file in carried_files(job.artifact):
@@ -76,6 +78,20 @@ def write(job: Job) -> Written:
         parts=parts,
         notes=["no TensorRT engine was built or run: build_engine.py does that on the device"],
     )
+
+
+def _tenths(job: Job) -> Callable[[int, int], None]:
+    """Says how far a large file is, ten times; a small one is there before it could be read."""
+    said = 0
+
+    def on_bytes(done: int, total: int) -> None:
+        nonlocal said
+        tenth = 10 * done // total
+        if total > LARGE and tenth > said:
+            said = tenth
+            job.say(f"{done / 1e9:.1f} of {total / 1e9:.1f} GB written")
+
+    return on_bytes
 
 
 def verify(artifact: Path, folder: Path, num_layers: int) -> dict[str, float]:

@@ -160,8 +160,10 @@ def layer_report(layers: list[str], quantized: list[str]) -> dict[str, Any]:
 
     A layer's line lists its constants with their types and the ONNX nodes that went into it. A linear is fused when a
     layer with an INT4 constant holds its product, and unfused when its weight is first dequantized by a layer of its
-    own.
+    own. All are None when the builder did not describe its layers in a form that is understood.
     """
+    if not layers:
+        return {"layers": None, "int4_fused": None, "int4_unfused": None}
     fused: set[str] = set()
     for line in layers:
         if re.search(r"Datatype: Int4\b", line):

@@ -75,17 +75,17 @@ class Decoder:
         name: str = self.dialect.rms_norm(self.g, x, weight, self.arch.norm_eps, module)
         return name
 
-    def linear(self, x: str, layer: str) -> str:
+    def linear(self, x: str, layer: str, part: str = LINEARS) -> str:
         """`x W (+ bias)`; a quantized W is dequantized by the graph. INT8 with quantized activations would go here."""
         g, w = self.g, self.weights
         bias = f"{layer}.bias"
         product = f"{layer}/product" if w.has(bias) else layer
         if w.is_quantized(layer):
-            codes, scales, block_size = w.int4_KN(layer, LINEARS)
+            codes, scales, block_size = w.int4_KN(layer, part)
             inputs = [g.weight(codes), g.weight(scales)]
             matrix = g.op("DequantizeLinear", inputs, f"{layer}/dequantized", axis=0, block_size=block_size)
         else:
-            matrix = g.weight(w.dense_KN(layer, LINEARS))
+            matrix = g.weight(w.dense_KN(layer, part))
         out = g.op("MatMul", [x, matrix], product)
         return g.op("Add", [out, g.weight(w.vector(bias))], layer) if w.has(bias) else out
 
@@ -183,7 +183,7 @@ class Decoder:
         return g.op("Mul", [x, g.scalar(self.arch.hidden_size**0.5)], "model.embed_tokens/scaled")
 
     def head(self, x: str) -> None:
-        """Logits of the tokens asked for. Gemm takes the matrix `[V, H]` as it is, so a tied one is stored once."""
+        """Final norm and logits of the tokens asked for; the others are never multiplied with the vocabulary."""
         g, arch = self.g, self.arch
         rows = g.op("Range", [g.ints(0), "sizes/batch_scalar", g.ints(1)], "logits/batch")
         first = g.op("Mul", [rows, "sizes/tokens_scalar"], "logits/first")
@@ -193,15 +193,21 @@ class Decoder:
         flat = g.op("Reshape", [flat, g.ints([-1])], "logits/rows_flat")
         x = g.op("Reshape", [x, g.ints([-1, arch.hidden_size])], "logits/tokens_flat")
         x = self.norm(g.op("Gather", [x, flat], "logits/hidden", axis=0), "model.norm")
-        name = "model.embed_tokens.weight" if arch.tied else "lm_head.weight"
-        matrix = g.weight(self.weights.rows(name, HEAD))
-        self.weights.source("lm_head.weight")
-        out = g.op("Gemm", [x, matrix], "lm_head", transB=1)
+        out = self._product_with_vocabulary(x)
         if arch.logit_softcap is not None:
             out = self.dialect.cap(g, out, arch.logit_softcap, "lm_head/capped")
         asked = g.op("Shape", ["logits_indices"], "logits/asked")
         shape = g.op("Concat", [asked, g.ints([arch.vocab_size])], "logits/shape", axis=0)
         g.op("Reshape", [out, shape], "logits")
+
+    def _product_with_vocabulary(self, x: str) -> str:
+        """Gemm takes a matrix `[V, H]` as it is, so that a tied one is stored once."""
+        w = self.weights
+        if not self.arch.tied and w.is_quantized("lm_head"):
+            return self.linear(x, "lm_head", HEAD)
+        name = "model.embed_tokens.weight" if self.arch.tied else "lm_head.weight"
+        w.source("lm_head.weight")
+        return self.g.op("Gemm", [x, self.g.weight(w.rows(name, HEAD))], "lm_head", transB=1)
 
 
 def build(arch: Architecture, weights: Weights, *, opset: int, capacity: int) -> tuple[Graph, onnx.ModelProto]:

@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 
-from compress.errors import CompressError
-from compress.quantize.run import AwqRequest, quantize_awq
-from compress.scheme import Scheme
-from compress.workspace import resolve
 from exporters import onnx_trt
 from exporters.format import Job
 from exporters.graph import build_engine
@@ -32,17 +28,10 @@ def export(artifact: Path, folder: Path, opset: int, context: int = 256) -> Path
     return folder
 
 
-def quantize(model: Path, out: Path, group_size: int) -> Path:
-    text = out.with_suffix(".txt")
-    text.write_text("\n".join(f"the house number {i} stood by the river" for i in range(60)), encoding="utf-8")
-    scheme = Scheme(group_size=group_size, symmetric=True)
-    quantize_awq(AwqRequest(source=resolve(str(model)), out=out, scheme=scheme, calib=str(text), samples=2, seq_len=32))
-    return out
-
-
 @pytest.fixture(scope="module")
-def quantized_reference(reference_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize(reference_model, tmp_path_factory.mktemp("build") / "artifact", 128)
+def quantized_reference(reference_model: Path, round_to_nearest: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    artifact: Path = round_to_nearest(reference_model, tmp_path_factory.mktemp("build") / "artifact", 128)
+    return artifact
 
 
 @pytest.mark.parametrize("opset", [24, 21])
@@ -67,12 +56,14 @@ def test_reference_model_compiles_for_an_a100(
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Phi3", "Gemma2"])
-def test_other_families_compile_in_both_precisions(family: str, build_model: Any, tmp_path: Path) -> None:
+def test_other_families_compile_in_both_precisions(
+    family: str, build_model: Any, round_to_nearest: Any, tmp_path: Path
+) -> None:
     """Norms of queries and keys, fused projections, soft caps with windows; INT4 in groups of 32; one profile."""
     compiler()
     changes = {} if family == "Qwen3" else {"drop": ("head_dim",)} if family == "Phi3" else {"sliding_window": 33}
     model = build_model(family, dtype="float16", **changes)
-    quantized = quantize(model, tmp_path / "artifact", 32)
+    quantized = round_to_nearest(model, tmp_path / "artifact", 32)
     for label, artifact in (("float16", model), ("int4", quantized)):
         for opset in (24, 21):
             folder = export(artifact, tmp_path / f"{label}-{opset}", opset, context=64)
@@ -86,7 +77,7 @@ def test_script_of_an_export_runs_alone(reference_model: Path, tmp_path: Path) -
     """As on a device: the copied script in a process of its own, with nothing of ours to import."""
     compiler()
     folder = export(reference_model, tmp_path / "out", 24, context=64)
-    command = [sys.executable, "-P", "build_engine.py", "--bindings", "tensorrt_rtx", "--sm", "80", "--profiles", "any"]
+    command = [sys.executable, "-I", "build_engine.py", "--bindings", "tensorrt_rtx", "--sm", "80", "--profiles", "any"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     report = json.loads(run.stdout)
     assert report["compute_capability"] == "8.0, compiled without running"
@@ -139,4 +130,4 @@ def test_layer_report_tells_fused_from_unfused() -> None:
     product = "Name: c, LayerType: gemm, Constants: [], Metadata: [ONNX Layer: l.o_proj]"
     report = build_engine.layer_report([fused, alone, product], ["l.up_proj", "l.gate_proj", "l.o_proj"])
     assert report == {"layers": 3, "int4_fused": 2, "int4_unfused": ["l.o_proj"]}
-    assert issubclass(build_engine.Refused, Exception) and not issubclass(build_engine.Refused, CompressError)
+    assert build_engine.layer_report([], ["l.o_proj"])["int4_fused"] is None

@@ -13,6 +13,7 @@ from compress.errors import UnsupportedError
 from compress.model import StreamedModel
 from exporters import reference
 from exporters.graph import architecture, run
+from exporters.graph.lint import lint
 from exporters.graph.write import GRAPH, write_graph
 
 pytest.importorskip("onnxruntime")
@@ -64,6 +65,21 @@ def test_float32_graph_equals_transformers(name: str, build_model: Any, tmp_path
         found = run.logits_TV(session, wanted.ids_T, wanted.prefill)
         # float32 rounds at 6e-8; a few hundred roundings in another order stay below 1e-5, a wrong fold does not
         reference.compare(found, wanted, tolerance=1e-5, what=f"{name}, opset {opset}")
+
+
+@pytest.mark.parametrize("also", [(), ("lm_head.weight",)])
+def test_int4_graph_equals_the_dequantized_model(
+    also: tuple[str, ...], build_model: Any, round_to_nearest: Any, tmp_path: Path
+) -> None:
+    """Codes, scales, blocks and layout: the reference dequantizes by other code, and multiplies in float32 too."""
+    model = build_model("Qwen2", drop=("head_dim",), dtype="float16", tie_word_embeddings=False)
+    artifact = round_to_nearest(model, tmp_path / "artifact", 32, also)
+    wanted = reference.of_artifact(artifact)
+    for opset in (24, 21):
+        session = export(artifact, tmp_path / str(opset), opset, float_type=onnx.TensorProto.FLOAT)
+        found = run.logits_TV(session, wanted.ids_T, wanted.prefill)
+        reference.compare(found, wanted, tolerance=1e-5, what=f"int4, opset {opset}")
+        assert lint(tmp_path / str(opset) / GRAPH, artifact, opset)["quantized_layers_compared"] == 14 + len(also)
 
 
 def test_sequences_of_a_batch_do_not_see_each_other(build_model: Any, tmp_path: Path) -> None:

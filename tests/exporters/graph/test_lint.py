@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,9 +11,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.errors import ArtifactError
-from compress.quantize.run import AwqRequest, quantize_awq
-from compress.scheme import Scheme
-from compress.workspace import resolve
 from exporters.graph.external import place
 from exporters.graph.lint import lint
 from exporters.graph.write import DATA, GRAPH, write_graph
@@ -21,20 +19,15 @@ Break = Callable[[onnx.ModelProto, Path], None]
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, reference_model: Path) -> tuple[Path, Path]:
-    """The reference model's round-to-nearest-like artifact (a few tokens of calibration) and its graph, opset 24."""
+def written(
+    tmp_path_factory: pytest.TempPathFactory, reference_model: Path, round_to_nearest: Any
+) -> tuple[Path, Path]:
+    """The reference model in INT4 and its graph, opset 24."""
     folder = tmp_path_factory.mktemp("lint")
-    text = folder / "calib.txt"
-    text.write_text("\n".join(f"the house number {i} stood by the river" for i in range(60)), encoding="utf-8")
-    quantize_awq(
-        AwqRequest(
-            source=resolve(str(reference_model)), out=folder / "artifact", scheme=Scheme(symmetric=True),
-            calib=str(text), samples=2, seq_len=32,
-        )
-    )  # fmt: skip
+    artifact = round_to_nearest(reference_model, folder / "artifact", 128)
     (folder / "graph").mkdir()
-    write_graph(folder / "artifact", folder / "graph", opset=24, capacity=64)
-    return folder / "artifact", folder / "graph"
+    write_graph(artifact, folder / "graph", opset=24, capacity=64)
+    return artifact, folder / "graph"
 
 
 def node(model: onnx.ModelProto, kind: str, index: int = 0) -> onnx.NodeProto:
