@@ -17,9 +17,9 @@ import onnx
 
 from compress.errors import ArtifactError
 
-# A reader that maps a tensor into memory needs it to start on a page; 64 KiB suits every page size of ARM as well.
-ALIGNMENT = 65536
-SMALL = 4096
+# A reader that maps a tensor into memory wants it to start on a page; what is smaller than one is copied anyway.
+ALIGNMENT = 4096
+SMALL = 64
 
 
 @dataclass(frozen=True, kw_only=True)

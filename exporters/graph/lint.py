@@ -49,6 +49,7 @@ def lint(path: Path, artifact: Path, opset: int) -> dict[str, int]:
     _check_data(path, model)
     _check_use(path, model)
     _check_caches(path, model, opset)
+    _check_attention(path, model)
     compared = 0
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
@@ -154,6 +155,22 @@ def _check_caches(path: Path, model: onnx.ModelProto, opset: int) -> None:
         wanted = "TensorScatter" if opset >= 24 else "ScatterND"
         if present not in outputs or maker is None or maker.op_type != wanted or maker.input[0] != name:
             raise ArtifactError(f"{path}: output {present} must be the {wanted} of {name}")
+
+
+def _check_attention(path: Path, model: onnx.ModelProto) -> None:
+    """Attention as TensorRT takes it (operator page Attention; its parser since 10.14): Q, K, V and a mask, no more.
+
+    A causal flag would be read from the upper left corner, which is wrong for every call but the first.
+    """
+    for node in model.graph.node:
+        if node.op_type != "Attention":
+            continue
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if len(node.output) != 1 or len(node.input) != 4 or attributes != {"scale": 1.0, "is_causal": 0}:
+            raise ArtifactError(
+                f"{path}: {node.name} has {len(node.input)} inputs, {len(node.output)} outputs and {attributes}; "
+                "TensorRT needs queries, keys, values, a mask and one output, with scale 1.0 and is_causal 0"
+            )
 
 
 def _check_dequantize(

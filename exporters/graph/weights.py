@@ -34,6 +34,7 @@ class Weights:
         self.model = model
         self.float_type = float_type
         self.used: set[str] = set()
+        self._names: dict[str, Any] = model.model.state_dict(keep_vars=True)
         config = quantization_of(self.checkpoint)
         if config is not None and config["quant_method"] != awq_gemm.QUANT_METHOD:
             raise UnsupportedError(
@@ -45,10 +46,6 @@ class Weights:
     def has(self, name: str) -> bool:
         """Whether the model has the parameter `name` (with its `.weight` or `.bias`)."""
         return name in self._names
-
-    @property
-    def _names(self) -> dict[str, Any]:
-        return self.model.model.state_dict(keep_vars=True)
 
     def unused(self) -> list[str]:
         """Parameters that nobody asked for; a graph that leaves one out is another model."""

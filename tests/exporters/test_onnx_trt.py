@@ -1,6 +1,8 @@
 """The format as a whole: what lies in the folder, what is refused, and that a wrong graph is never kept."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,12 @@ def test_zero_points_are_refused(quantized: Any, tmp_path: Path) -> None:
 def test_options_out_of_range(reference_model: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         write(reference_model, tmp_path / "out", **changes)
+
+
+def test_absent_onnx_is_one_sentence() -> None:
+    code = "import sys; sys.modules['onnx'] = None; import exporters.onnx_trt"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1 and "ConfigError: onnx-trt needs the package onnx; pip install" in run.stderr
 
 
 def test_other_quantization_methods_are_refused(build_model: Any, tmp_path: Path) -> None:

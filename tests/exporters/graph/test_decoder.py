@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"drop": ("head_dim",), "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
          "partial_rotary_factor": 0.5}},
     ),
+    "phi3, window": ("Phi3", {"drop": ("head_dim",), "sliding_window": 9}),
     "gemma": ("Gemma", {"num_key_value_heads": 1}),
     "gemma2": ("Gemma2", {"sliding_window": 9, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0}),
     "gemma3": ("Gemma3Text", {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}),
@@ -82,10 +83,29 @@ def test_int4_graph_equals_the_dequantized_model(
         assert lint(tmp_path / str(opset) / GRAPH, artifact, opset)["quantized_layers_compared"] == 14 + len(also)
 
 
-def test_sequences_of_a_batch_do_not_see_each_other(build_model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("opset", [24, 21])
+def test_a_prompt_may_enter_in_pieces(opset: int, build_model: Any, tmp_path: Path) -> None:
+    """7 tokens, then 9 behind them, then 4: the same logits as 20 at once."""
+    session = export(
+        build_model("Mistral", sliding_window=6), tmp_path / "out", opset, float_type=onnx.TensorProto.FLOAT
+    )
+    ids = torch.randint(1, 4096, (20,), generator=torch.Generator().manual_seed(2))
+    whole = run.logits_TV(session, ids, 20).numpy()
+    names = [o.name for o in session.get_outputs()]
+    past = {i.name: np.zeros((1, *i.shape[1:]), np.float32) for i in session.get_inputs() if i.name.startswith("past_")}
+    for start, stop in ((0, 7), (7, 16), (16, 20)):
+        feeds = {"input_ids": ids[None, start:stop].numpy(), "write_indices": np.array([start])}
+        asked = np.array([[stop - start - 1, 0]])  # the last token and the first, in this order
+        logits, *presents = session.run(names, {**feeds, "logits_indices": asked, **past})
+        past = dict(zip(past, presents, strict=True))
+        assert np.allclose(logits[0], whole[[stop - 1, start]], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [24, 21])
+def test_sequences_of_a_batch_do_not_see_each_other(opset: int, build_model: Any, tmp_path: Path) -> None:
     """Three prompts of 5, 9 and 12 tokens, padded on the right, then two steps: each as if it were alone."""
     model = build_model("Qwen3")
-    session = export(model, tmp_path / "out", 24, float_type=onnx.TensorProto.FLOAT)
+    session = export(model, tmp_path / "out", opset, float_type=onnx.TensorProto.FLOAT)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(1, 4096, (n + 2,), generator=generator) for n in (5, 9, 12)]
     lengths = np.array([len(p) - 2 for p in prompts])

@@ -156,6 +156,15 @@ def cache_not_in_place(model: onnx.ModelProto, folder: Path) -> None:
     scatter.output[0] = "scattered"
 
 
+def causal(model: onnx.ModelProto, folder: Path) -> None:
+    """Right in prefill, and attends to the first slot only in decode."""
+    next(a for a in node(model, "Attention").attribute if a.name == "is_causal").i = 1
+
+
+def softcap(model: onnx.ModelProto, folder: Path) -> None:
+    node(model, "Attention").attribute.append(helper.make_attribute("softcap", 30.0))
+
+
 def invalid(model: onnx.ModelProto, folder: Path) -> None:
     node(model, "MatMul").input[1] = "nothing"
 
@@ -177,6 +186,8 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "dead node": (dead_node, "dead leads to no output"),
     "dynamic cache": (dynamic_cache, "all but batch static"),
     "cache not in place": (cache_not_in_place, "must be the TensorScatter of"),
+    "causal flag": (causal, "is_causal 0"),
+    "soft cap": (softcap, "'softcap': 30.0.*one output, with scale 1.0"),
     "invalid": (invalid, "not valid ONNX"),
 }  # fmt: skip
 
