@@ -8,7 +8,7 @@ logits. One sequence runs at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.checkpoint import read_json
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from evaluators.runner import Tokens
 
@@ -42,7 +43,8 @@ class OnnxRunner:
         if not isinstance(logits.shape[-1], int):
             raise UnsupportedError(f"{path}: the graph does not say the vocabulary's size; export it with a fixed one")
         self.vocab_size: int = logits.shape[-1]
-        self.capacity = _capacity(path, session)
+        self.pasts = _pasts(path, session)
+        self.capacity = _capacity(path, self.pasts, session)
 
     @classmethod
     def open(cls, folder: Path) -> OnnxRunner:
@@ -81,7 +83,12 @@ class OnnxRunner:
     def logits_TV(self, ids_T: Tensor) -> Tensor:
         """Float32 `[T, V]` of one sequence."""
         length = len(ids_T)
-        feeds = {i.name: _feed(i.name, i.shape, _DTYPES[i.type], ids_T) for i in self.session.get_inputs()}
+        feeds = {
+            i.name: np.zeros((1, *self.pasts[i.name]), _DTYPES[i.type])
+            if i.name in self.pasts
+            else _feed(i.name, _DTYPES[i.type], ids_T)
+            for i in self.session.get_inputs()
+        }
         out = self.session.run(["logits"], feeds)[0][0]
         if out.shape[0] != length:
             raise UnsupportedError(
@@ -91,38 +98,53 @@ class OnnxRunner:
         return torch.from_numpy(out.astype(np.float32))
 
 
-def _feed(name: str, shape: Sequence[int | str], dtype: Any, ids_T: Tensor) -> np.ndarray[Any, Any]:
-    """What an input of the graph gets for one sequence that starts with nothing before it."""
-    length = len(ids_T)
+def _feed(name: str, dtype: Any, ids_T: Tensor) -> np.ndarray[Any, Any]:
+    """What an input of the graph that is no past gets, for one sequence that starts with nothing before it."""
     if name == "input_ids":
         return ids_T.numpy()[None].astype(dtype)
     if name == "attention_mask":
-        return np.ones((1, length), dtype)
-    if name in ("position_ids", "logits_indices"):
-        return np.arange(length, dtype=dtype)[None]
+        return np.ones((1, len(ids_T)), dtype)
     if name == "write_indices":
         return np.zeros(1, dtype)
-    past = shape[2] if isinstance(shape[2], int) else 0
-    return np.zeros((1, int(shape[1]), past, int(shape[3])), dtype)
+    return np.arange(len(ids_T), dtype=dtype)[None]  # position_ids, logits_indices
 
 
-def _capacity(path: Path, session: Any) -> int | None:
-    """The length of caches that have a fixed one. UnsupportedError for a past of a shape that cannot be fed."""
-    lengths: list[int | None] = []
+def _pasts(path: Path, session: Any) -> dict[str, tuple[int, int, int]]:
+    """Heads, length and size of each past, by name; a free length is 0.
+
+    onnxruntime-genai names the size of a head instead of giving it; `genai_config.json` beside the graph has it.
+    UnsupportedError for a past of a shape that cannot be fed.
+    """
+    config = path.parent / "genai_config.json"
+    decoder = read_json(config).get("model", {}).get("decoder", {}) if config.exists() else {}
+    pasts = {}
     for i in session.get_inputs():
-        if i.name.startswith("past_"):
-            if len(i.shape) != 4 or not all(isinstance(i.shape[k], int) for k in (1, 3)):
-                raise UnsupportedError(f"{path}: {i.name} has shape {i.shape}, not [batch, heads, past, size]")
-            lengths.append(i.shape[2] if isinstance(i.shape[2], int) else None)
-    fixed = {n for n in lengths if n is not None}
-    if not fixed:
+        if not i.name.startswith("past_"):
+            continue
+        if len(i.shape) == 4:
+            _, heads, length, size = i.shape
+            heads = heads if isinstance(heads, int) else decoder.get("num_key_value_heads")
+            size = size if isinstance(size, int) else decoder.get("head_size")
+        if len(i.shape) != 4 or not isinstance(heads, int) or not isinstance(size, int):
+            raise UnsupportedError(
+                f"{path}: {i.name} has shape {i.shape}, not [batch, heads, past, size] with heads and size given there "
+                "or in genai_config.json"
+            )
+        pasts[i.name] = (heads, length if isinstance(length, int) else 0, size)
+    return pasts
+
+
+def _capacity(path: Path, pasts: Mapping[str, tuple[int, int, int]], session: Any) -> int | None:
+    """The length of caches that have a fixed one. UnsupportedError when it cannot be told that they are empty."""
+    lengths = {length for _, length, _ in pasts.values()}
+    if lengths <= {0}:
         return None
-    if len(fixed) > 1 or None in lengths or "write_indices" not in [i.name for i in session.get_inputs()]:
+    if len(lengths) > 1 or "write_indices" not in [i.name for i in session.get_inputs()]:
         raise UnsupportedError(
-            f"{path}: its pasts have fixed lengths {sorted(fixed)} without one capacity and write_indices for all; "
+            f"{path}: its pasts have lengths {sorted(lengths)} without one capacity and write_indices for all; "
             "it cannot be told that they are empty"
         )
-    return fixed.pop()
+    return lengths.pop()
 
 
 class OnnxReading:

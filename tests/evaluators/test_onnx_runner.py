@@ -100,13 +100,16 @@ def grouped_query_graph(folder: Path, dtype: Any) -> dict[str, np.ndarray[Any, A
         value("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
         value("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]),
         *(
-            value(f"past_key_values.0.{c}", kind, ["batch_size", k, "past_sequence_length", d])
+            value(f"past_key_values.0.{c}", kind, ["batch_size", k, "past_sequence_length", "kv_cache_dim"])
             for c in ("key", "value")
         ),
     ]
     outputs = [
         value("logits", kind, ["batch_size", "sequence_length", v]),
-        *(value(f"present.0.{c}", kind, ["batch_size", k, "total_sequence_length", d]) for c in ("key", "value")),
+        *(
+            value(f"present.0.{c}", kind, ["batch_size", k, "total_sequence_length", "kv_cache_dim"])
+            for c in ("key", "value")
+        ),
     ]
     initializers = [numpy_helper.from_array(w, name) for name, w in weights.items()] + constants
     graph = helper.make_graph(nodes, "genai", inputs, outputs, initializers)
@@ -118,7 +121,9 @@ def grouped_query_graph(folder: Path, dtype: Any) -> dict[str, np.ndarray[Any, A
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float16, 1e-2)])
 def test_past_of_free_length_starts_empty(dtype: Any, tolerance: float, tmp_path: Path) -> None:
     weights = {name: torch.from_numpy(w).double() for name, w in grouped_query_graph(tmp_path, dtype).items()}
-    (tmp_path / "genai_config.json").write_text("{}")
+    with pytest.raises(UnsupportedError, match="heads and size given there or in genai_config.json"):
+        OnnxRunner.open(tmp_path)
+    (tmp_path / "genai_config.json").write_text('{"model": {"decoder": {"head_size": 8, "num_key_value_heads": 2}}}')
     runner = OnnxRunner.open(tmp_path)
     assert runner.capacity is None
     ids = torch.tensor([3, 17, 40, 2, 2, 9, 31])
@@ -141,5 +146,5 @@ def test_fixed_past_without_write_indices_is_refused(tmp_path: Path) -> None:
         [value("logits", TensorProto.FLOAT, [1, 2, 8, 4])],
     )
     onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "m.onnx")
-    with pytest.raises(UnsupportedError, match=r"fixed lengths \[8\] without one capacity and write_indices"):
+    with pytest.raises(UnsupportedError, match=r"have lengths \[8\] without one capacity and write_indices"):
         OnnxRunner.open(tmp_path)
