@@ -18,13 +18,16 @@ from compress.model import StreamedModel
 from exporters import reference
 from exporters.format import Job, Layout, Written
 from exporters.graph import architecture, engine, run
+from exporters.graph.build_engine import available_bytes
 from exporters.graph.decoder import DIALECTS
 from exporters.graph.lint import lint, products
-from exporters.graph.write import GRAPH, write_graph
+from exporters.graph.write import DATA, GRAPH, write_graph
 
 LAYOUT = Layout(num_bits=(4,), symmetric=True)
 OPSET = 24
 LARGE = 1_000_000_000
+# ONNX Runtime's memory over the weights' file: 2.0 (float16, 2.7 GB) and 1.8 (INT4, 1.1 GB) were measured.
+CHECK_COPIES = 2.2
 
 # What float16 may cost. Its unit roundoff u is 2**-11 = 4.9e-4. Roundings are independent and mostly smaller than the
 # sum they enter, so their error grows like the square root of their number: the logits were 3 to 4e-4 off with 6 layers
@@ -54,6 +57,7 @@ def write(job: Job) -> Written:
         )
     job.say(f"writing the graph (opset {opset})")
     parts = write_graph(job.artifact, job.staged, opset=opset, capacity=job.context, on_bytes=_tenths(job))
+    _refuse_small_memory((job.staged / DATA).stat().st_size)
     job.say("checking the graph against its dialect and the artifact")
     counts = lint(job.staged / GRAPH, job.artifact, opset)
     for file in carried_files(job.artifact):
@@ -78,6 +82,16 @@ def write(job: Job) -> Written:
         parts=parts,
         notes=["no TensorRT engine was built or run: build_engine.py does that on the device"],
     )
+
+
+def _refuse_small_memory(data_bytes: int) -> None:
+    """ConfigError when the check of the export would not fit: a killed process says nothing."""
+    need, free = int(CHECK_COPIES * data_bytes), available_bytes()
+    if free is not None and free < need:
+        raise ConfigError(
+            f"running the written graph takes about {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; close other "
+            "programs or export on a larger machine"
+        )
 
 
 def _tenths(job: Job) -> Callable[[int, int], None]:

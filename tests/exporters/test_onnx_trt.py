@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -17,10 +18,9 @@ from exporters import onnx_trt
 from exporters.format import Job, Written
 from exporters.graph.external import place
 from exporters.graph.write import DATA, GRAPH
-from exporters.targets import Target
 
 pytest.importorskip("onnxruntime")
-TARGET = Target(name="orin", memory_bytes=64 << 30, usable=0.8)
+TARGET: Any = SimpleNamespace(name="orin")  # the format asks a target for nothing
 
 
 def write(artifact: Path, folder: Path, **changes: Any) -> Written:
@@ -106,6 +106,14 @@ def test_a_graph_that_computes_something_else_is_not_kept(
     honest = onnx_trt.write_graph
     monkeypatch.setattr(onnx_trt, "write_graph", wrong)
     with pytest.raises(ArtifactError, match="logits differ from the artifact's"):
+        write(reference_model, tmp_path / "out")
+
+
+def test_a_check_that_does_not_fit_is_refused(
+    reference_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_trt, "available_bytes", lambda: 40_000_000)  # of 48 needed
+    with pytest.raises(ConfigError, match="takes about 0.05 GB and 0.04 GB are free; .* on a larger machine"):
         write(reference_model, tmp_path / "out")
 
 
