@@ -8,7 +8,6 @@ TensorRT from 10.15 on, opset 21 for older ones. An unquantized folder gives a f
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 from compress.artifact import carried_files
@@ -75,7 +74,7 @@ def write(job: Job) -> Written:
             "capacity": job.context,
             "batch": job.batch,
             "precision": "int4" if counts["quantized_layers_compared"] else "float16",
-            "versions": {name: metadata.version(name) for name in ("onnx", "onnxruntime")},
+            "versions": run.versions(),
             "lint": counts,
             "verified": verified,
         },

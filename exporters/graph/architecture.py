@@ -110,6 +110,11 @@ def read(model: StreamedModel) -> Architecture:
             f"{model.checkpoint.path}: {kind} is not supported by {FORMAT} yet; it writes {', '.join(FAMILIES)}, and "
             "--format hf takes any model"
         )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedError(
+            f"{model.checkpoint.path}: {kind} with bidirectional attention is not supported by {FORMAT} yet; it writes "
+            "decoders that see the past only"
+        )
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     scalar = getattr(config, "query_pre_attn_scalar", None)
@@ -134,7 +139,8 @@ def read(model: StreamedModel) -> Architecture:
 
 
 def _activation(config: Any) -> Activation:
-    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    # Gemma 2 and 3 read another key than the rest; a config may hold both
+    name = config.hidden_activation if FAMILIES[config.model_type].post_norms else config.hidden_act
     if name not in _ACTIVATIONS:
         raise UnsupportedError(
             f"activation {name!r} is not supported by {FORMAT} yet; it writes {', '.join(_ACTIVATIONS)}"

@@ -5,6 +5,7 @@ Shapes: T tokens, V vocabulary
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from compress.errors import ConfigError
 
+VERSIONS = ("onnx", "onnxruntime")
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -33,6 +35,11 @@ def open_session(path: Path) -> Any:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that write and run a graph; not from metadata, because onnxruntime has several distributions."""
+    return {name: str(importlib.import_module(name).__version__) for name in VERSIONS}
 
 
 def logits_TV(session: Any, ids_T: Tensor, prefill: int) -> Tensor:

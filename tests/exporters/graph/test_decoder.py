@@ -1,5 +1,6 @@
 """The graph computes what transformers computes: every family, both dialects, exactly in float32."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from compress.errors import UnsupportedError
 from compress.model import StreamedModel
 from exporters import reference
-from exporters.graph import architecture, run
+from exporters.graph import architecture, decoder, run
 from exporters.graph.lint import lint
+from exporters.graph.weights import Weights
 from exporters.graph.write import GRAPH, write_graph
 
 pytest.importorskip("onnxruntime")
@@ -142,6 +144,24 @@ def test_other_models_are_refused_by_name(build_model: Any) -> None:
     model = build_model("Olmo2", drop=("head_dim",))
     with pytest.raises(UnsupportedError, match="olmo2 is not supported by onnx-trt yet"):
         architecture.read(StreamedModel.open(model))
+
+
+def test_encoders_are_refused(build_model: Any) -> None:
+    model = build_model("Gemma3Text", use_bidirectional_attention=True)
+    with pytest.raises(UnsupportedError, match="gemma3_text with bidirectional attention is not supported"):
+        architecture.read(StreamedModel.open(model))
+
+
+def test_parameters_that_the_graph_would_leave_out_are_refused(build_model: Any, tmp_path: Path) -> None:
+    """Llama's config with Qwen 3's norms of queries and keys, as a model derived from Llama might have."""
+    model = StreamedModel.open(build_model("Qwen3"))
+    arch = architecture.read(model)
+    plain = dataclasses.replace(arch, family=dataclasses.replace(arch.family, qk_norm=False))
+    weights = Weights(model, onnx.TensorProto.FLOAT)
+    with pytest.raises(
+        UnsupportedError, match=r"self_attn.k_norm.weight is not supported .*4 parameters would be left"
+    ):
+        decoder.build(plain, weights, opset=24, capacity=64)
 
 
 @pytest.mark.parametrize(
