@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -218,7 +219,8 @@ def subject(path: Path) -> Subject:
     size = sum(f.stat().st_size for f in files)
     return Subject(
         path=str(path),
-        sha256=file_sha256(graph),
+        # The weights lie outside the graph: two exports of one architecture may have the same graph.
+        sha256=hashlib.sha256("".join(f"{f.name}\0{file_sha256(f)}\n" for f in files).encode()).hexdigest(),
         format="onnx",
         runtime=OnnxRunner.runtime,
         weight_bytes=size,

@@ -22,7 +22,7 @@ from compress.errors import ArtifactError, UnsupportedError
 from compress.scheme import Scheme
 from exporters import edge, edge_check, edge_env, edge_folder, edge_graph, reference
 from exporters.format import Job
-from exporters.targets import Target
+from exporters.targets import TARGETS
 
 Make = Callable[..., Path]
 
@@ -30,7 +30,7 @@ Make = Callable[..., Path]
 def job(artifact: Path, folder: Path, name: str = "orin", **changes: Any) -> Job:
     staged = folder / "staged"
     staged.mkdir(parents=True)
-    target = Target(name=name, memory_bytes=64 * 10**9, usable=0.7)
+    target = TARGETS[name]
     return Job(artifact=artifact, target=target, staged=staged, **{"context": 256, "batch": 1, **changes})
 
 
