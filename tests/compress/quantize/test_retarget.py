@@ -1,0 +1,38 @@
+"""The weight that answers for wrong inputs, against least squares on the inputs themselves."""
+
+import pytest
+import torch
+
+from compress.quantize.retarget import retarget
+
+
+def inputs(tokens: int = 400, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer now receives, and what the original model has there."""
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
+    mistake = original @ torch.randn(size, size, generator=generator, dtype=torch.float64) * 0.05
+    return original + mistake + 0.02 * torch.randn(original.shape, generator=generator, dtype=torch.float64), original
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_is_least_squares_towards_the_point_between(strength: float) -> None:
+    x, original = inputs()
+    w_OI = torch.randn(5, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    cross, gram = (original - x).t() @ x / len(x), x.t() @ x / len(x)
+    found = retarget(w_OI, gram, cross, strength=strength, damping=0.0)
+    wanted = (1 - strength) * x @ w_OI.t() + strength * original @ w_OI.t()
+    slow = torch.linalg.lstsq(x, wanted).solution.t()
+    torch.testing.assert_close(found, slow, rtol=1e-8, atol=1e-10)
+
+
+def test_brings_the_output_nearer_the_original_and_damping_holds_it_back() -> None:
+    x, original = inputs()
+    w_OI = torch.randn(5, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    cross, gram = (original - x).t() @ x / len(x), x.t() @ x / len(x)
+
+    def distance(w: torch.Tensor) -> float:
+        return float((x @ w.t() - original @ w_OI.t()).square().mean())
+
+    weights = [retarget(w_OI, gram, cross, strength=1.0, damping=d) for d in (0.0, 0.05, 1e6)]
+    assert distance(weights[0]) < distance(weights[1]) < 0.5 * distance(w_OI)
+    torch.testing.assert_close(weights[2], w_OI, rtol=1e-4, atol=1e-6)
