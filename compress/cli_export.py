@@ -172,10 +172,14 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
         console.print(f"note: {note}", soft_wrap=True)
     if outcome.requantized:
         console.print(f"the codes are those of {outcome.requantized}, made on the way", soft_wrap=True)
+    verified = outcome.record["written"]["verified"]
+    said = ", ".join(
+        f"{key.replace('_', ' ')} {value}" for key, value in verified.items() if not isinstance(value, dict)
+    )
+    console.print(f"verified: {said}", soft_wrap=True)
     console.print(
-        f"wrote {outcome.out}/  {outcome.record['format']} for {outcome.record['target']}, verified: "
-        f"{json.dumps(outcome.record['written'].get('verified', {}))}; {seconds_text(seconds)}, peak memory "
-        f"{peak_memory_bytes() / 2**20:.0f} MiB",
+        f"wrote {outcome.out}/  {outcome.record['format']} for {outcome.record['target']}; {seconds_text(seconds)}, "
+        f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB",
         soft_wrap=True,
     )
 

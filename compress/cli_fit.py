@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.errors import ConfigError
+
 if TYPE_CHECKING:
     from exporters.inventory import Model
     from exporters.sizing import Sizing
@@ -66,6 +68,8 @@ def choices(model: Model, target: Target, format: str, context: int | None, batc
     from exporters.sizing import KV_BITS, MADE_BITS, Plan, size
 
     limit = model.max_positions or max(CONTEXTS)
+    if context and context > limit:
+        raise ConfigError(f"--context {context}: the model has {limit} positions; ask for at most that")
     contexts = [context] if context else sorted({min(c, limit) for c in (*CONTEXTS, target.context)})
     native = KV_BITS[format]
     rows = []
@@ -74,7 +78,7 @@ def choices(model: Model, target: Target, format: str, context: int | None, batc
             for tokens in contexts:
                 plan = Plan(format=format, context=tokens, batch=batch, num_bits=bits, kv_bits=kv_bits)
                 sizing: Sizing = size(model, plan, target)
-                made = (bits is None or bits in MADE_BITS) and kv_bits == native[0] and tokens <= limit
+                made = (bits is None or bits in MADE_BITS) and kv_bits == native[0]
                 rows.append(
                     {
                         "weights": _weights(model, bits, format),

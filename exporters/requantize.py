@@ -31,6 +31,9 @@ class Report:
     on_block: Callable[[BlockDone], None] = lambda done: None
 
 
+MADE_FOR_EXPORT = "for-export"
+
+
 def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: Report) -> Path:
     """Run the artifact's recorded recipe again with the `wanted` scheme, from its parent; resumes and reuses.
 
@@ -55,7 +58,8 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: R
     source = Source(path=parent, name=parent.name, said=str(parent), is_reference=is_reference(parent))
     home = artifact.parent if os.access(artifact.parent, os.W_OK) else out.parent
     only_symmetric = wanted.symmetric and wanted.label() == f"{_recorded_scheme(record).label()}-sym"
-    folder = home / f"{artifact.name}-{'sym' if only_symmetric else wanted.label()}"
+    # In a folder of its own: what one reader needed must not become the workspace's newest artifact.
+    folder = home / MADE_FOR_EXPORT / f"{artifact.name}-{'sym' if only_symmetric else wanted.label()}"
     request = request_from_record(record, artifact, source=source, out=folder, scheme=wanted)
     why = f"{reader} needs {wanted.label()} codes and {artifact} has {_recorded_scheme(record).label()}"
     if folder.exists():

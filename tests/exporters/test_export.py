@@ -126,7 +126,7 @@ def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: d
     blocks: list[bool] = []
     report = Report(say=said.append, on_block=lambda done: blocks.append(done.resumed))
     outcome = run(artifact, "small-orin", "orin", formats=symmetric, report=report)
-    again = artifact.parent / "small-sym"
+    again = artifact.parent / "for-export" / "small-sym"
     assert outcome.requantized == again and len(blocks) == 2
     assert any("needs w4g32-sym codes" in line and "its recipe runs again" in line for line in said)
     assert stored_scheme(artifact, G32) == G32
@@ -139,7 +139,10 @@ def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: d
     assert first.record["parent"] == second.record["parent"]
     manifest = read_manifest(outcome.out)
     assert manifest is not None
-    assert manifest.record["requantized_from"] == "../small" and manifest.record["parent"]["path"] == "../small-sym"
+    assert (
+        manifest.record["requantized_from"] == "../small"
+        and manifest.record["parent"]["path"] == "../for-export/small-sym"
+    )
     assert [r["stage"] for r in manifest.lineage] == ["export", "awq"]
     # the layer that the user left in float16 stays so
     assert "model.layers.0.mlp.down_proj.weight" in Checkpoint.open(outcome.out)
@@ -165,7 +168,7 @@ def test_a_killed_requantization_goes_on(artifact: Path, symmetric: dict[str, st
 
     with pytest.raises(Killed):
         run(artifact, "out", "orin", formats=symmetric, report=Report(on_block=stop))
-    assert not (artifact.parent / "out").exists() and not (artifact.parent / "small-sym").exists()
+    assert not (artifact.parent / "out").exists() and not (artifact.parent / "for-export" / "small-sym").exists()
     resumed: list[bool] = []
     run(artifact, "out", "orin", formats=symmetric, report=Report(on_block=lambda d: resumed.append(d.resumed)))
     assert resumed == [True, False]
@@ -177,7 +180,7 @@ def test_requantization_is_refused_with_the_command_that_helps(
     def refused(kind: type[Exception], message: str) -> None:
         with pytest.raises(kind, match=message):
             run(artifact, "out", "orin", formats=symmetric)
-        assert not (artifact.parent / "out").exists() and not (artifact.parent / "small-sym").exists()
+        assert not (artifact.parent / "out").exists() and not (artifact.parent / "for-export" / "small-sym").exists()
 
     text = calib_text.read_text()
     calib_text.write_text(text[200:])
@@ -202,13 +205,13 @@ def test_requantization_is_refused_with_the_command_that_helps(
 
 
 def test_an_artifact_of_another_recipe_in_the_way(artifact: Path, symmetric: dict[str, str]) -> None:
-    shutil.copytree(artifact, artifact.parent / "small-sym")
+    shutil.copytree(artifact, artifact.parent / "for-export" / "small-sym")
     with pytest.raises(ConfigError, match="small-sym exists and was made by another recipe"):
         run(artifact, "out", "orin", formats=symmetric)
     # the same options, but other text
-    shutil.rmtree(artifact.parent / "small-sym")
+    shutil.rmtree(artifact.parent / "for-export" / "small-sym")
     run(artifact, "out", "orin", formats=symmetric)
-    path = artifact.parent / "small-sym" / "compress.json"
+    path = artifact.parent / "for-export" / "small-sym" / "compress.json"
     manifest = read_manifest(artifact)
     assert manifest is not None
     path.write_text(path.read_text().replace(manifest.record["calibration"]["sha256"], "0" * 64))
