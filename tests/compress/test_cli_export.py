@@ -34,7 +34,8 @@ def test_awq_then_export_chain_with_no_arguments(
     assert made.exit_code == 0, made.output
     exported = compress("export", "--target", "a100")
     assert exported.exit_code == 0, exported.output
-    assert "wrote artifacts/model-awq-w4g32-a100-hf/  hf for a100, verified:" in exported.stdout
+    assert "verified: files equal to artifact" in exported.stdout
+    assert "wrote artifacts/model-awq-w4g32-a100-hf/  hf for a100;" in exported.stdout
     assert "the same model in FP16" in exported.stdout and "comparing" in exported.stderr
     # the newest artifact, not the newest export
     again = compress("export", "--target", "orin", "--format", "hf", "--context", "64", "--json")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.artifact import read_manifest
+from compress.artifact import parent_path, read_manifest
 from compress.checkpoint import Checkpoint, file_sha256, read_json
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import awq_gemm
@@ -136,7 +136,8 @@ def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: d
     same = ("samples", "seq_len", "seed", "skip", "smooth", "clip", "effort")
     assert all(first.record["options"][k] == second.record["options"][k] for k in same)
     assert first.record["calibration"]["sha256"] == second.record["calibration"]["sha256"]
-    assert first.record["parent"] == second.record["parent"]
+    assert first.record["parent"]["sha256"] == second.record["parent"]["sha256"]
+    assert parent_path(first.record["parent"], artifact) == parent_path(second.record["parent"], again)
     manifest = read_manifest(outcome.out)
     assert manifest is not None
     assert (
