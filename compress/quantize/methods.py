@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compress import numerics
 from compress.blocks import BlockResult, LoadedBlock
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, apply_fold, output_unchanged, restore, scale_columns
 from compress.model import is_linear, linears, parameter, set_weight_OI, skipped, weight_OI
 from compress.quantize import awq
@@ -34,8 +34,6 @@ from compress.statistics import InputStatistics
 
 # What the field's AWQ readers expect of everything that is not packed.
 STORE_DTYPE = torch.float16
-
-
 EFFORTS = ("fast", "balanced", "best")
 
 
@@ -49,6 +47,10 @@ class AwqOptions:
     smooth: bool = True
     clip: bool = True
     tune: TuneOptions = TuneOptions()
+
+    def __post_init__(self) -> None:
+        if self.effort not in EFFORTS:
+            raise ConfigError(f"effort {self.effort!r} is not one of {', '.join(EFFORTS)}; choose one of these")
 
     @property
     def feedback(self) -> bool:
@@ -80,24 +82,7 @@ def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
         group_reports.append(report)
         scales.append(s_I)
         prepared.append(None if inputs is None else inputs.scaled(s_I))
-    rounded: dict[str, Rounded] = {}
-    errors: dict[str, float] = {}
-    for group, statistics, s_I, inputs in zip(loaded.groups, loaded.statistics, scales, prepared, strict=True):
-        members = [name for name in group.layers if name in chosen]
-        statistics.smooth_(s_I)
-        weights = {name: weight_OI(layers[name]).float().contiguous() for name in members}
-        if inputs is None:
-            targets = weights
-            rounded.update({name: _round_plainly(w, statistics.gram_II, options) for name, w in weights.items()})
-        else:
-            targets = _targets(weights, statistics)
-            statistics.cross_II = None
-            rounded.update(_round(targets, inputs, statistics, scheme))
-        for name, w_OI in targets.items():
-            delta = rounded[name].dequantize(scheme).sub_(w_OI)
-            if name in row_scale:  # errors are reported for the layer as it was before anything was folded into it
-                delta *= row_scale[name].unsqueeze(1)
-            errors[name] = awq.output_error(delta, statistics.gram_II)
+    rounded, errors = _round_groups(loaded, chosen, scales, prepared, row_scale, options)
     block_report: dict[str, Any] = {}
     if options.effort == "best" and rounded:
         rounded, block_report = _tuned(loaded, rounded, options)
@@ -257,6 +242,41 @@ def _fold(
         return actual, after
     restore(module, kept)
     return None, before
+
+
+def _round_groups(
+    loaded: LoadedBlock,
+    chosen: Sequence[str],
+    scales: Sequence[Tensor],
+    prepared: Sequence[Prepared | None],
+    row_scale: Mapping[str, Tensor],
+    options: AwqOptions,
+) -> tuple[dict[str, Rounded], dict[str, float]]:
+    """Codes of every chosen layer, and its squared output error against what it was rounded from.
+
+    Errors are those of the layer as it was before anything was folded into it (`row_scale`). Uses up the statistics.
+    """
+    scheme = options.scheme
+    layers = linears(loaded.module)
+    rounded: dict[str, Rounded] = {}
+    errors: dict[str, float] = {}
+    for group, statistics, s_I, inputs in zip(loaded.groups, loaded.statistics, scales, prepared, strict=True):
+        members = [name for name in group.layers if name in chosen]
+        statistics.smooth_(s_I)
+        weights = {name: weight_OI(layers[name]).float().contiguous() for name in members}
+        if inputs is None:
+            targets = weights
+            rounded.update({name: _round_plainly(w, statistics.gram_II, options) for name, w in weights.items()})
+        else:
+            targets = _targets(weights, statistics)
+            statistics.cross_II = None
+            rounded.update(_round(targets, inputs, statistics, scheme))
+        for name, w_OI in targets.items():
+            delta = rounded[name].dequantize(scheme).sub_(w_OI)
+            if name in row_scale:
+                delta *= row_scale[name].unsqueeze(1)
+            errors[name] = awq.output_error(delta, statistics.gram_II)
+    return rounded, errors
 
 
 def _targets(weights: Mapping[str, Tensor], statistics: InputStatistics) -> dict[str, Tensor]:
