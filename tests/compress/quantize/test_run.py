@@ -186,6 +186,28 @@ def test_recorded_calibration_without_a_file(source: str, build_model: Any, tmp_
     assert request.options() == options
 
 
+def test_best_adds_the_models_own_text(build_model: Any, quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build_model()
+    options = {"effort": "best", "tune_steps": 2, "samples": 4}
+    first = quantize(folder, "one", self_samples=3, **options)
+    calibration = first.record["calibration"]
+    assert (calibration["num_samples"], calibration["num_sampled_from_model"]) == (4, 3)
+    assert any("3 sampled from the model" in note for note in first.notes)
+    assert len(first.record["tuning"]) == 2 and all(t["held_out_error"] > 0 for t in first.record["tuning"])
+    assert contents(first.out) == contents(quantize(folder, "two", self_samples=3, **options).out)
+    assert contents(first.out) != contents(quantize(folder, "three", self_samples=3, seed=1, **options).out)
+    monkeypatch.setattr("compress.quantize.run.ENOUGH_ROWS", 6)
+    assert quantize(folder, "four", **options).record["calibration"]["num_sampled_from_model"] == 2
+    monkeypatch.setattr("compress.quantize.run.SAMPLED_FROM_BYTES", 1000)
+    large = quantize(folder, "five", **options)
+    assert large.record["calibration"]["num_sampled_from_model"] == 0
+    assert any("was not sampled from" in note and "--self-samples 2" in note for note in large.notes)
+    with pytest.raises(ConfigError, match="--calib self samples all rows already"):
+        quantize(folder, "six", effort="best", self_samples=3, calib="self")
+    with pytest.raises(ConfigError, match="effort 'most' is not one of"):
+        quantize(folder, "seven", effort="most")
+
+
 # ---- refusals ----------------------------------------------------------------------------------------
 
 

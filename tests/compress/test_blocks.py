@@ -1,0 +1,112 @@
+"""The loop over blocks: what a method is shown on two paths, against running the model twice by hand."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.blocks import BlockResult, LoadedBlock, install, stream
+from compress.model import StreamedModel
+from compress.quantize.methods import AwqOptions, awq_block
+from compress.scheme import Scheme
+
+IDS = torch.randint(0, 4096, (40, 64), generator=torch.Generator().manual_seed(1))  # two batches
+
+
+class Kept:
+    """A store in memory, which may begin with blocks of an earlier run."""
+
+    def __init__(self, blocks: dict[int, BlockResult] | None = None) -> None:
+        self.blocks = dict(blocks or {})
+
+    def load(self, index: int) -> BlockResult | None:
+        return self.blocks.get(index)
+
+    def save(self, index: int, prefix: str, result: BlockResult) -> None:
+        self.blocks[index] = result
+
+
+def run(folder: Any, store: Kept, paths: int = 2) -> dict[int, dict[str, Any]]:
+    """Stream the model with error feedback; what each block's method was shown, copied before the method used it."""
+    model = StreamedModel.open(folder)
+    options = AwqOptions(scheme=Scheme(group_size=32), effort="balanced" if paths == 2 else "fast")
+    seen: dict[int, dict[str, Any]] = {}
+
+    def method(loaded: LoadedBlock) -> BlockResult:
+        seen[loaded.index] = {
+            "groups": loaded.groups,
+            "gram": [s.gram_II.clone() for s in loaded.statistics],
+            "cross": [None if s.cross_II is None else s.cross_II.clone() for s in loaded.statistics],
+            "inputs": [h.clone() for h in loaded.inputs],
+            "targets": [h.clone() for h in loaded.targets],
+            "check": (loaded.check_input.clone(), loaded.check_output.clone()),
+        }
+        return awq_block(loaded, options)
+
+    for _ in stream(model, IDS, method, store, paths=paths):
+        pass
+    return seen
+
+
+def inputs_of(model: StreamedModel, index: int, layer: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's inputs, one row a token, and the block's output."""
+    found: list[Tensor] = []
+    handle = model.blocks[index].get_submodule(layer).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    out = model.run_block(index, hidden)
+    handle.remove()
+    return found[0].reshape(-1, found[0].shape[-1]), out
+
+
+@torch.no_grad()
+def test_two_paths_show_the_compressed_inputs_and_their_difference(build_model: Any) -> None:
+    folder = build_model()
+    store = Kept()
+    seen = run(folder, store)
+    model = StreamedModel.open(folder)
+    original = model.embed(IDS)
+    assert torch.equal(torch.cat(seen[0]["inputs"]), original)
+    assert seen[0]["cross"] == [None] * len(seen[0]["groups"])  # nothing differs yet
+    model.load_block(0)
+    after = model.run_block(0, original)
+    torch.testing.assert_close(torch.cat(seen[0]["targets"]), after)
+    install(model.blocks[0], store.blocks[0])
+    compressed = model.run_block(0, original)
+    assert not torch.allclose(after, compressed)
+    torch.testing.assert_close(torch.cat(seen[1]["inputs"]), compressed)
+    model.load_block(1)
+    for group, gram, cross in zip(seen[1]["groups"], seen[1]["gram"], seen[1]["cross"], strict=True):
+        was, target = inputs_of(model, 1, group.layers[0], after)
+        now, _ = inputs_of(model, 1, group.layers[0], compressed)
+        torch.testing.assert_close(gram, now.t() @ now / len(now), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cross, (was - now).t() @ now / len(now), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.cat(seen[1]["targets"]), target)
+    check_input, check_output = seen[1]["check"]
+    torch.testing.assert_close(check_output, model.run_block(1, check_input))
+
+
+@torch.no_grad()
+def test_one_path_shows_the_original_inputs_only(build_model: Any) -> None:
+    folder = build_model()
+    seen = run(folder, Kept(), paths=1)
+    model = StreamedModel.open(folder)
+    model.load_block(0)
+    hidden = model.run_block(0, model.embed(IDS))
+    model.load_block(1)
+    for group, gram, cross in zip(seen[1]["groups"], seen[1]["gram"], seen[1]["cross"], strict=True):
+        x, _ = inputs_of(model, 1, group.layers[0], hidden)
+        torch.testing.assert_close(gram, x.t() @ x / len(x), rtol=1e-4, atol=1e-4)
+        assert cross is None
+    assert seen[1]["inputs"] == seen[1]["targets"] == []
+
+
+def test_a_block_read_back_leads_to_the_same_next_one(build_model: Any) -> None:
+    folder = build_model()
+    whole = Kept()
+    first = run(folder, whole)
+    resumed = Kept({0: whole.blocks[0]})
+    again = run(folder, resumed)
+    assert list(again) == [1]
+    for key in ("gram", "cross", "inputs", "targets"):
+        assert all(torch.equal(a, b) for a, b in zip(first[1][key], again[1][key], strict=True))
+    for name, q in whole.blocks[1].quantized.items():
+        assert torch.equal(q.codes_OI, resumed.blocks[1].quantized[name].codes_OI)
