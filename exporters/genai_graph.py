@@ -1,0 +1,207 @@
+"""Rewriting the builder's graph for its place on a CPU: weights stored as the artifact has them, nothing repeated.
+
+    embedding    Gather(table in float16 or bfloat16) -> Cast: rows are widened as they are read
+    lm_head      FusedMatMul(x, Cast(weight [V, H]), transB): ONNX Runtime widens the weight once, at load
+    linears      the same Cast before a dense MatMul whose float32 values are those of the artifact's float16
+    norms, scale Gemma's `1 + weight` and embedding scale in float32, where the builder rounds them
+    MatMulNBits  without zero points where all are 8, which is what their absence means
+
+A tied lm_head is stored once. Every widening is exact, and the folded session computes what the builder's would.
+
+Shapes: V vocabulary, H hidden size, K in_features, N out_features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from compress.checkpoint import fsync_dir, write_bytes_atomically
+from compress.errors import ArtifactError
+
+DATA = "model.onnx.data"
+PAGE = 4096  # large tensors start on a page, so that they can be mapped into memory
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+CONTRIB = "com.microsoft"
+
+
+class Graph:
+    """A model and the bytes of its initializers, which stay in their file until they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+        self.tensors = {t.name: t for t in self.model.graph.initializer}
+        self._replaced: dict[str, np.ndarray] = {}
+
+    @property
+    def nodes(self) -> Any:
+        return self.model.graph.node
+
+    def array(self, name: str) -> np.ndarray:
+        """An initializer's values, mapped from the file (bfloat16 as ml_dtypes has it)."""
+        if name in self._replaced:
+            return self._replaced[name]
+        tensor = self.tensors[name]
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if tensor.data_location != TensorProto.EXTERNAL:
+            value: np.ndarray = onnx.numpy_helper.to_array(tensor)
+            return value
+        entry = {e.key: e.value for e in tensor.external_data}
+        path = self.folder / entry["location"]
+        shape = tuple(tensor.dims)
+        return np.memmap(path, dtype, "r", offset=int(entry.get("offset", 0)), shape=shape)
+
+    def set(self, name: str, values: np.ndarray) -> None:
+        """Add an initializer or replace its values."""
+        old = self.tensors.get(name)
+        if old is None:
+            old = self.model.graph.initializer.add()
+            old.name = name
+            self.tensors[name] = old
+        data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+        old.CopyFrom(TensorProto(name=name, data_type=data_type, dims=values.shape))
+        self._replaced[name] = values
+
+    def drop_unused(self) -> None:
+        """Remove initializers that no node reads, and the shape records of values that are gone."""
+        used = {i for node in self.nodes for i in node.input} | {o.name for o in self.model.graph.output}
+        made = {o for node in self.nodes for o in node.output}
+        _keep(self.model.graph.initializer, lambda t: t.name in used)
+        _keep(self.model.graph.value_info, lambda v: v.name in made)
+        self.tensors = {t.name: t for t in self.model.graph.initializer}
+
+    def insert(self, index: int, *nodes: onnx.NodeProto) -> None:
+        for offset, node in enumerate(nodes):
+            self.nodes.insert(index + offset, node)
+
+    def save(self, folder: Path, producer_version: str) -> None:
+        """Write model.onnx and model.onnx.data, tensors in the graph's order, each aligned. Same graph, same bytes."""
+        self.model.producer_version = producer_version
+        with open(folder / DATA, "wb") as f:
+            for tensor in self.model.graph.initializer:
+                values = self.array(tensor.name)
+                unit = PAGE if values.nbytes >= PAGE else 64
+                offset = -(-f.tell() // unit) * unit
+                f.write(b"\0" * (offset - f.tell()))
+                f.write(values.tobytes())
+                place = {"location": DATA, "offset": str(offset), "length": str(values.nbytes)}
+                tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims))
+                tensor.data_location = TensorProto.EXTERNAL
+                for key, value in place.items():
+                    tensor.external_data.add(key=key, value=value)
+        write_bytes_atomically(folder / "model.onnx", self.model.SerializeToString(deterministic=True))
+        fsync_dir(folder)
+        self.folder, self._replaced = folder, {}
+
+
+def matmul_nbits(graph: Graph) -> Iterator[onnx.NodeProto]:
+    """The graph's nodes with quantized weights."""
+    return (node for node in graph.nodes if node.op_type == "MatMulNBits")
+
+
+def attribute(node: onnx.NodeProto, name: str) -> Any:
+    return next(helper.get_attribute_value(a) for a in node.attribute if a.name == name)
+
+
+def store_embedding(graph: Graph, table_VH: np.ndarray) -> None:
+    """Read the embedding from `table_VH`, in whatever float type it has."""
+    index, gather = _only(graph, lambda n: n.op_type == "Gather" and n.input[0] == EMBEDDING, "an embedding")
+    graph.set(EMBEDDING, table_VH)
+    if table_VH.dtype == np.float32:
+        return
+    wide = gather.output[0]
+    gather.output[0] = f"{wide}/stored"
+    graph.insert(index + 1, _cast(gather.output[0], wide))
+
+
+def store_lm_head(graph: Graph, weight_VH: np.ndarray | None) -> None:
+    """Multiply by `weight_VH`, or by the embedding where the two are tied (None)."""
+    index, matmul = _only(graph, lambda n: n.op_type == "MatMul" and n.name == "/lm_head/MatMul", "an lm_head")
+    name = EMBEDDING if weight_VH is None else LM_HEAD
+    if weight_VH is not None:
+        graph.set(LM_HEAD, weight_VH)
+    narrow = graph.array(name).dtype != np.float32
+    weight = f"{name}/float32" if narrow else name
+    fused = helper.make_node(
+        "FusedMatMul", [matmul.input[0], weight], list(matmul.output), name=matmul.name, domain=CONTRIB, transB=1
+    )
+    del graph.nodes[index]
+    graph.insert(index, *([_cast(name, weight)] if narrow else []), fused)
+
+
+def set_embedding_scale(graph: Graph, scale: float) -> None:
+    """Multiply embeddings by `scale` where the builder multiplies by it rounded to two decimals (Gemma)."""
+    _, mul = _only(graph, lambda n: n.op_type == "Mul" and n.name == "/model/embed_tokens/Mul", "an embedding scale")
+    mul.input[1] = "model.embed_tokens.scale"
+    graph.set(mul.input[1], np.array(scale, np.float32))
+
+
+def set_norms(graph: Graph, weights: Mapping[str, np.ndarray]) -> None:
+    """Replace norm weights by float32 ones. The builder adds Gemma's 1 in float16, which costs 11 bits of 24."""
+    for name, values in weights.items():
+        if name not in graph.tensors:
+            raise ArtifactError(f"{graph.folder}: the builder's graph has no {name}; its names have changed")
+        graph.set(name, values.astype(np.float32))
+
+
+def narrow_linears(graph: Graph, dtype: np.dtype[Any]) -> int:
+    """Store each dense linear's weight `[K, N]` as `dtype` where that is exact; how many were."""
+    count = 0
+    for index in reversed(range(len(graph.nodes))):
+        node = graph.nodes[index]
+        if node.op_type != "MatMul" or node.input[1] not in graph.tensors:
+            continue
+        name = node.input[1]
+        wide = graph.array(name)
+        if wide.dtype != np.float32 or wide.ndim != 2:
+            continue
+        narrow = wide.astype(dtype)
+        if not np.array_equal(narrow.astype(np.float32), wide):
+            continue
+        graph.set(name, narrow)
+        node.input[1] = f"{name}/float32"
+        graph.insert(index, _cast(name, node.input[1]))
+        count += 1
+    return count
+
+
+def drop_symmetric_zero_points(graph: Graph) -> int:
+    """Leave out the zero points of each MatMulNBits where all are 2**(bits - 1); how many were left out."""
+    count = 0
+    for node in matmul_nbits(graph):
+        if len(node.input) > 3 and node.input[3] and attribute(node, "bits") == 4:
+            if bool((unpack(graph.array(node.input[3])) == 8).all()):
+                del node.input[3:]
+                count += 1
+    return count
+
+
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """4-bit codes of bytes, low half first; the last axis doubles."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _cast(source: str, target: str) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"{target}/Cast", to=TensorProto.FLOAT)
+
+
+def _only(graph: Graph, fits: Callable[[onnx.NodeProto], bool], what: str) -> tuple[int, onnx.NodeProto]:
+    found = [(i, n) for i, n in enumerate(graph.nodes) if fits(n)]
+    if len(found) != 1:
+        raise ArtifactError(
+            f"{graph.folder}: the builder's graph has {len(found)} nodes where {what} is meant; expected 1"
+        )
+    return found[0]
+
+
+def _keep(field: Any, fits: Callable[[Any], bool]) -> None:
+    kept = [item for item in field if fits(item)]
+    del field[:]
+    field.extend(kept)

@@ -1,0 +1,198 @@
+"""The `onnx` format: onnxruntime-genai's folder for a CPU, made by its builder, checked, and able to run by itself.
+
+What is in the folder: model.onnx, model.onnx.data, genai_config.json and the tokenizer, as onnxruntime-genai reads
+them, and run.py, which needs onnxruntime, numpy and tokenizers only.
+
+By default activations stay float32, so that the graph computes what the artifact says. `int8_activations` (an option)
+lets MatMulNBits quantize them to 8 bits as llama.cpp does: about twice as fast, no longer the same numbers, and said
+so in the manifest.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.checkpoint import Checkpoint, json_bytes, read_json, write_bytes_atomically
+from compress.errors import ConfigError, UnsupportedError
+from compress.formats import awq_gemm, pack_quantized
+from compress.model import quantization_of
+from exporters import bundle, genai_builder, genai_graph, reference
+from exporters.bundle.run import Decoder
+from exporters.format import Job, Layout, Written
+from exporters.genai_check import block_linears, compare_weights
+
+LAYOUT = Layout(num_bits=(4,), group_sizes=(128, 64, 32, 16, 256), symmetric=False)
+
+# Built and compared with the artifact in tests/exporters/test_onnx_genai.py, INT4 and dense.
+ARCHITECTURES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
+    "GemmaForCausalLM", "Gemma2ForCausalLM",
+)  # fmt: skip
+
+# Of the logits, relative (Frobenius), against the artifact's float32 forward. Float32 sums in another order differ by
+# about 1e-6; a rotary table, norm or weight that is wrong by one part in a thousand shows above 1e-4.
+TOLERANCE = 1e-4
+INT8_TOLERANCE = 5e-2
+
+FP32_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4  # accuracy levels of MatMulNBits
+
+
+def write(job: Job) -> Written:
+    """See `exporters.format`. Options: `int8_activations` (bool)."""
+    checkpoint = Checkpoint.open(job.artifact)
+    quantized = check(checkpoint, job)
+    level = INT8_ACTIVATIONS if job.options.get("int8_activations") else FP32_ACTIVATIONS
+    with tempfile.TemporaryDirectory(dir=job.staged.parent) as scratch:
+        job.say(f"onnx: {genai_builder.PACKAGE}'s builder writes the graph")
+        built = Path(scratch, "built")
+        genai_builder.build(job.artifact, built, precision="int4" if quantized else "fp32", accuracy_level=level)
+        graph = genai_graph.Graph(built)
+        tied = rewrite(graph, checkpoint, quantized)
+        compared = compare_weights(graph, checkpoint)
+        graph.save(job.staged, importlib.metadata.version(genai_builder.PACKAGE))
+        carry_over(built, job)
+    bundle.copy_into(job.staged)
+    job.say("onnx: running prefill and decoding in ONNX Runtime")
+    expected = reference.of_artifact(job.artifact)
+    tolerance = INT8_TOLERANCE if quantized and level == INT8_ACTIVATIONS else TOLERANCE
+    verified = reference.compare(decoded(job.staged, expected), expected, tolerance=tolerance, what="onnx")
+    record = {
+        "format": "onnx",
+        "provider": "cpu",
+        "activations": "int8" if quantized and level == INT8_ACTIVATIONS else "float32",
+        "versions": {p: importlib.metadata.version(p) for p in (genai_builder.PACKAGE, "onnxruntime", "onnx")},
+        "opset": {i.domain or "ai.onnx": i.version for i in graph.model.opset_import},
+        "verified": {
+            **verified,
+            "runtime": "onnxruntime, CPUExecutionProvider",
+            "prefill_tokens": expected.prefill,
+            "decode_steps": len(expected.ids_T) - expected.prefill,
+            "layers_compared": compared,
+        },
+    }
+    return Written(record=record, parts=parts(graph, job.staged), notes=notes(tied, level, quantized))
+
+
+def check(checkpoint: Checkpoint, job: Job) -> bool:
+    """Whether the artifact is quantized. Raises UnsupportedError or ConfigError for what cannot be exported."""
+    config = checkpoint.config
+    architecture = (config.get("architectures") or ["?"])[0]
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{job.artifact}: {architecture} is not supported by onnx yet; supported are {', '.join(ARCHITECTURES)}"
+        )
+    longest = config.get("max_position_embeddings")
+    if longest and job.context > longest:
+        raise ConfigError(f"--context {job.context}: {job.artifact} has positions for {longest} tokens; ask for fewer")
+    quantization = quantization_of(checkpoint)
+    if quantization is None:
+        if job.options.get("int8_activations"):
+            raise ConfigError("int8 activations belong to quantized weights, and these are dense; leave the option out")
+        return False
+    if quantization["quant_method"] == pack_quantized.QUANT_METHOD:
+        raise UnsupportedError(
+            f"{job.artifact}: compressed-tensors folders are not supported by onnx yet ({genai_builder.PACKAGE} reads "
+            "AutoAWQ's layout); quantize the original with `compress awq` instead"
+        )
+    dense = [layer for layer in block_linears(checkpoint) if f"{layer}.qweight" not in checkpoint]
+    if dense:
+        raise UnsupportedError(
+            f"{job.artifact}: {len(dense)} layers of its blocks are not quantized, such as {dense[0]}; a mixture "
+            "is not supported by onnx yet, quantize without --skip"
+        )
+    scheme = awq_gemm.scheme_of(quantization)
+    if LAYOUT.wants(scheme) is not None:
+        raise UnsupportedError(
+            f"{job.artifact}: {scheme.label()} is not supported by onnx yet; MatMulNBits takes 4 bits in groups of "
+            f"{', '.join(str(n) for n in sorted(LAYOUT.group_sizes or ()))}"
+        )
+    return True
+
+
+def rewrite(graph: genai_graph.Graph, checkpoint: Checkpoint, quantized: bool) -> bool:
+    """Put the artifact's own embedding and lm_head into the graph; whether they are one."""
+    table = checkpoint.tensor("model.embed_tokens.weight")
+    head = checkpoint.tensor("lm_head.weight") if "lm_head.weight" in checkpoint else None
+    tied = head is None or (head.dtype == table.dtype and torch.equal(head, table))
+    genai_graph.store_embedding(graph, as_numpy(table))
+    genai_graph.store_lm_head(graph, None if tied or head is None else as_numpy(head))
+    if is_gemma(checkpoint):
+        genai_graph.set_embedding_scale(graph, float(checkpoint.config["hidden_size"]) ** 0.5)
+        genai_graph.set_norms(graph, gemma_norms(checkpoint))
+    if quantized:
+        genai_graph.drop_symmetric_zero_points(graph)
+    elif table.dtype != torch.float32:
+        genai_graph.narrow_linears(graph, as_numpy(table[:1]).dtype)
+    graph.drop_unused()
+    return tied
+
+
+def is_gemma(checkpoint: Checkpoint) -> bool:
+    return str(checkpoint.config["architectures"][0]).startswith("Gemma")
+
+
+def gemma_norms(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """`1 + weight` of every norm, by the builder's name for it."""
+    out = {}
+    for name in checkpoint.names():
+        if name.endswith("norm.weight"):
+            value: np.ndarray = 1 + checkpoint.tensor(name).to(torch.float32).numpy()
+            last = f"model.layers.{checkpoint.config['num_hidden_layers']}.final_norm_layernorm.weight"
+            out[last if name == "model.norm.weight" else name] = value
+    return out
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """The same bits; bfloat16 as ml_dtypes has it."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def carry_over(built: Path, job: Job) -> None:
+    """genai_config.json with the asked context as its limit, and the artifact's tokenizer and licence."""
+    config = read_json(built / "genai_config.json")
+    config["search"]["max_length"] = job.context
+    write_bytes_atomically(job.staged / "genai_config.json", json_bytes(config))
+    for path in sorted(built.iterdir()):
+        if path.name not in ("model.onnx", genai_graph.DATA, "genai_config.json"):
+            shutil.copyfile(path, job.staged / path.name)
+
+
+def decoded(folder: Path, expected: reference.Reference) -> Tensor:
+    """Logits `[T, V]` through the bundle's own decoder: the prompt at once, then token by token."""
+    ids = expected.ids_T.tolist()
+    decoder = Decoder(folder, capacity=len(ids))
+    found = [decoder.forward(ids[: expected.prefill]).copy()]
+    found += [decoder.forward([token]).copy() for token in ids[expected.prefill :]]
+    return torch.from_numpy(np.concatenate(found))
+
+
+def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
+    """Bytes by part; `graph` is model.onnx, `other` the norms, biases and rotary tables."""
+    sizes = {"decoder linears": 0, "embedding": 0, "lm_head": 0, "other": 0}
+    linears = {i for n in graph.nodes if n.op_type == "MatMulNBits" for i in n.input[1:]}
+    linears |= {n.input[1].removesuffix("/float32") for n in graph.nodes if n.op_type == "MatMul"}
+    names = {genai_graph.EMBEDDING: "embedding", genai_graph.LM_HEAD: "lm_head"}
+    for name in graph.tensors:
+        part = names.get(name) or ("decoder linears" if name in linears else "other")
+        sizes[part] += graph.array(name).nbytes
+    sizes["graph"] = (folder / "model.onnx").stat().st_size
+    return sizes
+
+
+def notes(tied: bool, level: int, quantized: bool) -> list[str]:
+    out = ['run it: python run.py "Once upon a time" in the folder (pip install -r requirements.txt)']
+    if tied:
+        out.append("lm_head is the embedding; it is stored once")
+    if quantized and level == INT8_ACTIVATIONS:
+        out.append("activations are quantized to 8 bits, as you asked: faster, and not exactly what the artifact says")
+    return out
