@@ -85,8 +85,9 @@ def source_rows(checkpoint: Checkpoint, block: str, room: str, part: str) -> lis
     """The artifact's layers, and which rows of each, that make the node `part` of a block, in order of rows."""
     prefix = f"model.layers.{block}.{_ROOM[room]}"
     everything = slice(None)
-    if part == "qkv_proj" and not _has(checkpoint, f"{prefix}.qkv_proj"):
-        return [(f"{prefix}.{name}", everything) for name in ("q_proj", "k_proj", "v_proj")]
+    members = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.get(part)
+    if members and not _has(checkpoint, f"{prefix}.{part}"):
+        return [(f"{prefix}.{name}", everything) for name in members]
     fused = f"{prefix}.gate_up_proj"
     if part in ("gate_proj", "up_proj") and _has(checkpoint, fused):
         half = _out_features(checkpoint, fused) // 2

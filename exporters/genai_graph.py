@@ -3,8 +3,11 @@
     embedding    Gather(table in float16 or bfloat16) -> Cast: rows are widened as they are read
     lm_head      FusedMatMul(x, Cast(weight [V, H]), transB): ONNX Runtime widens the weight once, at load
     linears      the same Cast before a dense MatMul whose float32 values are those of the artifact's float16
+    attention    each layer's sliding window as the config has it
+    cache        the size of a head is in its shape, so that a reader can make an empty past
     norms, scale Gemma's `1 + weight` and embedding scale in float32, where the builder rounds them
-    MatMulNBits  without zero points where all are 8, which is what their absence means
+    MatMulNBits  gate_proj and up_proj in one, followed by a Split
+                 without zero points where all are 8, which is what their absence means
 
 A tied lm_head is stored once. Every widening is exact, and the folded session computes what the builder's would.
 
@@ -13,7 +16,7 @@ Shapes: V vocabulary, H hidden size, K in_features, N out_features
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +146,27 @@ def set_embedding_scale(graph: Graph, scale: float) -> None:
     graph.set(mul.input[1], np.array(scale, np.float32))
 
 
+def fix_head_size(graph: Graph, head_size: int) -> None:
+    """Write the size of a head into the shapes of past and present; the builder leaves it open."""
+    for value in [*graph.model.graph.input, *graph.model.graph.output]:
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[3].CopyFrom(onnx.TensorShapeProto.Dimension(dim_value=head_size))
+
+
+def set_windows(graph: Graph, windows: Sequence[int | None]) -> None:
+    """Let layer i attend to the last `windows[i]` tokens (None: all); the builder drops Mistral's and Phi-3's."""
+    seen = 0
+    for node in graph.nodes:
+        if node.op_type == "GroupQueryAttention":
+            layer = int(node.name.removeprefix("/model/layers.").split("/")[0])
+            kept = [a for a in node.attribute if a.name != "local_window_size"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute("local_window_size", windows[layer] or -1)])
+            seen += 1
+    if seen != len(windows):
+        raise ArtifactError(f"{graph.folder}: {seen} attention nodes for {len(windows)} layers; the graph is not known")
+
+
 def set_norms(graph: Graph, weights: Mapping[str, np.ndarray]) -> None:
     """Replace norm weights by float32 ones. The builder adds Gemma's 1 in float16, which costs 11 bits of 24."""
     for name, values in weights.items():
@@ -168,6 +192,40 @@ def narrow_linears(graph: Graph, dtype: np.dtype[Any]) -> int:
         graph.set(name, narrow)
         node.input[1] = f"{name}/float32"
         graph.insert(index, _cast(name, node.input[1]))
+        count += 1
+    return count
+
+
+def fuse_gate_up(graph: Graph) -> int:
+    """Make gate_proj and up_proj one MatMulNBits and a Split, as q, k and v are one already; how many pairs were.
+
+    They read the same activations: one call less to start, and in the int8 case one quantization less.
+    """
+    named = {node.name: node for node in graph.nodes}
+    count = 0
+    for name, gate in named.items():
+        up = named.get(name.replace("/gate_proj/", "/up_proj/"))
+        if gate.op_type != "MatMulNBits" or up is None or up is gate or up.op_type != "MatMulNBits":
+            continue
+        if len(gate.input) != len(up.input) or gate.input[0] != up.input[0] or gate.attribute != up.attribute:
+            continue
+        inputs = [gate.input[0]]
+        for mine, other in zip(gate.input[1:], up.input[1:], strict=True):
+            both = mine.replace(".gate_proj.", ".gate_up_proj.")
+            graph.set(both, np.concatenate([graph.array(mine), graph.array(other)]))
+            inputs.append(both)
+        fused = name.replace("/gate_proj/", "/gate_up_proj/")
+        changed = {a.name: helper.get_attribute_value(a) for a in gate.attribute}
+        changed["N"] *= 2
+        halves = [gate.output[0], up.output[0]]
+        index = list(graph.nodes).index(gate)
+        graph.nodes.remove(gate)
+        graph.nodes.remove(up)
+        graph.insert(
+            index,
+            helper.make_node("MatMulNBits", inputs, [f"{fused}/output_0"], name=fused, domain=CONTRIB, **changed),
+            helper.make_node("Split", [f"{fused}/output_0"], halves, name=f"{fused}/Split", axis=-1, num_outputs=2),
+        )
         count += 1
     return count
 

@@ -55,6 +55,7 @@ def write(job: Job) -> Written:
         built = Path(scratch, "built")
         genai_builder.build(job.artifact, built, precision="int4" if quantized else "fp32", accuracy_level=level)
         graph = genai_graph.Graph(built)
+        genai_graph.fix_head_size(graph, int(read_json(built / "genai_config.json")["model"]["decoder"]["head_size"]))
         tied = rewrite(graph, checkpoint, quantized)
         compared = compare_weights(graph, checkpoint)
         graph.save(job.staged, importlib.metadata.version(genai_builder.PACKAGE))
@@ -124,15 +125,30 @@ def rewrite(graph: genai_graph.Graph, checkpoint: Checkpoint, quantized: bool) -
     tied = head is None or (head.dtype == table.dtype and torch.equal(head, table))
     genai_graph.store_embedding(graph, as_numpy(table))
     genai_graph.store_lm_head(graph, None if tied or head is None else as_numpy(head))
+    genai_graph.set_windows(graph, windows(checkpoint))
     if is_gemma(checkpoint):
         genai_graph.set_embedding_scale(graph, float(checkpoint.config["hidden_size"]) ** 0.5)
         genai_graph.set_norms(graph, gemma_norms(checkpoint))
     if quantized:
         genai_graph.drop_symmetric_zero_points(graph)
+        genai_graph.fuse_gate_up(graph)
     elif table.dtype != torch.float32:
         genai_graph.narrow_linears(graph, as_numpy(table[:1]).dtype)
     graph.drop_unused()
     return tied
+
+
+def windows(checkpoint: Checkpoint) -> list[int | None]:
+    """For each block, how many tokens its attention sees, itself included; None where it sees all.
+
+    Configs with `layer_types` say it block by block; the others (Mistral, Phi-3) use their window everywhere.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * int(config.num_hidden_layers)
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def is_gemma(checkpoint: Checkpoint) -> bool:

@@ -68,8 +68,9 @@ class Decoder:
                 self.binding.bind_ortvalue_output(decoder["outputs"][f"present_{kind}_names"] % layer, cache)
                 self._caches.append(cache)
         self._mask = np.ones((1, self.capacity), np.int64)
-        vocab = next(o for o in self.session.get_outputs() if o.name == self.logits_name).shape[-1]
-        self._logits = np.empty((1, 1, vocab), np.float32)
+        self._vocab = next(o for o in self.session.get_outputs() if o.name == self.logits_name).shape[-1]
+        self._ids = self._positions = np.empty((1, 0), np.int64)
+        self._logits = np.empty((1, 0, self._vocab), np.float32)
         self.length = 0
 
     def forward(self, ids: Sequence[int]) -> np.ndarray:
@@ -78,21 +79,29 @@ class Decoder:
         total = self.length + count
         if total > self.capacity:
             raise ValueError(f"{total} tokens do not fit a cache of {self.capacity}")
-        if self._logits.shape[1] != count:
-            self._logits = np.empty((1, count, self._logits.shape[2]), np.float32)
-        self._bind(self.ids_name, np.asarray([ids], np.int64))
+        if self._ids.shape[1] != count:
+            self._reserve(count)
+        self._ids[0] = ids
+        self._positions[0] = range(self.length, total)
         self._bind(self.mask_name, self._mask[:, :total])
-        if self.positions_name:
-            self._bind(self.positions_name, np.arange(self.length, total, dtype=np.int64)[None])
-        self.binding.bind_output(self.logits_name, "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
         self.session.run_with_iobinding(self.binding)
         self.length = total
         out: np.ndarray = self._logits[0]
         return out
 
+    def _reserve(self, count: int) -> None:
+        """Buffers for `count` tokens at once, bound until another count comes: a step rewrites what they hold."""
+        self._ids = np.empty((1, count), np.int64)
+        self._positions = np.empty((1, count), np.int64)
+        self._logits = np.empty((1, count, self._vocab), np.float32)
+        self._bind(self.ids_name, self._ids)
+        if self.positions_name:
+            self._bind(self.positions_name, self._positions)
+        out = self._logits
+        self.binding.bind_output(self.logits_name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+
     def _bind(self, name: str, value: np.ndarray) -> None:
-        setattr(self, f"_held_{name}", value)  # the binding keeps an address, not the array
-        self.binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+        self.binding.bind_input(name, "cpu", 0, np.int64, value.shape, value.ctypes.data)
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Run a whole prompt; logits `[V]` after its last token."""

@@ -60,7 +60,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {"drop": ("head_dim",)},
     "Qwen3": {},
     "Mistral": {"sliding_window": 24},
-    "Phi3": {"drop": ("head_dim",), "original_max_position_embeddings": 256, "sliding_window": None},
+    "Phi3": {"drop": ("head_dim",), "original_max_position_embeddings": 256, "sliding_window": 24},
     "Gemma": {"hidden_size": 96, "num_attention_heads": 6},  # a scale of sqrt(96), which the builder rounds
     "Gemma2": {"sliding_window": 24, "query_pre_attn_scalar": 16},
 }
@@ -86,7 +86,7 @@ def test_symmetric_and_repeatable(build_model: Any, quantize: Any, tmp_path: Pat
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
     graph = genai_graph.Graph(tmp_path / "first")
     nodes = list(genai_graph.matmul_nbits(graph))
-    assert len(nodes) == 2 * 5 and all(len(n.input) == 3 for n in nodes)  # q, k and v are one node
+    assert len(nodes) == 2 * 4 and all(len(n.input) == 3 for n in nodes)  # q, k, v are one node; gate and up another
     assert all(genai_graph.attribute(n, "accuracy_level") == 1 for n in nodes)
     size = (tmp_path / "first" / "model.onnx.data").stat().st_size
     weights = sum(b for name, b in written.parts.items() if name != "graph")
@@ -95,15 +95,14 @@ def test_symmetric_and_repeatable(build_model: Any, quantize: Any, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dense(dtype: str, build_model: Any, tmp_path: Path) -> None:
     """An unquantized folder keeps its own width on disk and is computed in float32."""
     model = build_model("Llama", dtype=dtype, tie_word_embeddings=True)
     written = export(model, tmp_path / "out")
-    width = 4 if dtype == "float32" else 2
     linears = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
-    assert written.parts["decoder linears"] == linears * width
-    assert written.parts["embedding"] == 4096 * 64 * width and written.parts["lm_head"] == 0
+    assert written.parts["decoder linears"] == linears * 2
+    assert written.parts["embedding"] == 4096 * 64 * 2 and written.parts["lm_head"] == 0
     assert written.record["verified"]["relative_error"] < 1e-5
 
 
@@ -141,7 +140,8 @@ def test_every_weight_is_the_artifacts(llama: Path, graph: genai_graph.Graph) ->
     for node in genai_graph.matmul_nbits(graph):
         found = node_weights(graph, node)
         block, room, part = node.name.removeprefix("/model/layers.").split("/")[:3]
-        members = ("q_proj", "k_proj", "v_proj") if part == "qkv_proj" else (part,)
+        fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        members = fused.get(part, (part,))
         meant = []
         for member in members:
             layer = f"model.layers.{block}.{'self_attn' if room == 'attn' else 'mlp'}.{member}"
@@ -150,7 +150,7 @@ def test_every_weight_is_the_artifacts(llama: Path, graph: genai_graph.Graph) ->
         shifted = found.codes.astype(np.float32) - np.repeat(found.zeros, 32, axis=1)
         assert np.array_equal(shifted * np.repeat(found.scales, 32, axis=1), torch.cat(meant).numpy()), node.name
         asymmetric += int((found.zeros != 8).any())
-    assert asymmetric == 10
+    assert asymmetric == 8
     assert np.array_equal(graph.array(genai_graph.EMBEDDING), checkpoint.tensor(genai_graph.EMBEDDING).numpy())
     assert np.array_equal(graph.array(genai_graph.LM_HEAD), checkpoint.tensor(genai_graph.LM_HEAD).numpy())
 
@@ -163,7 +163,7 @@ def test_one_changed_weight_is_found(part: str, llama: Path, graph: genai_graph.
     value = tensors[f"model.layers.1.mlp.up_proj.{part}"]
     value[-1, -1] = value[-1, -1] * 2 if part == "scales" else value[-1, -1] ^ (1 << 20)
     save_file(tensors, changed / "model.safetensors")
-    with pytest.raises(ArtifactError, match=r"layers\.1/mlp/up_proj.*differ .* in 1 of"):
+    with pytest.raises(ArtifactError, match=r"layers\.1/mlp/gate_up_proj.*differ .* in 1 of"):
         compare_weights(graph, Checkpoint.open(changed))
 
 
@@ -211,6 +211,8 @@ def test_what_the_folder_holds(exported: tuple[Path, Path]) -> None:
     }
     config = json.loads((folder / "genai_config.json").read_text())
     assert config["search"]["max_length"] == 128  # the context that was asked for
+    shapes = [i.type.tensor_type.shape.dim for i in genai_graph.Graph(folder).model.graph.input if "past" in i.name]
+    assert [(d[1].dim_value, d[3].dim_value) for d in shapes] == 4 * [(2, 16)]  # what `compress evaluate` needs
     producer = genai_graph.Graph(folder).model.producer_version
     assert "+" not in producer  # the builder stamps the commit of the repository it is started in
 
