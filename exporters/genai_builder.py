@@ -8,16 +8,49 @@ repository it is started in on the graph. Source: `builders/base.py` and `builde
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from compress.artifact import carried_files
+from compress.checkpoint import Checkpoint, save_atomically
 from compress.errors import ConfigError, UnsupportedError
+from compress.formats import awq_gemm
 
 PACKAGE = "onnxruntime-genai"
 LM_HEAD = "/lm_head/MatMul"
 EMBEDDING = "/model/embed_tokens/Gather"
+
+
+def stand_in(checkpoint: Checkpoint, dense: Sequence[str], out: Path) -> Path:
+    """A folder like the AutoAWQ artifact, with placeholder codes for the layers that it left dense; returns `out`.
+
+    The builder takes every layer of such a folder for quantized. The placeholders only hold a place in its graph.
+    """
+    out.mkdir()
+    for path in [checkpoint.path / "config.json", *carried_files(checkpoint.path)]:
+        shutil.copyfile(path, out / path.name)
+    group_size = awq_gemm.scheme_of(checkpoint.config["quantization_config"]).group_size
+    left_out = {f"{layer}.weight" for layer in dense}
+    tensors = checkpoint.read(name for name in checkpoint.names() if name not in left_out)
+    for layer in dense:
+        out_features, in_features = checkpoint.info(f"{layer}.weight").shape
+        if out_features % awq_gemm.PACK or in_features % group_size:
+            raise UnsupportedError(
+                f"{layer}: a dense layer of {out_features} x {in_features} beside groups of {group_size} is not "
+                "supported by onnx yet"
+            )
+        words, groups = out_features // awq_gemm.PACK, in_features // group_size
+        tensors[f"{layer}.qweight"] = torch.zeros(in_features, words, dtype=torch.int32)
+        tensors[f"{layer}.qzeros"] = torch.zeros(groups, words, dtype=torch.int32)
+        tensors[f"{layer}.scales"] = torch.ones(groups, out_features, dtype=torch.float16)
+    save_atomically(out / "model.safetensors", tensors)
+    return out
 
 
 def build(folder: Path, out: Path, *, precision: str, accuracy_level: int, fuse_qkv: bool = True) -> None:

@@ -41,12 +41,9 @@ def compare_weights(graph: Graph, checkpoint: Checkpoint) -> dict[str, int]:
     count = {"quantized": 0, "dense": 0}
     seen: dict[str, int] = {}
     for node in graph.nodes:
-        match = _NODE.fullmatch(node.name)
-        if match is None or node.op_type not in ("MatMul", "MatMulNBits"):
-            if node.op_type == "MatMulNBits":
-                raise ArtifactError(f"{node.name}: quantized in the graph, but no such layer is in {checkpoint.path}")
+        if node.op_type != "MatMulNBits" and (node.op_type != "MatMul" or not _NODE.fullmatch(node.name)):
             continue
-        sources = source_rows(checkpoint, *match.groups()[:3])
+        sources = node_sources(checkpoint, node.name)
         if node.op_type == "MatMulNBits":
             found, wanted = node_weights(graph, node), [artifact_weights(checkpoint, *s) for s in sources]
             for label in ("codes", "scales", "zeros"):
@@ -79,6 +76,14 @@ def block_linears(checkpoint: Checkpoint) -> list[str]:
         if ".layers." in layer and (leaf == "qweight" or dense):
             found.add(layer)
     return sorted(found)
+
+
+def node_sources(checkpoint: Checkpoint, name: str) -> list[tuple[str, slice]]:
+    """`source_rows` of a node by its name in the graph, such as `/model/layers.0/attn/q_proj/MatMulNBits`."""
+    match = _NODE.fullmatch(name)
+    if match is None:
+        raise ArtifactError(f"{name}: quantized in the graph, but no such layer is in the blocks of {checkpoint.path}")
+    return source_rows(checkpoint, *match.groups()[:3])
 
 
 def source_rows(checkpoint: Checkpoint, block: str, room: str, part: str) -> list[tuple[str, slice]]:

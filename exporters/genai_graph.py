@@ -230,6 +230,20 @@ def fuse_gate_up(graph: Graph) -> int:
     return count
 
 
+def make_dense(graph: Graph, node: onnx.NodeProto, weight_KN: np.ndarray) -> None:
+    """Replace a MatMulNBits by a product with `weight_KN`, widened at load where it is narrow."""
+    index = list(graph.nodes).index(node)
+    name = f"{node.name[1:].replace('/', '.').removesuffix('NBits')}.weight"
+    graph.set(name, weight_KN)
+    narrow = weight_KN.dtype != np.float32
+    weight = f"{name}/float32" if narrow else name
+    product = helper.make_node(
+        "MatMul", [node.input[0], weight], list(node.output), name=node.name.removesuffix("NBits")
+    )
+    graph.nodes.remove(node)
+    graph.insert(index, *([_cast(name, weight)] if narrow else []), product)
+
+
 def drop_symmetric_zero_points(graph: Graph) -> int:
     """Leave out the zero points of each MatMulNBits where all are 2**(bits - 1); how many were left out."""
     count = 0

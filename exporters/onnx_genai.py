@@ -13,7 +13,9 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +29,7 @@ from compress.model import quantization_of
 from exporters import bundle, genai_builder, genai_graph, reference
 from exporters.bundle.run import Decoder
 from exporters.format import Job, Layout, Written
-from exporters.genai_check import block_linears, compare_weights
+from exporters.genai_check import block_linears, compare_weights, node_sources
 
 LAYOUT = Layout(num_bits=(4,), group_sizes=(128, 64, 32, 16, 256), symmetric=False)
 
@@ -52,9 +54,14 @@ def write(job: Job) -> Written:
     level = INT8_ACTIVATIONS if job.options.get("int8_activations") else FP32_ACTIVATIONS
     with tempfile.TemporaryDirectory(dir=job.staged.parent) as scratch:
         job.say(f"onnx: {genai_builder.PACKAGE}'s builder writes the graph")
-        built = Path(scratch, "built")
-        genai_builder.build(job.artifact, built, precision="int4" if quantized else "fp32", accuracy_level=level)
+        built, source = Path(scratch, "built"), job.artifact
+        dense = dense_linears(checkpoint) if quantized else []
+        if dense:
+            source = genai_builder.stand_in(checkpoint, dense, Path(scratch, "source"))
+        precision = "int4" if quantized else "fp32"
+        genai_builder.build(source, built, precision=precision, accuracy_level=level, fuse_qkv=not dense)
         graph = genai_graph.Graph(built)
+        restore_dense(graph, checkpoint, dense)
         genai_graph.fix_head_size(graph, int(read_json(built / "genai_config.json")["model"]["decoder"]["head_size"]))
         tied = rewrite(graph, checkpoint, quantized)
         compared = compare_weights(graph, checkpoint)
@@ -90,6 +97,12 @@ def check(checkpoint: Checkpoint, job: Job) -> bool:
         raise UnsupportedError(
             f"{job.artifact}: {architecture} is not supported by onnx yet; supported are {', '.join(ARCHITECTURES)}"
         )
+    kind = rope_type(config)
+    if kind in ("dynamic", "longrope"):
+        raise UnsupportedError(
+            f"{job.artifact}: rope_type {kind!r} changes with the length of the text, beyond what the export checks; "
+            "it is not supported by onnx yet"
+        )
     longest = config.get("max_position_embeddings")
     if longest and job.context > longest:
         raise ConfigError(f"--context {job.context}: {job.artifact} has positions for {longest} tokens; ask for fewer")
@@ -103,11 +116,9 @@ def check(checkpoint: Checkpoint, job: Job) -> bool:
             f"{job.artifact}: compressed-tensors folders are not supported by onnx yet ({genai_builder.PACKAGE} reads "
             "AutoAWQ's layout); quantize the original with `compress awq` instead"
         )
-    dense = [layer for layer in block_linears(checkpoint) if f"{layer}.qweight" not in checkpoint]
-    if dense:
+    if "lm_head.qweight" in checkpoint:
         raise UnsupportedError(
-            f"{job.artifact}: {len(dense)} layers of its blocks are not quantized, such as {dense[0]}; a mixture "
-            "is not supported by onnx yet, quantize without --skip"
+            f"{job.artifact}: its lm_head is quantized, which is not supported by onnx yet; leave lm_head out"
         )
     scheme = awq_gemm.scheme_of(quantization)
     if LAYOUT.wants(scheme) is not None:
@@ -116,6 +127,27 @@ def check(checkpoint: Checkpoint, job: Job) -> bool:
             f"{', '.join(str(n) for n in sorted(LAYOUT.group_sizes or ()))}"
         )
     return True
+
+
+def rope_type(config: Mapping[str, Any]) -> str:
+    """transformers 5's `rope_parameters`, or the `rope_scaling` of older folders."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return str(given.get("rope_type", given.get("type", "default")))
+
+
+def dense_linears(checkpoint: Checkpoint) -> list[str]:
+    """The layers of a quantized artifact's blocks that it left as they were (`compress awq --skip`)."""
+    return [layer for layer in block_linears(checkpoint) if f"{layer}.qweight" not in checkpoint]
+
+
+def restore_dense(graph: genai_graph.Graph, checkpoint: Checkpoint, dense: list[str]) -> None:
+    """Give the nodes whose layers are dense their own weights, in place of `genai_builder.stand_in`'s placeholders."""
+    for node in list(genai_graph.matmul_nbits(graph)):
+        sources = node_sources(checkpoint, node.name)
+        if not {layer for layer, _ in sources} & set(dense):
+            continue
+        rows = [checkpoint.tensor(f"{layer}.weight")[part] for layer, part in sources]
+        genai_graph.make_dense(graph, node, as_numpy(torch.cat(rows).t().contiguous()))
 
 
 def rewrite(graph: genai_graph.Graph, checkpoint: Checkpoint, quantized: bool) -> bool:

@@ -269,6 +269,7 @@ def report(as_json: bool, prompt_tokens: int, begun: float, first: float, times:
         "prefill_seconds": round(times[0] - begun, 4) if times else None,
         "first_token_seconds": round(first, 4) if times else None,
         "tokens_per_second": round(decoding, 1) if decoding else None,
+        "median_step_seconds": round(float(np.median(np.diff(times))), 7) if decoding else None,
         "peak_rss_mib": round(peak_mib(), 1),
     }
     if as_json:

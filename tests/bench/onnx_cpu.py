@@ -7,7 +7,8 @@ has llama-cpp-python, gguf and safetensors. Every entry generates the same numbe
 ids, in a process of its own; the entries take turns, round after round, so that other load on the machine hits all
 alike, and the figures are medians over the rounds with the extremes beside them.
 
-first token: from the start of the process, imports and loading included. decode: tokens per second after the first.
+first token: from the start of the process, imports and loading included. decode: tokens after the first over the time
+they took. median step: the same from the median time of a token, which one interruption does not move.
 peak RSS: of the process, as the kernel counts it (pages of a mapped model file included).
 
 The GGUF is written here with the `gguf` package: our tokenizer is byte-level BPE with GPT-2's splitting rule, which
@@ -195,6 +196,7 @@ def figures(made: Sequence[int], times: Sequence[float], first: float) -> dict[s
     return {
         "ids": list(made),
         "tokens_per_second": (len(times) - 1) / (times[-1] - times[0]),
+        "median_step_seconds": statistics.median(b - a for a, b in zip(times, times[1:], strict=False)),
         "first_token_seconds": first,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
@@ -275,17 +277,15 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {
         "machine": f"{platform.machine()}, {cpu_name()}, {os.cpu_count()} cores", "threads": threads, "tokens": tokens,
         "prompt_tokens": len(ids), "rounds": options.rounds, "load": [round(x, 1) for x in load],
-        "entries": {
-            name: {
-                "bytes": entries[name][1],
-                **{
-                    key: [round(float(x), 4) for x in sorted(r[key] for r in results)]
-                    for key in ("tokens_per_second", "first_token_seconds", "peak_rss_mib")
-                },
-            }
-            for name, results in runs.items()
-        },
+        "entries": {name: {"bytes": entries[name][1], **spread(results)} for name, results in runs.items()},
     }  # fmt: skip
+
+
+def spread(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each figure over the rounds, sorted."""
+    keys = {"tokens_per_second": 1, "first_token_seconds": 4, "peak_rss_mib": 1}
+    out = {key: sorted(round(float(r[key]), digits) for r in results) for key, digits in keys.items()}
+    return out | {"steady_tokens_per_second": sorted(round(1 / r["median_step_seconds"], 1) for r in results)}
 
 
 def ggufs(options: argparse.Namespace, work: Path) -> dict[str, Path]:
@@ -328,10 +328,14 @@ def cpu_name() -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = ["| | MB | decode, tokens/s | first token, s | peak RSS, MiB |", "|---|---|---|---|---|"]
+    columns = (
+        ("decode, tokens/s", "tokens_per_second", 0), ("median step, tokens/s", "steady_tokens_per_second", 0),
+        ("first token, s", "first_token_seconds", 2), ("peak RSS, MiB", "peak_rss_mib", 0),
+    )  # fmt: skip
+    lines = ["| | MB | " + " | ".join(title for title, _, _ in columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, entry in result["entries"].items():
         cells = []
-        for key, digits in (("tokens_per_second", 0), ("first_token_seconds", 2), ("peak_rss_mib", 0)):
+        for _, key, digits in columns:
             values = entry[key]
             cells.append(f"{statistics.median(values):.{digits}f} ({values[0]:.{digits}f} to {values[-1]:.{digits}f})")
         lines.append(f"| {name} | {entry['bytes'] / 1e6:.1f} | {' | '.join(cells)} |")

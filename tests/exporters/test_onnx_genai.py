@@ -95,10 +95,18 @@ def test_symmetric_and_repeatable(build_model: Any, quantize: Any, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dense(dtype: str, build_model: Any, tmp_path: Path) -> None:
+def test_layers_left_dense(build_model: Any, quantize: Any, tmp_path: Path) -> None:
+    """`--skip`: the builder cannot read such a folder, and gets one with placeholders that are then replaced."""
+    skip = ("layers.0.self_attn.k_proj", "layers.1.mlp.up_proj", "layers.1.self_attn.o_proj")
+    written = export(quantize(build_model("Qwen2", dtype="float16", drop=("head_dim",)), skip=skip), tmp_path / "out")
+    assert written.record["verified"]["layers_compared"] == {"quantized": 11, "dense": 3}
+    assert written.record["verified"]["relative_error"] < 1e-5
+
+
+@pytest.mark.slow
+def test_dense(build_model: Any, tmp_path: Path) -> None:
     """An unquantized folder keeps its own width on disk and is computed in float32."""
-    model = build_model("Llama", dtype=dtype, tie_word_embeddings=True)
+    model = build_model("Llama", dtype="bfloat16", tie_word_embeddings=True)
     written = export(model, tmp_path / "out")
     linears = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     assert written.parts["decoder linears"] == linears * 2
@@ -246,9 +254,17 @@ def test_compressed_tensors(llama: Path, tmp_path: Path) -> None:
     refused(folder, tmp_path, UnsupportedError, "compressed-tensors folders are not supported by onnx yet")
 
 
-def test_a_mixture_of_dense_and_quantized(build_model: Any, quantize: Any, tmp_path: Path) -> None:
-    artifact = quantize(build_model("Llama"), skip=("model.layers.0.mlp.down_proj",))
-    refused(artifact, tmp_path, UnsupportedError, "1 layers of its blocks are not quantized")
+def test_a_quantized_lm_head(llama: Path, tmp_path: Path) -> None:
+    folder = with_config(llama, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.qweight"] = torch.zeros(64, 512, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, tmp_path, UnsupportedError, "its lm_head is quantized")
+
+
+def test_rotary_tables_that_change_with_the_length(llama: Path, tmp_path: Path) -> None:
+    folder = with_config(llama, tmp_path, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    refused(folder, tmp_path, UnsupportedError, "rope_type 'dynamic' changes with the length")
 
 
 def test_context_beyond_the_models(llama: Path, tmp_path: Path) -> None:
