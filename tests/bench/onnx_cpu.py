@@ -246,7 +246,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name, source, changes in (
         ("ours, INT4, float32 activations", options.artifact, {}),
-        ("ours, INT4, int8 activations", options.artifact, {"int8_activations": True}),
+        ("ours, INT4, int16 activations", options.artifact, {"activations": "int16"}),
+        ("ours, INT4, int8 activations", options.artifact, {"activations": "int8"}),
         ("ours, dense (float16 stored, float32 computed)", model, {}),
     ):
         folder = work / name.replace(" ", "-").replace(",", "")

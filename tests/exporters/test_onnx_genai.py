@@ -117,14 +117,25 @@ def test_dense(build_model: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_int8_activations_are_asked_for_and_seen(llama: Path, tmp_path: Path) -> None:
     """The builder's default (accuracy level 4) changes the numbers by more than the check lets pass."""
-    written = export(llama, tmp_path / "fast", int8_activations=True)
-    assert written.record["activations"] == "int8"
-    assert written.record["verified"]["relative_error"] > 10 * onnx_genai.TOLERANCE
+    written = export(llama, tmp_path / "int8", activations="int8")
+    assert written.record["activations"] == "int8" and "int8, as you asked" in written.notes[-1]
+    assert written.record["verified"]["relative_error"] > 10 * onnx_genai.TOLERANCES["float32"]
     expected = reference.of_artifact(llama)
     with pytest.raises(ArtifactError, match="differ from the artifact's"):
-        reference.compare(
-            onnx_genai.decoded(tmp_path / "fast", expected), expected, tolerance=onnx_genai.TOLERANCE, what="onnx"
-        )
+        found = onnx_genai.decoded(tmp_path / "int8", expected)
+        reference.compare(found, expected, tolerance=onnx_genai.TOLERANCES["float32"], what="onnx")
+    graph = genai_graph.Graph(tmp_path / "int8")
+    split = genai_graph.split_activations(graph)
+    assert split == 2 * 4
+    (tmp_path / "int16").mkdir()
+    for name in ("genai_config.json",):
+        shutil.copyfile(tmp_path / "int8" / name, tmp_path / "int16" / name)
+    graph.save(tmp_path / "int16", "test")
+    in_two_parts = onnx_genai.decoded(tmp_path / "int16", expected)
+    error = reference.compare(in_two_parts, expected, tolerance=onnx_genai.TOLERANCES["int16"], what="onnx")
+    assert (
+        error["relative_error"] < written.record["verified"]["relative_error"] / 50
+    )  # 7 more bits are a factor of 128
 
 
 # ---- one asymmetric INT4 Llama, exported once ---------------------------------------------------------------
@@ -272,7 +283,11 @@ def test_context_beyond_the_models(llama: Path, tmp_path: Path) -> None:
 
 
 def test_int8_activations_of_a_dense_model(build_model: Any, tmp_path: Path) -> None:
-    refused(build_model("Llama"), tmp_path, ConfigError, "these are dense", int8_activations=True)
+    refused(build_model("Llama"), tmp_path, ConfigError, "these are dense", activations="int8")
+
+
+def test_unknown_activations(llama: Path, tmp_path: Path) -> None:
+    refused(llama, tmp_path, ConfigError, "'int4': choose one of float32, int16, int8", activations="int4")
 
 
 def test_the_builders_own_failure_is_told(build_model: Any, tmp_path: Path) -> None:
