@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--opset", type=click.Choice(["21", "24"]), help="ONNX dialect of onnx-trt.")
 @click.option(
+    "--activations",
+    type=click.Choice(["float32", "int16", "int8"]),
+    help="Format onnx: arithmetic of the INT4 products; integers are quicker and less exact [default: float32].",
+)
+@click.option(
     "--modelopt/--no-modelopt",
     default=True,
     show_default=True,
@@ -43,6 +48,7 @@ def command(
     context: int | None,
     batch: int,
     opset: str | None,
+    activations: str | None,
     modelopt: bool,
     out: Path | None,
     force: bool,
@@ -66,6 +72,12 @@ def command(
         if chosen != "onnx-trt":
             raise ConfigError(f"--opset {opset}: only the format onnx-trt has dialects, not {chosen}; leave it out")
         options["opset"] = int(opset)
+    if activations is not None:
+        if chosen != "onnx":
+            raise ConfigError(
+                f"--activations {activations}: only the format onnx has a choice, not {chosen}; leave it out"
+            )
+        options["activations"] = activations
     if not modelopt:
         if chosen != "hf":
             raise ConfigError(f"--no-modelopt: only the format hf has a ModelOpt folder, not {chosen}; leave it out")

@@ -1,0 +1,15 @@
+"""What makes an ONNX folder run by itself: a script that needs onnxruntime, numpy and tokenizers, and their pins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.checkpoint import write_bytes_atomically
+
+FILES = ("run.py", "requirements.txt")
+
+
+def copy_into(folder: Path) -> None:
+    """Put the bundle's files into `folder`."""
+    for name in FILES:
+        write_bytes_atomically(folder / name, (Path(__file__).parent / name).read_bytes())
