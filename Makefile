@@ -10,6 +10,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_ARGS ?=
 TEST_ARGS ?=
+# Test processes, of one thread each.
+WORKERS ?= 2
 
 .PHONY: demo test elsewhere check bench clean
 .DELETE_ON_ERROR:
@@ -25,7 +27,7 @@ demo: $(VENV)/installed
 	$(BIN)/compress evaluate
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
 
 # AutoAWQ and gptqmodel pin torch to CUDA builds, so they are installed without their dependencies and beside ours.
 ELSEWHERE := $(VENV)-elsewhere

@@ -18,14 +18,14 @@ from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
 from exporters.format import Job, Written
-from exporters.targets import Target
+from exporters.targets import TARGETS
 
 pytest.importorskip("onnxruntime_genai", reason="ONNXRUNTIME-GENAI ABSENT: the onnx format was not tested")
 
 from exporters import genai_graph, onnx_genai, reference  # noqa: E402
 from exporters.genai_check import compare_weights, node_weights  # noqa: E402
 
-CPU = Target(name="cpu", memory_bytes=8 << 30, usable=0.9)
+CPU = TARGETS["cpu"]
 TEXT = "the old house stood by the river and nobody had lived there for many years since the war " * 60
 
 
