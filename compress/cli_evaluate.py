@@ -77,9 +77,9 @@ def command(
     the original's, and its bounds come from a paired bootstrap.
     """
     import calibration_data
-    from compress.workspace import WORKSPACE, is_judgeable, is_reference, resolve
+    from compress.workspace import WORKSPACE, is_candidate, is_reference, judged_as, resolve
 
-    source = resolve(candidate, accept=is_judgeable)
+    source = judged_as(resolve(candidate, accept=is_candidate))
     original = _original(source, reference)
     if data is None and not is_reference(original):
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.artifact import BUNDLED, MANIFEST, parent_path, read_manifest
@@ -41,6 +41,26 @@ def is_model(folder: Path) -> bool:
 def is_judgeable(folder: Path) -> bool:
     """What `compress evaluate` can run: a Hugging Face folder, or an export with one graph at its top."""
     return holds_weights(folder) or (folder / "model.onnx").exists() or len(list(folder.glob("*.onnx"))) == 1
+
+
+def is_candidate(folder: Path) -> bool:
+    """What `compress evaluate` can judge, itself or through the artifact whose codes it holds (`judged_as`)."""
+    manifest = read_manifest(folder)
+    return is_judgeable(folder) or (manifest is not None and manifest.record["stage"] == "export")
+
+
+def judged_as(source: Source) -> Source:
+    """The source itself, or, for an export that runs on its device only, the artifact that it was made from.
+
+    The export was compared with that artifact value by value when it was written; its manifest names it.
+    """
+    manifest = None if is_judgeable(source.path) else read_manifest(source.path)
+    if manifest is None or manifest.record["stage"] != "export":
+        return source
+    parent = parent_path(manifest.record["parent"], source.path)
+    form = manifest.record["format"]
+    said = f"{parent}, whose weights {source.path} holds: a graph of format {form} runs on its device only"
+    return replace(source, path=parent, said=said)
 
 
 def resolve(
