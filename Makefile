@@ -1,6 +1,7 @@
 # make demo    quantize the bundled model and judge it       make check   ruff and mypy
 # make test    all tests                                     make bench   peak memory against depth
 # make elsewhere   AutoAWQ and gptqmodel read what we write (an environment of its own)
+# make edge    TensorRT Edge-LLM's exporter on our artifacts (another one, 2 GB)
 #
 # PYTHON picks the interpreter (3.10 to 3.13). TORCH_ARGS goes to the pip call that installs torch; on a machine without a
 # GPU, pass the index of PyTorch's CPU builds there to avoid several gigabytes of CUDA libraries.
@@ -13,7 +14,7 @@ TEST_ARGS ?=
 # Test processes, of one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test elsewhere check bench clean
+.PHONY: demo test elsewhere edge check bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -42,6 +43,9 @@ $(ELSEWHERE)/installed: pyproject.toml constraints.txt
 
 elsewhere: $(ELSEWHERE)/installed
 	$(ELSEWHERE)/bin/python -m pytest tests/test_loads_elsewhere.py
+
+edge: $(VENV)/installed
+	COMPRESS_EDGE_TEST=1 $(BIN)/python -m pytest tests/exporters/test_edge.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
