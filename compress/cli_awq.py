@@ -190,7 +190,10 @@ def _label(record: dict[str, Any]) -> str:
 
 
 def _advice(record: dict[str, Any]) -> str:
-    scheme = record["options"]["scheme"]
+    options = record["options"]
+    scheme = options["scheme"]
+    if options["effort"] != "best":
+        return "--effort best" if options["effort"] == "balanced" else "--effort balanced"
     if scheme["symmetric"]:
         return "--asym, if your reader takes zero points"
     if scheme["group_size"] > 32:
