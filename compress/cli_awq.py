@@ -90,6 +90,7 @@ def command(
             on_start=begin,
             on_stage=lambda index, stage: steps.note(stage),
             on_block=lambda done: steps.step(_block_text(done.report, done.resumed), computed=not done.resumed),
+            say=lambda text: print(text, file=sys.stderr, flush=True),
         )
     ended = time.monotonic()
     if as_json:

@@ -101,6 +101,7 @@ def quantize_awq(
     on_start: Callable[[int, str], None] = lambda total, text: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
     on_stage: Callable[[int, str], None] = lambda index, stage: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> AwqOutcome:
     """Quantize `request.source` to an AutoAWQ gemm folder at `request.out`.
 
@@ -108,7 +109,7 @@ def quantize_awq(
     CompressError subclasses, each before anything is at `request.out`.
     """
     with distributed.joined(request.device) as device:
-        outcome = _quantize(replace(request, device=device), on_start, on_block, on_stage)
+        outcome = _quantize(replace(request, device=device), on_start, on_block, on_stage, say)
         distributed.wait_for_all()
         return outcome or _outcome_of(request.out, request, [])
 
@@ -118,6 +119,7 @@ def _quantize(
     on_start: Callable[[int, str], None],
     on_block: Callable[[BlockDone], None],
     on_stage: Callable[[int, str], None],
+    say: Callable[[str], None],
 ) -> AwqOutcome | None:
     """See `quantize_awq`. None in a process that does not write."""
     out = request.out
@@ -157,7 +159,7 @@ def _quantize(
         is_reference=request.source.is_reference,
         vocab_size=model.vocab_size,
     )
-    ids_NT, notes = with_own_text(request, model.checkpoint, tokenizer, texts.ids_NT)
+    ids_NT, notes = with_own_text(request, model.checkpoint, tokenizer, texts.ids_NT, say)
     # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
     check_free_space(out.parent, 2 * estimated_bytes(model, request) + 64_000_000)
     identity = {
@@ -283,7 +285,11 @@ def _recorded_calibration(record: Mapping[str, Any], folder: Path) -> str | None
 
 
 def with_own_text(
-    request: AwqRequest, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor
+    request: AwqRequest,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    ids_NT: Tensor,
+    say: Callable[[str], None],
 ) -> tuple[Tensor, list[str]]:
     """The calibration rows and, behind them, rows sampled from the model itself; and what to tell the user.
 
@@ -305,6 +311,7 @@ def with_own_text(
         return ids_NT, []
     if request.calib == "self":
         raise ConfigError("--self-samples adds to a text, but --calib self samples all rows already; raise --samples")
+    say(f"sampling {asked} rows of {ids_NT.shape[1]} tokens from the model itself, token by token")
     own_NT = calibration.sample_from_model(
         calibration.load_model_float32(request.source.path),
         tokenizer,
