@@ -116,7 +116,12 @@ class Prepared:
     importance_I: Tensor
 
     def scaled(self, s_I: Tensor) -> Prepared:
-        """The same for inputs divided by s, and weights multiplied by it: `D^-1 H D^-1 = ((U D)^T (U D))^-1`."""
+        """The same for inputs divided by s, and weights multiplied by it: `D^-1 H D^-1 = ((U D)^T (U D))^-1`.
+
+        Without a scale this is `self`: U is gigabytes for a wide layer, and most groups have none.
+        """
+        if bool((s_I == 1).all()):
+            return self
         return replace(
             self, upper_II=self.upper_II * s_I[self.columns_I], importance_I=self.importance_I / s_I.square()
         )
