@@ -41,6 +41,14 @@ class _Stop(Exception):
     """Ends the model's forward once the last block's call is recorded."""
 
 
+def configure_allocator() -> None:
+    """To be called before the first allocation on a GPU; what the user has set stays.
+
+    Matrices of many sizes come and go, and fixed segments reserve half as much again as is in use.
+    """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def is_linear(module: nn.Module) -> bool:
     """A matrix product with a stored weight: `nn.Linear`, or GPT-2's `Conv1D`, which stores it transposed."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
@@ -101,9 +109,7 @@ class StreamedModel:
         Raises ArtifactError for a damaged folder and UnsupportedError for an architecture that does not fit.
         """
         if torch.device(device).type == "cuda":
-            # Before the first allocation: matrices of many sizes come and go, and fixed segments reserve half as much
-            # again as is in use.
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+            configure_allocator()
         checkpoint = Checkpoint.open(path)
         model = meta_model(checkpoint, trust_remote_code=trust_remote_code)
         _refuse_experts(checkpoint, model)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from compress import distributed
 from compress.groups import Group
+from compress.model import weight_OI
 
-_TILE = 512
-# Wider where a launch costs more than a few products too many.
+# Columns of the Gram matrix that one product gives: the fewer, the less is multiplied twice, the slower each product.
+_TILE = 192
 _GPU_TILE = 1024
+_MIRROR_TILE = 512
 
 
 @dataclass(kw_only=True)
@@ -27,25 +29,29 @@ class InputStatistics:
     """Sums over the calibration tokens that reached one group of linears; all float32.
 
     gram_II: sum of outer products, symmetric. magnitude_I: sum of |x|. num_tokens: how many rows were added.
-    cross_II: sum of `(x' - x) x^T`, x' being what the original model has in x's place; None where the two are equal.
+    cross: what tells the original model's inputs x' from these, None where the two are equal: the sum of
+    `(x' - x) x^T`, `[I, I]`, or with `by_output` that of `(W x' - W x) x^T`, `[O, I]`, which is smaller and cheaper for
+    a linear W that is alone in its group and has fewer outputs than inputs.
     closed: the sums of earlier parts of the calibration set, if it is added up in parts.
     """
 
     gram_II: Tensor
     magnitude_I: Tensor
     num_tokens: int = 0
-    cross_II: Tensor | None = None
+    cross: Tensor | None = None
+    by_output: bool = False
     closed: list[Tensor] | None = None
 
     @classmethod
-    def empty(cls, in_features: int, device: torch.device) -> InputStatistics:
+    def empty(cls, in_features: int, device: torch.device, *, by_output: bool = False) -> InputStatistics:
         return cls(
             gram_II=torch.zeros(in_features, in_features, dtype=torch.float32, device=device),
             magnitude_I=torch.zeros(in_features, dtype=torch.float32, device=device),
+            by_output=by_output,
         )
 
-    def add(self, x_TI: Tensor, original_TI: Tensor | None = None) -> None:
-        """Add the tokens of a batch, and what the original model has in their place.
+    def add(self, x_TI: Tensor, shift_TX: Tensor | None = None) -> None:
+        """Add the tokens of a batch, and how far from them the original model's are: `x' - x`, or `W x' - W x`.
 
         Of the Gram matrix only tiles on and below the diagonal are multiplied; `finish` mirrors them. On a GPU, 16-bit
         inputs are multiplied as they are: the product of two of them is exact in float32, which is what the matrix
@@ -56,10 +62,10 @@ class InputStatistics:
         size = _GPU_TILE if x.is_cuda else _TILE
         for start in range(0, x.shape[1], size):
             _add_product(self.gram_II[start:, start : start + size], x[:, start:], x[:, start : start + size])
-        if original_TI is not None:
-            if self.cross_II is None:
-                self.cross_II = torch.zeros_like(self.gram_II)
-            _add_product(self.cross_II, (original_TI.float() - x_TI.float()).to(x.dtype), x)
+        if shift_TX is not None:
+            if self.cross is None:
+                self.cross = torch.zeros(shift_TX.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+            _add_product(self.cross, shift_TX.to(x.dtype), x)
         self.magnitude_I += x.abs().sum(dim=0, dtype=torch.float32)
         self.num_tokens += x.shape[0]
 
@@ -75,7 +81,7 @@ class InputStatistics:
             one.zero_()
 
     def _sums(self) -> list[Tensor]:
-        return [self.gram_II, self.magnitude_I, *([] if self.cross_II is None else [self.cross_II])]
+        return [self.gram_II, self.magnitude_I, *([] if self.cross is None else [self.cross])]
 
     def finish(self) -> None:
         """Add up all parts, of all processes, take means over tokens, and make the Gram matrix exactly symmetric."""
@@ -85,15 +91,15 @@ class InputStatistics:
         for one in self._sums():
             distributed.add_up(one)
         self.num_tokens = distributed.add_up_count(self.num_tokens, self.gram_II.device)
-        for start in range(0, self.gram_II.shape[0], _TILE):
-            stop = start + _TILE
+        for start in range(0, self.gram_II.shape[0], _MIRROR_TILE):
+            stop = start + _MIRROR_TILE
             self.gram_II[start:stop, stop:] = self.gram_II[stop:, start:stop].t()
             square = self.gram_II[start:stop, start:stop]
             square.copy_(square.tril() + square.tril(-1).t())
         self.gram_II /= max(1, self.num_tokens)
         self.magnitude_I /= max(1, self.num_tokens)
-        if self.cross_II is not None:
-            self.cross_II /= max(1, self.num_tokens)
+        if self.cross is not None:
+            self.cross /= max(1, self.num_tokens)
 
     def smoothed(self, s_I: Tensor) -> Tensor:
         """The Gram matrix of the inputs once they are divided by s: `D^-1 G D^-1`, no second pass needed."""
@@ -101,10 +107,27 @@ class InputStatistics:
 
     def smooth_(self, s_I: Tensor) -> None:
         """Become the statistics of the inputs divided by s; in place, since a wide layer's matrices are gigabytes."""
-        for matrix_II in (self.gram_II, self.cross_II):
-            if matrix_II is not None:
-                matrix_II.div_(s_I.unsqueeze(1)).div_(s_I)
+        self.gram_II.div_(s_I.unsqueeze(1)).div_(s_I)
+        if self.cross is not None:
+            self.cross.div_(s_I)
+            if not self.by_output:
+                self.cross.div_(s_I.unsqueeze(1))
         self.magnitude_I.div_(s_I)
+
+    def clear(self) -> None:
+        """Give the matrices back; nothing can be asked of these statistics any more."""
+        self.gram_II = self.gram_II.new_empty(0, 0)
+        self.cross = None
+
+    def target_shift(self, w_OI: Tensor, row_scale_O: Tensor | None = None) -> Tensor | None:
+        """`W C`: mean of `(W x' - W x) x^T`, float32 `[O, I]`; None where the two paths are equal.
+
+        w_OI: the group's linears, stacked. row_scale_O: what the rows of W were divided by after these statistics were
+        collected.
+        """
+        if self.cross is None or not self.by_output:
+            return None if self.cross is None else w_OI @ self.cross
+        return self.cross if row_scale_O is None else self.cross / row_scale_O.unsqueeze(1)
 
 
 def _add_product(sum_II: Tensor, left_TI: Tensor, right_TI: Tensor) -> None:
@@ -118,37 +141,46 @@ def _add_product(sum_II: Tensor, left_TI: Tensor, right_TI: Tensor) -> None:
 class Collector:
     """Takes each group's inputs from the forwards of a block: adds them up, or, while `keeping`, holds the last ones.
 
-    Inputs that were kept are the original model's counterparts of those that are added next.
+    What was kept are the original model's counterparts of what is added next.
     """
 
     statistics: list[InputStatistics]
     keeping: bool = False
     kept: dict[int, Tensor] = field(default_factory=dict)
 
-    def take(self, group: int, x_TI: Tensor) -> None:
+    def take(self, group: int, x_TI: Tensor, y_TO: Tensor) -> None:
+        """x_TI: the inputs of the group's linears; y_TO: the output of the first of them."""
+        statistics = self.statistics[group]
+        told = y_TO if statistics.by_output else x_TI
         if self.keeping:
-            self.kept[group] = x_TI
+            self.kept[group] = told
         else:
-            self.statistics[group].add(x_TI, self.kept.pop(group, None))
+            before = self.kept.pop(group, None)
+            statistics.add(x_TI, None if before is None else before.float() - told.float())
 
 
 @contextmanager
 def collecting(block: nn.Module, groups: Sequence[Group], device: torch.device) -> Iterator[Collector]:
     """Collect each group's statistics from every forward of `block` inside the context."""
-    collector = Collector(statistics=[InputStatistics.empty(g.in_features, device) for g in groups])
+
+    def narrows(group: Group) -> bool:
+        rows = weight_OI(block.get_submodule(group.layers[0])).shape[0]
+        return len(group.layers) == 1 and rows < group.in_features
+
+    collector = Collector(
+        statistics=[InputStatistics.empty(g.in_features, device, by_output=narrows(g)) for g in groups]
+    )
 
     def hook(group: int):  # type: ignore[no-untyped-def]
-        def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def take(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             x = args[0].detach()
-            if torch.is_autocast_enabled(device.type):  # what the linear is about to compute with
+            if torch.is_autocast_enabled(device.type):  # what the linear has just computed with
                 x = x.to(torch.get_autocast_dtype(device.type))
-            collector.take(group, x.reshape(-1, x.shape[-1]))
+            collector.take(group, x.reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1]))
 
         return take
 
-    handles = [
-        block.get_submodule(group.layers[0]).register_forward_pre_hook(hook(i)) for i, group in enumerate(groups)
-    ]
+    handles = [block.get_submodule(group.layers[0]).register_forward_hook(hook(i)) for i, group in enumerate(groups)]
     try:
         yield collector
     finally:

@@ -57,8 +57,7 @@ def search_scale(
     scaling", AutoAWQ): s = x**r / w**(1 - r). Coarse ratios first, then steps of 0.05 around the best.
     """
     w_OI = torch.cat([w for w in weights])
-    step = max(1, w_OI.shape[0] // SEARCH_ROWS)
-    rows = w_OI[::step]
+    rows = sampled_rows(w_OI)
     x_I = _pooled(magnitude_I, shared)
     w_I = _pooled(_relative_magnitude(w_OI, scheme), shared)
 
@@ -86,6 +85,11 @@ def search_scale(
     for offset in FINE_STEPS:
         consider(round(centre + offset, 2), duo)
     return best
+
+
+def sampled_rows(w_OI: Tensor, most: int = SEARCH_ROWS) -> Tensor:
+    """At most so many rows, evenly spread. A view."""
+    return w_OI[:: -(-len(w_OI) // most)]
 
 
 def scale_of(x_I: Tensor, w_I: Tensor | None, ratio: float) -> Tensor:

@@ -9,17 +9,17 @@ every later column k. Here, and not in the paper:
   for; this order costs nothing there.
 - A group's scale and zero point are searched when its turn comes, on weights that carry the corrections of the groups
   before it, with errors weighted by diag(H).
-- U is the inverse of one triangular factor, `H = R R^T`, `U = R^-1`: a third of the work of inverting H and
-  factorising again.
+- U is the inverse of one triangular factor, `H = R R^T`, `U = R^-1`, inverted in place by halves: a third of the work
+  of inverting H and factorising again, and two matrices of H's size at most.
 
 What was tried and what won is in METHODS.md.
 
-Shapes: O out_features, I in_features, G groups along I, g group size
+Shapes: O out_features, I in_features, G groups along I, g group size, R columns from a group's first to the last
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,28 +27,40 @@ from torch import Tensor
 
 from compress import numerics
 from compress.errors import ArtifactError
-from compress.quantize.feedback_triton import round_group
+from compress.quantize.feedback_triton import kernels, round_group
 from compress.scheme import Scheme
 
 DAMPING = 0.01  # of the mean of diag(H); the paper's
 SHRINKAGE = 0.05  # of H towards its diagonal, at least
 RANGE_STEPS = 20
 RANGE_MIN = 0.5
+_INVERTED_AT_ONCE = 256
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
     """A rounded weight: `w_OI ~= (codes - zero_point) * scale`.
 
-    codes_OI uint8, scale_OG (float16 values) and zero_point_OG float32. wanted_OI float32: the weight that each code
-    was rounded from, corrections included. factor_OG: what each group's range was shrunk by.
+    codes_OI uint8, scale_OG (float16 values) and zero_point_OG float32. factor_OG: what each group's range was shrunk
+    by. wanted_OI float32: the weight that each code was rounded from, corrections included; None when not asked for.
     """
 
     codes_OI: Tensor
     scale_OG: Tensor
     zero_point_OG: Tensor
-    wanted_OI: Tensor
     factor_OG: Tensor
+    wanted_OI: Tensor | None
+
+    def rows(self, rows: slice) -> Rounded:
+        """A part of a stack of layers; views."""
+        return Rounded(
+            codes_OI=self.codes_OI[rows],
+            scale_OG=self.scale_OG[rows],
+            zero_point_OG=self.zero_point_OG[rows],
+            factor_OG=self.factor_OG[rows],
+            wanted_OI=None if self.wanted_OI is None else self.wanted_OI[rows],
+        )
 
     def dequantize(self, scheme: Scheme) -> Tensor:
         """The weight that a reader computes with, float32 `[O, I]`."""
@@ -56,17 +68,14 @@ class Rounded:
         return numerics.dequantize(q_OGg, self.scale_OG, self.zero_point_OG).reshape(self.codes_OI.shape)
 
 
-def shrunk(gram_II: Tensor, num_tokens: int) -> Tensor:
-    """The Gram matrix with its off-diagonal part scaled down, by more the fewer tokens it was measured on.
+def kept_share(num_columns: int, num_tokens: int) -> float:
+    """What to take the off-diagonal part of a Gram matrix times: less, the fewer tokens it was measured on.
 
     The correlations of a few thousand tokens are partly chance, and corrections that trust them overfit. The share of
     the off-diagonal part that is chance grows as I / num_tokens (the sampling variance of a covariance matrix over its
     size, as in Ledoit and Wolf's shrinkage), so that much is taken off, and never less than `SHRINKAGE`.
     """
-    share = min(1.0, max(SHRINKAGE, len(gram_II) / max(1, num_tokens)))
-    out = gram_II * (1 - share)
-    out.diagonal().copy_(gram_II.diagonal())
-    return out
+    return 1 - min(1.0, max(SHRINKAGE, num_columns / max(1, num_tokens)))
 
 
 def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
@@ -89,11 +98,25 @@ def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
         reversed_II.diagonal().add_(9 * max(damping * mean, 1e-30))
         damping *= 10
     del reversed_II
-    upper_II = factor.flip(0, 1)
+    upper_II: Tensor = factor.flip(0, 1)
     del factor
-    eye = torch.eye(len(upper_II), dtype=upper_II.dtype, device=upper_II.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper_II, eye, upper=True)
-    return inverse
+    invert_upper_(upper_II)
+    return upper_II
+
+
+def invert_upper_(upper_II: Tensor) -> None:
+    """Invert an upper triangular matrix in place: `[[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]]`."""
+    size = len(upper_II)
+    if size <= _INVERTED_AT_ONCE:
+        eye = torch.eye(size, dtype=upper_II.dtype, device=upper_II.device)
+        upper_II.copy_(torch.linalg.solve_triangular(upper_II, eye, upper=True))
+        return
+    half = size // 2
+    top, bottom = upper_II[:half, :half], upper_II[half:, half:]
+    invert_upper_(top)
+    invert_upper_(bottom)
+    corner = upper_II[:half, half:]
+    corner.copy_((top @ corner).neg_() @ bottom)
 
 
 def group_order(hessian_II: Tensor, size: int) -> list[int]:
@@ -107,64 +130,94 @@ class Prepared:
     """What error feedback needs to know of a layer's inputs, whatever is then rounded.
 
     order: groups in the order of processing. columns_I: int64 `[I]`, the columns in that order. upper_II: the factor U,
-    in that order. importance_I: float32 `[I]`, diag(H), in the columns' own order.
+    in that order. importance_I: float32 `[I]`, diag(H), in the columns' own order. scale_I: what the inputs were
+    divided by after that, in the columns' own order, or None.
     """
 
     order: list[int]
     columns_I: Tensor
     upper_II: Tensor
     importance_I: Tensor
+    scale_I: Tensor | None = None
 
     def scaled(self, s_I: Tensor) -> Prepared:
         """The same for inputs divided by s, and weights multiplied by it: `D^-1 H D^-1 = ((U D)^T (U D))^-1`.
 
-        Without a scale this is `self`: U is gigabytes for a wide layer, and most groups have none.
+        U itself is shared, and multiplied where it is read: it is gigabytes for a wide layer.
         """
-        if bool((s_I == 1).all()):
-            return self
-        return replace(
-            self, upper_II=self.upper_II * s_I[self.columns_I], importance_I=self.importance_I / s_I.square()
-        )
+        assert self.scale_I is None
+        return replace(self, scale_I=s_I, importance_I=self.importance_I / s_I.square())
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` of the factor, from column `first` on."""
+        upper = self.upper_II[first:last, first:]
+        return upper if self.scale_I is None else upper * self.scale_I[self.columns_I[first:]]
+
+    def times_inverse(self, x_OI: Tensor) -> Tensor:
+        """`x H^-1 = x U^T U`, the columns of x and of the result in processing order."""
+        if self.scale_I is None:
+            found: Tensor = x_OI @ self.upper_II.t() @ self.upper_II
+            return found
+        s_I = self.scale_I[self.columns_I]
+        return ((x_OI * s_I) @ self.upper_II.t() @ self.upper_II).mul_(s_I)
 
 
-def prepare(hessian_II: Tensor, scheme: Scheme) -> Prepared:
-    """Order the groups and factorise; hessian_II: float32 `[I, I]`, not changed."""
+def prepare(hessian_II: Tensor, scheme: Scheme, off_diagonal: float = 1.0) -> Prepared:
+    """Order the groups and factorise H, its off-diagonal part taken `off_diagonal` times.
+
+    hessian_II: float32 `[I, I]`, not changed.
+    """
     num_groups = scheme.groups(len(hessian_II))
     size = len(hessian_II) // num_groups
     order = group_order(hessian_II, size)
     columns_I = torch.arange(len(hessian_II), device=hessian_II.device).reshape(num_groups, size)[order].reshape(-1)
-    upper_II = inverse_factor(hessian_II[columns_I][:, columns_I])
-    return Prepared(order=order, columns_I=columns_I, upper_II=upper_II, importance_I=hessian_II.diagonal().clone())
+    return Prepared(
+        order=order,
+        columns_I=columns_I,
+        # The matrix in between has no other name, so that it is gone as soon as it is factorised.
+        upper_II=inverse_factor(_ordered(hessian_II, columns_I, off_diagonal)),
+        importance_I=hessian_II.diagonal().clone(),
+    )
 
 
-def round_with_feedback(w_OI: Tensor, inputs: Prepared, scheme: Scheme) -> Rounded:
-    """Round a weight with error feedback. w_OI: float32 `[O, I]`, not changed.
+def _ordered(hessian_II: Tensor, columns_I: Tensor, off_diagonal: float) -> Tensor:
+    """Rows and columns in processing order, the off-diagonal part scaled."""
+    out = torch.empty_like(hessian_II)
+    for rows in torch.arange(len(hessian_II), device=hessian_II.device).split(_ROWS_AT_ONCE):
+        out[rows] = hessian_II[columns_I[rows]].mul_(off_diagonal)[:, columns_I]
+    out.diagonal().copy_(hessian_II.diagonal()[columns_I])
+    return out
+
+
+def round_with_feedback(w_OI: Tensor, inputs: Prepared, scheme: Scheme, *, wanted: bool = True) -> Rounded:
+    """Round a weight with error feedback. w_OI: float32 `[O, I]`, not changed. wanted: whether to return `wanted_OI`.
 
     Rows do not depend on each other, so linears that share an input may be stacked.
     """
     num_rows, num_columns = w_OI.shape
     num_groups = len(inputs.order)
     size = num_columns // num_groups
-    upper_II = inputs.upper_II
     left_OI = w_OI[:, inputs.columns_I]  # a copy, in processing order
     out = Rounded(
         codes_OI=torch.empty(w_OI.shape, dtype=torch.uint8, device=w_OI.device),
         scale_OG=torch.empty(num_rows, num_groups, device=w_OI.device),
         zero_point_OG=torch.empty(num_rows, num_groups, device=w_OI.device),
-        wanted_OI=torch.empty_like(w_OI),
         factor_OG=torch.empty(num_rows, num_groups, device=w_OI.device),
+        wanted_OI=torch.empty_like(w_OI) if wanted else None,
     )
     for turn, group in enumerate(inputs.order):
-        here = slice(turn * size, (turn + 1) * size)
+        first, last = turn * size, (turn + 1) * size
         there = slice(group * size, (group + 1) * size)
-        upper_gg = upper_II[here, here]
-        scale, zero, factor = fit_range(left_OI[:, here], inputs.importance_I[there], scheme)
-        codes, error = round_group(left_OI[:, here], upper_gg.contiguous(), scale, zero, scheme.max_code)
-        left_OI[:, here.stop :].addmm_(error, upper_II[here, here.stop :], alpha=-1)
+        w_Og, upper_gR = left_OI[:, first:last], inputs.rows(first, last)
+        upper_gg = upper_gR[:, :size].contiguous()
+        scale, zero, factor = fit_range(w_Og, inputs.importance_I[there], scheme)
+        codes, error = round_group(w_Og, upper_gg, scale, zero, scheme.max_code)
+        left_OI[:, last:].addmm_(error, upper_gR[:, size:], alpha=-1)
         out.codes_OI[:, there] = codes
         out.scale_OG[:, group], out.zero_point_OG[:, group], out.factor_OG[:, group] = scale, zero, factor
-        value = (codes.float() - zero.unsqueeze(1)) * scale.unsqueeze(1)
-        out.wanted_OI[:, there] = value + error * upper_gg.diagonal()
+        if out.wanted_OI is not None:
+            value = numerics.dequantize(codes.float(), scale, zero)
+            out.wanted_OI[:, there] = value + error * upper_gg.diagonal()
     return out
 
 
@@ -173,22 +226,27 @@ def fit_range(w_Og: Tensor, importance_g: Tensor, scheme: Scheme) -> tuple[Tenso
 
     Candidates shrink the range from the full one to `RANGE_MIN` of it. Also returns the factor chosen.
     """
+    factors_C = _factors(w_Og.device)
+    if w_Og.is_cuda:
+        fitted: tuple[Tensor, Tensor, Tensor] = kernels().fit_range(w_Og, importance_g, factors_C, scheme)
+        return fitted
+    lo, hi = numerics.range_of(w_Og)
     best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    for factor, scale, zero in _candidates(w_Og, scheme):
+    for factor in factors_C:
+        scale, zero = numerics.scale_and_zero(lo * factor, hi * factor, scheme)
         delta = numerics.fake_quantize(w_Og, scale, zero, scheme).sub_(w_Og)
         error = delta.square_() @ importance_g
+        found = (error, scale, zero, factor.expand_as(scale))
         if best is None:
-            best = error, scale, zero, torch.full_like(scale, factor)
+            best = found
             continue
         better = error < best[0]
-        found = (error, scale, zero, torch.full_like(scale, factor))
         best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))  # type: ignore[assignment]
     assert best is not None
     return best[1], best[2], best[3]
 
 
-def _candidates(w_Og: Tensor, scheme: Scheme) -> Iterator[tuple[float, Tensor, Tensor]]:
-    lo, hi = numerics.range_of(w_Og)
-    for i in range(RANGE_STEPS + 1):
-        factor = 1.0 - (1.0 - RANGE_MIN) * i / RANGE_STEPS
-        yield factor, *numerics.scale_and_zero(lo * factor, hi * factor, scheme)
+@functools.cache
+def _factors(device: torch.device) -> Tensor:
+    """What the full range is multiplied by, float32 `[C]`."""
+    return torch.tensor([1 - (1 - RANGE_MIN) * i / RANGE_STEPS for i in range(RANGE_STEPS + 1)], device=device)

@@ -1,6 +1,8 @@
-"""Triton kernels of `feedback_triton`; imported only when a CUDA tensor arrives.
+"""Triton kernels of `feedback` and `feedback_triton`; imported only when a CUDA tensor arrives.
 
-Shapes: O rows, g columns of the group, C candidates
+Each keeps a tile of whole rows of one group in registers, reads every weight once and writes every result once.
+
+Shapes: O rows, g columns of the group, C candidates for a row's range
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Weights that one program holds in its registers, and its warps; the best of those tried on an H100 for each kernel.
-_ROUND_TILE, _ROUND_WARPS = 4096, 4
-_SCORE_TILE, _SCORE_WARPS = 4096, 1
+from compress import numerics
+from compress.scheme import Scheme
+
+# Weights that one program holds in its registers, and its warps; the best of those tried on an H100.
+_TILE, _WARPS = 4096, 4
 # Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to an integer, halves to even.
 _ROUNDER = tl.constexpr(12582912.0)
 
@@ -25,7 +29,6 @@ def _feedback(  # type: ignore[no-untyped-def]
     zero_ptr,
     codes_ptr,
     error_ptr,
-    loss_ptr,
     num_rows,
     w_stride,
     upper_stride,
@@ -33,20 +36,16 @@ def _feedback(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    SCORE: tl.constexpr,
 ):
-    """One tile of rows (axis 0) for one candidate (axis 1). COLUMNS: g; SIZE: g rounded up to a power of two, which
-    Triton's tiles must be. SCORE: write the loss, not codes and errors.
-    """
+    """One tile of rows. COLUMNS: g; SIZE: g rounded up to a power of two, which Triton's tiles must be."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    candidate = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, SIZE)
     inside = row < num_rows
     used = inside[:, None] & (column < COLUMNS)[None, :]
     at = row.to(tl.int64)[:, None] * w_stride + column[None, :]
     w = tl.load(w_ptr + at, mask=used, other=0.0)
-    scale = tl.load(scale_ptr + candidate * num_rows + row, mask=inside, other=1.0)
-    zero = tl.load(zero_ptr + candidate * num_rows + row, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
+    zero = tl.load(zero_ptr + row, mask=inside, other=0.0)
     lowest = -zero
     highest = max_code - zero
     steps = tl.zeros((ROWS, SIZE), dtype=tl.float32)
@@ -61,46 +60,10 @@ def _feedback(  # type: ignore[no-untyped-def]
         e = tl.div_rn(w_j - step * scale, u_jj)
         # Column j itself becomes its error, the columns after it take their share.
         w = tl.where(here[None, :], e[:, None], w - e[:, None] * u[None, :])
-        if not SCORE:
-            steps = tl.where(here[None, :], step[:, None], steps)
-    if SCORE:
-        tl.store(loss_ptr + candidate * num_rows + row, tl.sum(w * w, axis=1), mask=inside)
-    else:
-        to = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
-        tl.store(error_ptr + to, w, mask=used)
-        tl.store(codes_ptr + to, (steps + zero[:, None]).to(tl.uint8), mask=used)
-
-
-def _launch(w_Og: Tensor, upper_gg: Tensor, scale: Tensor, zero: Tensor, max_code: int, **out: Tensor) -> None:
-    num_rows, size = w_Og.shape
-    padded = triton.next_power_of_2(size)
-    if w_Og.stride(1) != 1:
-        w_Og = w_Og.contiguous()
-    if upper_gg.stride(1) != 1:
-        upper_gg = upper_gg.contiguous()
-    tile, warps = (_SCORE_TILE, _SCORE_WARPS) if "loss" in out else (_ROUND_TILE, _ROUND_WARPS)
-    rows = max(1, tile // padded)
-    unused = w_Og  # a pointer that the compiled variant does not touch
-    _feedback[(triton.cdiv(num_rows, rows), scale.numel() // num_rows)](
-        w_Og,
-        upper_gg,
-        scale.contiguous(),
-        zero.contiguous(),
-        out.get("codes", unused),
-        out.get("error", unused),
-        out.get("loss", unused),
-        num_rows,
-        w_Og.stride(0),
-        upper_gg.stride(0),
-        float(max_code),
-        COLUMNS=size,
-        SIZE=padded,
-        ROWS=rows,
-        SCORE="loss" in out,
-        num_warps=warps,
-        # A fused multiply-add would round once where the CPU rounds twice.
-        enable_fp_fusion=False,
-    )
+        steps = tl.where(here[None, :], step[:, None], steps)
+    to = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    tl.store(error_ptr + to, w, mask=used)
+    tl.store(codes_ptr + to, (steps + zero[:, None]).to(tl.uint8), mask=used)
 
 
 def round_group(
@@ -109,14 +72,125 @@ def round_group(
     """`feedback_triton.round_group` on CUDA tensors."""
     codes_Og = torch.empty(w_Og.shape, dtype=torch.uint8, device=w_Og.device)
     error_Og = torch.empty(w_Og.shape, dtype=torch.float32, device=w_Og.device)
+    w_Og, upper_gg = _rows_together(w_Og), _rows_together(upper_gg)
     with torch.cuda.device(w_Og.device):
-        _launch(w_Og, upper_gg, scale_O, zero_O, max_code, codes=codes_Og, error=error_Og)
+        grid, sizes = _tiles(w_Og)
+        _feedback[grid](
+            w_Og,
+            upper_gg,
+            scale_O.contiguous(),
+            zero_O.contiguous(),
+            codes_Og,
+            error_Og,
+            len(w_Og),
+            w_Og.stride(0),
+            upper_gg.stride(0),
+            float(max_code),
+            **sizes,
+            num_warps=_WARPS,
+            # A fused multiply-add would round once where the CPU rounds twice.
+            enable_fp_fusion=False,
+        )
     return codes_Og, error_Og
 
 
-def score_group(w_Og: Tensor, upper_gg: Tensor, scale_CO: Tensor, zero_CO: Tensor, max_code: int) -> Tensor:
-    """`feedback_triton.score_group` on CUDA tensors."""
-    loss_CO = torch.empty(scale_CO.shape, dtype=torch.float32, device=w_Og.device)
+@triton.jit  # type: ignore[untyped-decorator]
+def _range(  # type: ignore[no-untyped-def]
+    w_ptr,
+    importance_ptr,
+    factors_ptr,
+    scale_ptr,
+    zero_ptr,
+    factor_ptr,
+    num_rows,
+    w_stride,
+    max_code,
+    middle,
+    smallest,
+    largest,
+    NUM_FACTORS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One tile of rows, every candidate. middle: the zero point of symmetric codes."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, SIZE)
+    inside = row < num_rows
+    used = inside[:, None] & (column < COLUMNS)[None, :]
+    at = row.to(tl.int64)[:, None] * w_stride + column[None, :]
+    w = tl.load(w_ptr + at, mask=used, other=0.0)  # zeros beyond the group leave its range and its error alone
+    importance = tl.load(importance_ptr + column, mask=column < COLUMNS, other=0.0)
+    lo = tl.minimum(tl.min(w, axis=1), 0.0)
+    hi = tl.maximum(tl.max(w, axis=1), 0.0)
+    best_error = tl.full((ROWS,), float("inf"), dtype=tl.float32)
+    best_scale = tl.zeros((ROWS,), dtype=tl.float32)
+    best_zero = tl.zeros((ROWS,), dtype=tl.float32)
+    best_factor = tl.zeros((ROWS,), dtype=tl.float32)
+    for i in range(NUM_FACTORS):
+        factor = tl.load(factors_ptr + i)
+        low = lo * factor
+        high = hi * factor
+        if SYMMETRIC:
+            wide = tl.div_rn(tl.maximum(-low, high), tl.full((ROWS,), 1.0, dtype=tl.float32) * middle)
+        else:
+            wide = tl.div_rn(high - low, tl.full((ROWS,), 1.0, dtype=tl.float32) * max_code)
+        scale = tl.minimum(tl.maximum(wide, smallest), largest).to(tl.float16).to(tl.float32)
+        if SYMMETRIC:
+            zero = tl.full((ROWS,), 1.0, dtype=tl.float32) * middle
+        else:
+            zero = (tl.div_rn(-low, scale) + _ROUNDER) - _ROUNDER
+            zero = tl.minimum(tl.maximum(zero, 0.0), max_code)
+        steps = tl.minimum(tl.maximum(tl.div_rn(w, scale[:, None]), -zero[:, None]), (max_code - zero)[:, None])
+        steps = (steps + _ROUNDER) - _ROUNDER
+        delta = steps * scale[:, None] - w
+        error = tl.sum(delta * delta * importance[None, :], axis=1)
+        better = error < best_error
+        best_error = tl.where(better, error, best_error)
+        best_scale = tl.where(better, scale, best_scale)
+        best_zero = tl.where(better, zero, best_zero)
+        best_factor = tl.where(better, factor, best_factor)
+    tl.store(scale_ptr + row, best_scale, mask=inside)
+    tl.store(zero_ptr + row, best_zero, mask=inside)
+    tl.store(factor_ptr + row, best_factor, mask=inside)
+
+
+def fit_range(w_Og: Tensor, importance_g: Tensor, factors_C: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """`feedback.fit_range` on CUDA tensors, for these candidates (float32)."""
+    scale_O, zero_O, factor_O = (torch.empty(len(w_Og), device=w_Og.device) for _ in range(3))
+    w_Og = _rows_together(w_Og)
     with torch.cuda.device(w_Og.device):
-        _launch(w_Og, upper_gg, scale_CO, zero_CO, max_code, loss=loss_CO)
-    return loss_CO
+        grid, sizes = _tiles(w_Og)
+        _range[grid](
+            w_Og,
+            importance_g.contiguous(),
+            factors_C,
+            scale_O,
+            zero_O,
+            factor_O,
+            len(w_Og),
+            w_Og.stride(0),
+            float(scheme.max_code),
+            float(scheme.symmetric_zero_point),
+            numerics.MIN_SCALE,
+            numerics.MAX_SCALE,
+            NUM_FACTORS=len(factors_C),
+            SYMMETRIC=scheme.symmetric,
+            **sizes,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+        )
+    return scale_O, zero_O, factor_O
+
+
+def _rows_together(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _tiles(w_Og: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """How many programs, and the sizes that each is compiled for."""
+    num_rows, size = w_Og.shape
+    padded = triton.next_power_of_2(size)
+    rows = max(1, _TILE // padded)
+    return (triton.cdiv(num_rows, rows),), {"COLUMNS": size, "SIZE": padded, "ROWS": rows}

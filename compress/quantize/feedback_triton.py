@@ -10,7 +10,7 @@ order as the kernel, which neither fuses a product with a sum nor approximates a
 bit for bit. With `chunk` columns handled at once (the CPU's default) sums are taken in another order, and a weight that
 lies within rounding noise of the middle between two codes may take the other one.
 
-Shapes: O rows (out_features), g columns of the group, C candidates for a row's scale and zero point
+Shapes: O rows (out_features), g columns of the group
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def round_group(
     """
     _check(w_Og, upper_gg)
     if w_Og.is_cuda:
-        found: tuple[Tensor, Tensor] = _kernels().round_group(w_Og, upper_gg, scale_O, zero_point_O, max_code)
+        found: tuple[Tensor, Tensor] = kernels().round_group(w_Og, upper_gg, scale_O, zero_point_O, max_code)
         return found
     codes_Og = torch.empty(w_Og.shape, dtype=torch.uint8)
     error_Og = torch.empty_like(w_Og, memory_format=torch.contiguous_format)
@@ -57,36 +57,6 @@ def round_group(
         codes_Og[rows] = codes_gO.t()
         error_Og[rows] = error_gO.t()
     return codes_Og, error_Og
-
-
-def score_group(
-    w_Og: Tensor,
-    upper_gg: Tensor,
-    scale_CO: Tensor,
-    zero_point_CO: Tensor,
-    max_code: int,
-    *,
-    chunk: int = CHUNK_COLUMNS,
-) -> Tensor:
-    """The loss of every candidate scale and zero point, were its row rounded with them: float32 `[C, O]`.
-
-    The loss is `sum_j e_j^2` of `round_group`: what the group adds to the output error `tr(D H D^T)` when every later
-    column may still absorb it. scale_CO, zero_point_CO: float32 `[C, O]`.
-    """
-    _check(w_Og, upper_gg)
-    if w_Og.is_cuda:
-        found: Tensor = _kernels().score_group(w_Og, upper_gg, scale_CO, zero_point_CO, max_code)
-        return found
-    num_candidates, num_rows = scale_CO.shape
-    loss_CO = torch.empty(num_candidates, num_rows, dtype=torch.float32)
-    step = max(1, CHUNK_ROWS // num_candidates)
-    for start in range(0, num_rows, step):
-        rows = slice(start, min(start + step, num_rows))
-        w_gO = w_Og[rows].t().repeat(1, num_candidates)
-        scale, zero_point = (x[:, rows].reshape(-1) for x in (scale_CO, zero_point_CO))
-        error_gO = _walk(w_gO, upper_gg, scale, zero_point, max_code, chunk, None)
-        loss_CO[:, rows] = error_gO.square_().sum(dim=0).reshape(num_candidates, -1)
-    return loss_CO
 
 
 def _check(w_Og: Tensor, upper_gg: Tensor) -> None:
@@ -101,7 +71,7 @@ def _walk(
     zero_point_O: Tensor,
     max_code: int,
     chunk: int,
-    codes_gO: Tensor | None,
+    codes_gO: Tensor,
 ) -> Tensor:
     """Round column after column; `w_gO` (contiguous) is used up and becomes the errors `[g, O]`, which it returns."""
     size = w_gO.shape[0]
@@ -114,8 +84,7 @@ def _walk(
             w_O = w_gO[j]
             # Bounds are integers, so clamping before rounding or after it is the same.
             steps_O = torch.div(w_O, scale_O).clamp_(lowest_O, highest_O).round_()
-            if codes_gO is not None:
-                torch.add(steps_O, zero_point_O, out=codes_gO[j])
+            torch.add(steps_O, zero_point_O, out=codes_gO[j])
             # In place: the column's weights are not needed any more, its errors are.
             w_O.sub_(steps_O.mul_(scale_O)).div_(diagonal[j])
             if j + 1 < end:
@@ -125,12 +94,12 @@ def _walk(
     return w_gO
 
 
-# ---- the GPU kernel ----------------------------------------------------------------------------------
+# ---- the GPU kernels ---------------------------------------------------------------------------------
 
 
 @functools.cache
-def _kernels() -> Any:
-    """The kernels, compiled at their first launch. Triton is imported here, so that a CPU run does not need it."""
+def kernels() -> Any:
+    """`feedback_kernel`, compiled at first launch. Triton is imported here, so that a CPU run does not need it."""
     try:
         from compress.quantize import feedback_kernel
     except ImportError as e:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, apply_fold, output_unchanged, restore, scale_columns
 from compress.model import is_linear, linears, parameter, set_weight_OI, skipped, weight_OI
 from compress.quantize import awq
-from compress.quantize.feedback import Prepared, Rounded, prepare, round_with_feedback, shrunk
+from compress.quantize.feedback import Prepared, Rounded, kept_share, prepare, round_with_feedback
 from compress.quantize.refit import refit_scales
 from compress.quantize.retarget import retarget
 from compress.quantize.tune import TuneOptions, tune_block
@@ -35,6 +36,10 @@ from compress.statistics import InputStatistics
 # What the field's AWQ readers expect of everything that is not packed.
 STORE_DTYPE = torch.float16
 EFFORTS = ("fast", "balanced", "best")
+# Weights rounded as one stack: a dozen float32 copies of them are alive at once.
+STACKED_WEIGHTS = 2**26
+# Rows that a scale is tried on with error feedback.
+CONFIRM_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +80,12 @@ def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
     current = loaded.check_output
     for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
         members = [name for name in group.layers if name in chosen]
-        inputs = None
+        prepared.append(None)
         if options.feedback and members:
-            inputs = prepare(shrunk(statistics.gram_II, statistics.num_tokens), scheme)
-        report, s_I, current = _smooth(loaded, group, statistics, members, inputs, options, row_scale, current)
+            prepared[-1] = prepare(statistics.gram_II, scheme, kept_share(group.in_features, statistics.num_tokens))
+        report, s_I, current = _smooth(loaded, group, statistics, members, prepared[-1], options, row_scale, current)
         group_reports.append(report)
         scales.append(s_I)
-        prepared.append(None if inputs is None else inputs.scaled(s_I))
     rounded, errors = _round_groups(loaded, chosen, scales, prepared, row_scale, options)
     block_report: dict[str, Any] = {}
     if options.effort == "best" and rounded:
@@ -207,11 +211,10 @@ def _feedback_prefers(
 
     Error feedback makes up for much of what a scale is for, so the two must be weighed together.
     """
-    rows = torch.cat(list(weights))
-    rows = rows[:: max(1, len(rows) // awq.SEARCH_ROWS)]
+    rows = awq.sampled_rows(torch.cat(list(weights)), CONFIRM_ROWS)
     errors = []
     for s in (s_I, torch.ones_like(s_I)):
-        found = round_with_feedback(rows * s, inputs.scaled(s), scheme)
+        found = round_with_feedback(rows * s, inputs.scaled(s), scheme, wanted=False)
         errors.append(awq.output_error(found.dequantize(scheme).div_(s).sub_(rows), gram_II))
     return errors[0] < errors[1]
 
@@ -248,60 +251,86 @@ def _round_groups(
     loaded: LoadedBlock,
     chosen: Sequence[str],
     scales: Sequence[Tensor],
-    prepared: Sequence[Prepared | None],
+    prepared: list[Prepared | None],
     row_scale: Mapping[str, Tensor],
     options: AwqOptions,
 ) -> tuple[dict[str, Rounded], dict[str, float]]:
     """Codes of every chosen layer, and its squared output error against what it was rounded from.
 
-    Errors are those of the layer as it was before anything was folded into it (`row_scale`). Uses up the statistics.
+    Errors are those of the layer as it was before anything was folded into it (`row_scale`). Uses up the statistics and
+    `prepared`: a wide layer's are gigabytes, and gone before the next layer's turn.
     """
-    scheme = options.scheme
     layers = linears(loaded.module)
     rounded: dict[str, Rounded] = {}
     errors: dict[str, float] = {}
-    for group, statistics, s_I, inputs in zip(loaded.groups, loaded.statistics, scales, prepared, strict=True):
-        members = [name for name in group.layers if name in chosen]
+    for i, (group, statistics, s_I) in enumerate(zip(loaded.groups, loaded.statistics, scales, strict=True)):
+        inputs, prepared[i] = prepared[i], None
+        inputs = None if inputs is None else inputs.scaled(s_I)
         statistics.smooth_(s_I)
-        weights = {name: weight_OI(layers[name]).float().contiguous() for name in members}
-        if inputs is None:
-            targets = weights
-            rounded.update({name: _round_plainly(w, statistics.gram_II, options) for name, w in weights.items()})
-        else:
-            targets = _targets(weights, statistics)
-            statistics.cross_II = None
-            rounded.update(_round(targets, inputs, statistics, scheme))
-        for name, w_OI in targets.items():
-            delta = rounded[name].dequantize(scheme).sub_(w_OI)
-            if name in row_scale:
-                delta *= row_scale[name].unsqueeze(1)
-            errors[name] = awq.output_error(delta, statistics.gram_II)
+        for names in _stacks([name for name in group.layers if name in chosen], layers):
+            weights = {name: weight_OI(layers[name]).float().contiguous() for name in names}
+            found, lost = _round(weights, inputs, statistics, row_scale, options)
+            rounded.update(found)
+            errors.update(lost)
+        statistics.clear()
     return rounded, errors
 
 
-def _targets(weights: Mapping[str, Tensor], statistics: InputStatistics) -> dict[str, Tensor]:
-    """What each layer of a group should be rounded to; see `retarget`. The weights themselves in the first block."""
-    if statistics.cross_II is None:
-        return dict(weights)
-    stacked = torch.cat(list(weights.values()))
-    return _split(retarget(stacked, statistics.gram_II, statistics.cross_II), weights)
+def _round(
+    weights: Mapping[str, Tensor],
+    inputs: Prepared | None,
+    statistics: InputStatistics,
+    row_scale: Mapping[str, Tensor],
+    options: AwqOptions,
+) -> tuple[dict[str, Rounded], dict[str, float]]:
+    """Codes and errors (see `_round_groups`) of some layers of one group."""
+    rows = {name: row_scale.get(name, torch.ones(len(w), device=w.device)) for name, w in weights.items()}
+    if inputs is None:
+        targets = dict(weights)
+        rounded = {name: _round_plainly(w, statistics.gram_II, options) for name, w in weights.items()}
+    else:
+        stacked = torch.cat(list(weights.values()))
+        shift_OI = statistics.target_shift(stacked, torch.cat(list(rows.values())))
+        if shift_OI is not None:
+            stacked = retarget(stacked, shift_OI, inputs)
+            del shift_OI
+        targets = _split(stacked, weights)
+        rounded = _round_with_feedback(stacked, weights, inputs, statistics, options)
+    errors = {}
+    for name, w_OI in targets.items():
+        delta_OI = rounded[name].dequantize(options.scheme).sub_(w_OI).mul_(rows[name].unsqueeze(1))
+        errors[name] = awq.output_error(delta_OI, statistics.gram_II)
+    return rounded, errors
+
+
+def _stacks(members: Sequence[str], layers: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The layers of a group in runs that are rounded together: all at once, unless that takes too much memory."""
+    runs: list[list[str]] = []
+    size = STACKED_WEIGHTS + 1
+    for name in members:
+        size += weight_OI(layers[name]).numel()
+        if size > STACKED_WEIGHTS:
+            runs.append([])
+            size = weight_OI(layers[name]).numel()
+        runs[-1].append(name)
+    return runs
+
+
+def _round_with_feedback(
+    stacked_OI: Tensor, layers: Mapping[str, Tensor], inputs: Prepared, statistics: InputStatistics, options: AwqOptions
+) -> dict[str, Rounded]:
+    """Codes of a stack of layers with error feedback, scales refitted; given back to the layers."""
+    scheme = options.scheme
+    found = round_with_feedback(stacked_OI, inputs, scheme, wanted=options.effort == "best")
+    share = kept_share(stacked_OI.shape[1], statistics.num_tokens)
+    found = replace(found, scale_OG=refit_scales(found, stacked_OI, statistics.gram_II, scheme, share))
+    ends = list(accumulate(len(w) for w in layers.values()))
+    return {name: found.rows(slice(end - len(w), end)) for (name, w), end in zip(layers.items(), ends, strict=True)}
 
 
 def _split(stacked: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rows of a stack of layers, given back to the layers."""
     return dict(zip(like, stacked.split([len(w) for w in like.values()]), strict=True))
-
-
-def _round(
-    weights: Mapping[str, Tensor], inputs: Prepared, statistics: InputStatistics, scheme: Scheme
-) -> dict[str, Rounded]:
-    """Codes of the layers of one group, with error feedback."""
-    w_OI = torch.cat(list(weights.values()))
-    found = round_with_feedback(w_OI, inputs, scheme)
-    hessian_II = shrunk(statistics.gram_II, statistics.num_tokens)
-    found = replace(found, scale_OG=refit_scales(found, w_OI, hessian_II, scheme))
-    parts = {f.name: _split(getattr(found, f.name), weights) for f in fields(found)}
-    return {name: Rounded(**{key: part[name] for key, part in parts.items()}) for name in weights}
 
 
 def _round_plainly(w_OI: Tensor, gram_II: Tensor, options: AwqOptions) -> Rounded:
@@ -317,8 +346,8 @@ def _round_plainly(w_OI: Tensor, gram_II: Tensor, options: AwqOptions) -> Rounde
         codes_OI=numerics.quantize(w_OGg, scale, zero, scheme).to(torch.uint8).reshape(w_OI.shape),
         scale_OG=scale,
         zero_point_OG=zero,
-        wanted_OI=w_OI,
         factor_OG=factor,
+        wanted_OI=None,
     )
 
 

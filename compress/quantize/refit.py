@@ -23,37 +23,48 @@ from compress.scheme import Scheme
 RIDGE = 0.3  # of the mean of the system's diagonal
 LARGEST_CHANGE = 0.5
 _ROWS = 256
+# On a GPU as many as this many weights are in: a launch costs more than memory until then.
+_GPU_WEIGHTS = 2**24
 
 
-def refit_scales(rounded: Rounded, w_OI: Tensor, hessian_II: Tensor, scheme: Scheme) -> Tensor:
+def refit_scales(
+    rounded: Rounded, w_OI: Tensor, hessian_II: Tensor, scheme: Scheme, off_diagonal: float = 1.0
+) -> Tensor:
     """New scales, float32 `[O, G]` holding float16 values; rows whose error would not fall keep theirs.
 
-    w_OI: float32 `[O, I]`, the weight that the codes stand for. hessian_II: float32 `[I, I]`.
+    w_OI: float32 `[O, I]`, the weight that the codes stand for. hessian_II: float32 `[I, I]`, H; its off-diagonal part
+    is taken `off_diagonal` times.
     """
-    old_OG = rounded.scale_OG
+    step = max(_ROWS, _GPU_WEIGHTS // w_OI.shape[1]) if w_OI.is_cuda else _ROWS
     parts = [
         _refit(
             numerics.to_groups(rounded.codes_OI[rows], scheme).float() - rounded.zero_point_OG[rows].unsqueeze(-1),
-            old_OG[rows],
+            rounded.scale_OG[rows],
             w_OI[rows],
             hessian_II,
+            off_diagonal,
         )
-        for rows in (slice(i, i + _ROWS) for i in range(0, len(w_OI), _ROWS))
+        for rows in (slice(i, i + step) for i in range(0, len(w_OI), step))
     ]
     return torch.cat(parts)
 
 
-def _refit(steps_OGg: Tensor, old_OG: Tensor, w_OI: Tensor, hessian_II: Tensor) -> Tensor:
+def _refit(steps_OGg: Tensor, old_OG: Tensor, w_OI: Tensor, hessian_II: Tensor, off_diagonal: float) -> Tensor:
     num_rows, num_groups, size = steps_OGg.shape
+    diagonal_I = hessian_II.diagonal() * (1 - off_diagonal)  # H is off_diagonal * hessian_II and this
     system_OGG = torch.empty(num_rows, num_groups, num_groups, device=w_OI.device)
-    target_OI = w_OI @ hessian_II
-    for g in range(num_groups):
-        reach_OGg = (steps_OGg[:, g] @ hessian_II[g * size : (g + 1) * size]).reshape(steps_OGg.shape)
-        system_OGG[:, g] = (reach_OGg * steps_OGg).sum(dim=-1)
-    right_OG = (target_OI.reshape(steps_OGg.shape) * steps_OGg).sum(dim=-1)
+    with numerics.tensor_float32():  # steps are small integers, so exact; the ridge is far above the rounding of H
+        target_OI = (w_OI @ hessian_II).mul_(off_diagonal).addcmul_(w_OI, diagonal_I)
+        for g in range(num_groups):
+            reach_OGg = (steps_OGg[:, g] @ hessian_II[g * size : (g + 1) * size]).reshape(steps_OGg.shape)
+            system_OGG[:, g] = reach_OGg.mul_(steps_OGg).sum(dim=-1)
+    system_OGG *= off_diagonal
+    diagonal_OG = system_OGG.diagonal(dim1=1, dim2=2)
+    diagonal_OG += steps_OGg.square().mul_(diagonal_I.reshape(num_groups, size)).sum(dim=-1)
+    right_OG = target_OI.reshape(steps_OGg.shape).mul_(steps_OGg).sum(dim=-1)
+    del target_OI, reach_OGg
     # The ridge makes the system positive definite well beyond float32's rounding; a row of all-zero codes or inputs,
     # whose factor may fail, gives no usable scale and keeps its own.
-    diagonal_OG = system_OGG.diagonal(dim1=1, dim2=2)
     ridge_O1 = RIDGE * diagonal_OG.mean(dim=1, keepdim=True) + 1e-30
     right_OG += ridge_O1 * old_OG
     diagonal_OG += ridge_O1
@@ -63,7 +74,8 @@ def _refit(steps_OGg: Tensor, old_OG: Tensor, w_OI: Tensor, hessian_II: Tensor) 
     new_OG = numerics.round_scale(torch.where(usable, new_OG, old_OG))
 
     def errors(scale_OG: Tensor) -> Tensor:
-        return row_errors((steps_OGg * scale_OG.unsqueeze(-1)).reshape(w_OI.shape).sub_(w_OI), hessian_II)
+        delta_OI = (steps_OGg * scale_OG.unsqueeze(-1)).reshape(w_OI.shape).sub_(w_OI)
+        return row_errors(delta_OI, hessian_II).mul_(off_diagonal).add_(delta_OI.square_() @ diagonal_I)
 
     better = errors(new_OG) < errors(old_OG)
     return torch.where(better.unsqueeze(1), new_OG, old_OG)

@@ -3,32 +3,33 @@
 By the time a layer is quantized, its inputs x already differ from the original model's x', because the layers before
 it are quantized. The weight W' that brings `W' x` as near as a linear can to a point between `W x` and `W x'` is
 
-    W' = W + strength * W C (G + d I)^-1,    C = E[(x' - x) x^T],  G = E[x x^T]
+    W' = W + strength * W C H^-1,    C = E[(x' - x) x^T],  H = E[x x^T], shrunk and damped
 
 and it is W' that is then rounded. The idea, for error feedback, is Li et al., "GPTAQ", arXiv:2504.02692, and Zhang et
 al., "Qronos", arXiv:2505.11695; both correct in full (strength 1). C is an estimate from little text, and half of the
-correction generalised best (METHODS.md).
+correction generalised best (METHODS.md). H is the matrix that error feedback rounds with, so its inverse is at hand:
+`H^-1 = U^T U`.
 
 Shapes: O out_features, I in_features
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from compress import numerics
+from compress.quantize.feedback import Prepared
+
 STRENGTH = 0.5
-DAMPING = 0.05  # of the mean of diag(G)
 
 
-def retarget(
-    w_OI: Tensor, gram_II: Tensor, cross_II: Tensor, strength: float = STRENGTH, damping: float = DAMPING
-) -> Tensor:
+def retarget(w_OI: Tensor, shift_OI: Tensor, inputs: Prepared, strength: float = STRENGTH) -> Tensor:
     """The weight W' to round instead of W; float32 `[O, I]`.
 
-    gram_II: mean outer product of the inputs as they now are; cross_II: mean of `(x' - x) x^T`, x' the original's.
+    shift_OI: `W C`, the mean of `(W x' - W x) x^T`, x being the inputs as they now are and x' the original model's.
+    inputs: H of the inputs as they now are, factorised.
     """
-    damped = gram_II.clone()
-    damped.diagonal().add_(max(damping * float(gram_II.diagonal().mean()), 1e-30))
-    factor = torch.linalg.cholesky(damped)
-    return w_OI + strength * torch.cholesky_solve((w_OI @ cross_II).t(), factor).t()
+    # A correction is a few hundredths of the weight, so TF32's rounding of it is far below that of float16.
+    with numerics.tensor_float32():
+        correction_OI = inputs.times_inverse(shift_OI[:, inputs.columns_I])
+    return w_OI.clone().index_add_(1, inputs.columns_I, correction_OI, alpha=strength)

@@ -66,6 +66,7 @@ class _Layer:
         self.zero_OG1 = rounded.zero_point_OG.unsqueeze(-1)
         self.scale_OG1 = rounded.scale_OG.unsqueeze(-1)
         self.log_OG1 = torch.zeros_like(self.scale_OG1)
+        assert rounded.wanted_OI is not None
         wanted = numerics.to_groups(rounded.wanted_OI, scheme) / self.scale_OG1 + self.zero_OG1
         codes = numerics.to_groups(rounded.codes_OI, scheme).float()
         self.start_OGg = codes + 0.5 * (wanted.clamp_(-0.5, scheme.max_code + 0.5) - codes).clamp_(-0.5, 0.5)

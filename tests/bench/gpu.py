@@ -224,7 +224,7 @@ def child(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from compress import assemble
+    from compress import assemble, model
     from compress.quantize import run
     from compress.quantize.run import AwqRequest, quantize_awq
     from compress.scheme import Scheme
@@ -257,6 +257,7 @@ def child(arguments: argparse.Namespace) -> None:
     if arguments.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if arguments.device == "cuda":
+        model.configure_allocator()
         torch.zeros(1, device="cuda")  # the driver's start is not the quantizer's
     started = time.perf_counter()
     state["since"] = started

@@ -27,9 +27,8 @@ sys.path.insert(0, sys.argv[1])
 from compress.distributed import joined, rank, wait_for_all
 from test_distributed import outcome
 torch.set_num_threads(1)
-with joined("cpu") as device:
-    assert device == "cpu"
-    found = {effort: outcome(sys.argv[2], effort) for effort in ("fast", "balanced")}
+with joined(sys.argv[4]) as device:
+    found = {effort: outcome(sys.argv[2], effort, device=device) for effort in ("fast", "balanced")}
     torch.save(found, f"{sys.argv[3]}.{rank()}.pt")
     wait_for_all()
 """
@@ -48,11 +47,12 @@ class Kept:
         self.blocks[index] = result
 
 
-def outcome(folder: str, effort: str, num_parts: int = 1) -> dict[str, torch.Tensor]:
+def outcome(folder: str, effort: str, num_parts: int = 1, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Gram matrices, codes, scales and errors of every block."""
-    model = StreamedModel.open(folder)
-    # three batches of at most 2048 tokens, so that two processes get unequal parts
-    ids_NT = torch.randint(0, 4096, (20, 256), generator=torch.Generator().manual_seed(1))
+    model = StreamedModel.open(folder, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    # three batches of at most 2048 tokens (8192 on a GPU), so that two processes get unequal parts
+    rows = 20 if device == "cpu" else 80
+    ids_NT = torch.randint(0, 4096, (rows, 256), generator=torch.Generator().manual_seed(1))
     seen: dict[str, torch.Tensor] = {}
     options = AwqOptions(scheme=Scheme(group_size=32), effort=effort)
 
@@ -69,18 +69,20 @@ def outcome(folder: str, effort: str, num_parts: int = 1) -> dict[str, torch.Ten
     for index, block in store.blocks.items():
         for name, q in block.quantized.items():
             seen[f"{index}.{name}.codes"], seen[f"{index}.{name}.scale"] = q.codes_OI, q.scale_OG
-    return seen
+    return {name: value.cpu() for name, value in seen.items()}
 
 
-def several(folder: Path, tmp_path: Path) -> list[dict[str, dict[str, torch.Tensor]]]:
+def several(folder: Path, tmp_path: Path, device: str = "cpu") -> list[dict[str, dict[str, torch.Tensor]]]:
     """What each process found, by effort."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), str(folder), str(tmp_path / "found")]
+    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), str(folder), str(tmp_path / "found"), device]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
     running = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, **meeting, "RANK": str(i)})
+        subprocess.Popen(
+            command, stderr=subprocess.PIPE, env={**os.environ, **meeting, "RANK": str(i), "LOCAL_RANK": str(i)}
+        )
         for i in range(WORLD)
     ]
     for process in running:

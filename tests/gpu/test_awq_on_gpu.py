@@ -19,9 +19,9 @@ pytestmark = [
 ]
 
 
-def quantize(model: Path, out: Path, **options: Any) -> AwqOutcome:
-    request = AwqRequest(source=resolve(str(model)), out=out, scheme=Scheme(), samples=16, seq_len=256, **options)
-    return quantize_awq(request)
+def quantize(model: Path, out: Path, samples: int = 16, **options: Any) -> AwqOutcome:
+    source = resolve(str(model))
+    return quantize_awq(AwqRequest(source=source, out=out, scheme=Scheme(), samples=samples, seq_len=256, **options))
 
 
 def summed_error(outcome: AwqOutcome) -> float:
@@ -68,17 +68,10 @@ def test_same_bytes_twice(effort: str, reference_model: Path, tmp_path: Path) ->
 
 
 def test_tuning_lowers_the_held_out_error(reference_model: Path, tmp_path: Path) -> None:
-    outcome = quantize(
-        reference_model,
-        tmp_path / "best",
-        device="cuda",
-        dtype="bfloat16",
-        effort="best",
-        tune_steps=40,
-        self_samples=0,
-    )
-    tuning = outcome.record["tuning"]
-    assert sum(t["kept"] for t in tuning) >= len(tuning) / 2
+    """On the CPU these 64 rows and 100 steps lower it in all six blocks; a few rows and steps do not."""
+    asked: dict[str, Any] = {"effort": "best", "self_samples": 0, "tune_steps": 100, "samples": 64}
+    outcome = quantize(reference_model, tmp_path / "best", device="cuda", dtype="bfloat16", **asked)
+    assert sum(t["kept"] for t in outcome.record["tuning"]) >= 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

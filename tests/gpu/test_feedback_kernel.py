@@ -1,10 +1,13 @@
-"""The Triton kernel of error feedback against the torch walk in the same order: equal, bit for bit."""
+"""The Triton kernels of error feedback against torch: the walk in the same order bit for bit, the range search."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from compress.quantize.feedback_triton import round_group, score_group
+from compress import numerics
+from compress.quantize.feedback import fit_range
+from compress.quantize.feedback_triton import round_group
+from compress.scheme import Scheme
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,15 +39,23 @@ def test_kernel_equals_the_walk_on_the_cpu(num_rows: int, size: int) -> None:
     assert torch.equal(found_error.cpu(), error_Og)
 
 
-@pytest.mark.parametrize("size", [32, 128])
-def test_scores_equal_the_walk_on_the_cpu(size: int) -> None:
-    w_Og, upper_gg, scale_O, zero_O = problem(777, size, seed=size)
-    scale_CO = scale_O * torch.linspace(1, 0.5, 11)[:, None]
-    zero_CO = zero_O.repeat(11, 1)
-    arguments = w_Og, upper_gg, scale_CO, zero_CO
-    loss_CO = score_group(*arguments, MAX_CODE, chunk=0)
-    found = score_group(*(a.cuda() for a in arguments), MAX_CODE).cpu()
-    torch.testing.assert_close(found, loss_CO, rtol=1e-5, atol=0)  # the same terms, summed in another order
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [32, 96, 128])
+@pytest.mark.parametrize("num_rows", [1, 33, 14336])
+def test_range_is_that_of_the_search_on_the_cpu(num_rows: int, size: int, symmetric: bool) -> None:
+    """Errors are summed in another order, so where two candidates are equal within rounding the other may be taken."""
+    scheme = Scheme(group_size=size, symmetric=symmetric)
+    w_Og, *_ = problem(num_rows, size, seed=num_rows + size)
+    importance = torch.rand(size, generator=torch.Generator().manual_seed(3))
+    expected = fit_range(w_Og, importance, scheme)
+    found = [x.cpu() for x in fit_range(w_Og.cuda(), importance.cuda(), scheme)]
+    same = torch.stack([a == b for a, b in zip(found, expected, strict=True)]).all(dim=0)
+    assert float(same.float().mean()) > 0.999 or num_rows < 1000 and int((~same).sum()) <= 1
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        return (numerics.fake_quantize(w_Og, scale, zero, scheme) - w_Og).square() @ importance
+
+    torch.testing.assert_close(error(found[0], found[1]), error(expected[0], expected[1]), rtol=1e-5, atol=0)
 
 
 def test_strided_weights_stay_as_they_are() -> None:

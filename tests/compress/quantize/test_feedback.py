@@ -9,7 +9,15 @@ from torch import Tensor
 from compress import numerics
 from compress.errors import ArtifactError
 from compress.quantize import awq
-from compress.quantize.feedback import fit_range, group_order, inverse_factor, prepare, round_with_feedback, shrunk
+from compress.quantize.feedback import (
+    fit_range,
+    group_order,
+    inverse_factor,
+    invert_upper_,
+    kept_share,
+    prepare,
+    round_with_feedback,
+)
 from compress.scheme import Scheme
 
 G16 = Scheme(group_size=16)
@@ -113,17 +121,35 @@ def test_scaled_inputs_need_no_new_factor() -> None:
     hessian = gram_II.double().clone()
     hessian.diagonal().add_(0.01 * float(gram_II.diagonal().mean()))
     wanted = torch.linalg.inv(hessian / (s_I[:, None] * s_I))[inputs.columns_I][:, inputs.columns_I]
-    torch.testing.assert_close(scaled.upper_II.double().t() @ scaled.upper_II.double(), wanted, rtol=1e-3, atol=1e-3)
+    upper = scaled.rows(0, 64).double()
+    torch.testing.assert_close(upper.t() @ upper, wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(scaled.rows(16, 32), scaled.rows(0, 64)[16:32, 16:])
+    torch.testing.assert_close(scaled.times_inverse(w_OI).double(), w_OI.double() @ wanted, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(scaled.importance_I, gram_II.diagonal() / s_I.square())
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 700])
+def test_triangular_matrix_is_inverted_in_place(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    upper = torch.randn(size, size, generator=generator, dtype=torch.float64).triu() / size**0.5
+    upper.diagonal().abs_().add_(1)
+    inverse = upper.clone()
+    invert_upper_(inverse)
+    torch.testing.assert_close(inverse @ upper, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert torch.equal(inverse, inverse.triu())
+
+
+def shrunk(gram_II: Tensor, share: float) -> Tensor:
+    return gram_II * share + torch.diag(gram_II.diagonal()) * (1 - share)
 
 
 def test_shrinkage_grows_as_tokens_get_few() -> None:
     _, gram_II = problem()
-    off = ~torch.eye(64, dtype=torch.bool)
-    for tokens, share in ((10**6, 0.05), (640, 0.1), (64, 1.0), (1, 1.0)):
-        out = shrunk(gram_II, tokens)
-        torch.testing.assert_close(out[off], gram_II[off] * (1 - share))
-        assert torch.equal(out.diagonal(), gram_II.diagonal())
+    for tokens, share in ((10**6, 0.95), (640, 0.9), (64, 0.0), (1, 0.0)):
+        assert kept_share(64, tokens) == pytest.approx(share)
+        inputs, expected = prepare(gram_II, G16, share), prepare(shrunk(gram_II, share), G16)
+        torch.testing.assert_close(inputs.upper_II, expected.upper_II)
+        assert inputs.order == expected.order and torch.equal(inputs.importance_I, gram_II.diagonal())
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,5 +1,6 @@
 """Refitted scales against a plain least-squares solver, and the promise that no row gets worse."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,10 +21,12 @@ def problem(seed: int) -> tuple[Rounded, torch.Tensor, torch.Tensor]:
     return round_with_feedback(w_OI, prepare(gram_II, SCHEME), SCHEME), w_OI, gram_II
 
 
-def test_solves_the_ridge_regression_of_each_row() -> None:
+@pytest.mark.parametrize("off_diagonal", [1.0, 0.7])
+def test_solves_the_ridge_regression_of_each_row(off_diagonal: float) -> None:
     rounded, w_OI, gram_II = problem(0)
+    new_OG = refit_scales(rounded, w_OI, gram_II, SCHEME, off_diagonal)
+    gram_II = gram_II * off_diagonal + torch.diag(gram_II.diagonal()) * (1 - off_diagonal)
     root = torch.linalg.cholesky(gram_II.double() + 1e-9 * torch.eye(48)).t()  # G = R^T R, so errors are |R d|
-    new_OG = refit_scales(rounded, w_OI, gram_II, SCHEME)
     changed = 0
     for row in range(len(w_OI)):
         steps = (rounded.codes_OI[row].double() - rounded.zero_point_OG[row].double().repeat_interleave(16)).reshape(

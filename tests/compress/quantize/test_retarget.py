@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import Tensor
 
+from compress.quantize.feedback import Prepared
 from compress.quantize.retarget import retarget
 
 
-def inputs(tokens: int = 400, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(tokens: int = 400, size: int = 12) -> tuple[Tensor, Tensor]:
     """What a layer now receives, and what the original model has there."""
     generator = torch.Generator().manual_seed(0)
     original = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
@@ -14,12 +16,22 @@ def inputs(tokens: int = 400, size: int = 12) -> tuple[torch.Tensor, torch.Tenso
     return original + mistake + 0.02 * torch.randn(original.shape, generator=generator, dtype=torch.float64), original
 
 
+def prepared(x: Tensor, damping: float) -> Prepared:
+    """In float64, columns in another order, so that a mix-up of orders shows."""
+    size = x.shape[1]
+    columns_I = torch.randperm(size, generator=torch.Generator().manual_seed(5))
+    hessian = x.t() @ x / len(x)
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian[columns_I][:, columns_I]), upper=True)
+    return Prepared(order=[0], columns_I=columns_I, upper_II=upper, importance_I=hessian.diagonal())
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_is_least_squares_towards_the_point_between(strength: float) -> None:
     x, original = inputs()
     w_OI = torch.randn(5, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    cross, gram = (original - x).t() @ x / len(x), x.t() @ x / len(x)
-    found = retarget(w_OI, gram, cross, strength=strength, damping=0.0)
+    shift_OI = w_OI @ (original - x).t() @ x / len(x)
+    found = retarget(w_OI, shift_OI, prepared(x, 0.0), strength=strength)
     wanted = (1 - strength) * x @ w_OI.t() + strength * original @ w_OI.t()
     slow = torch.linalg.lstsq(x, wanted).solution.t()
     torch.testing.assert_close(found, slow, rtol=1e-8, atol=1e-10)
@@ -28,11 +40,11 @@ def test_is_least_squares_towards_the_point_between(strength: float) -> None:
 def test_brings_the_output_nearer_the_original_and_damping_holds_it_back() -> None:
     x, original = inputs()
     w_OI = torch.randn(5, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    cross, gram = (original - x).t() @ x / len(x), x.t() @ x / len(x)
+    shift_OI = w_OI @ (original - x).t() @ x / len(x)
 
-    def distance(w: torch.Tensor) -> float:
+    def distance(w: Tensor) -> float:
         return float((x @ w.t() - original @ w_OI.t()).square().mean())
 
-    weights = [retarget(w_OI, gram, cross, strength=1.0, damping=d) for d in (0.0, 0.05, 1e6)]
+    weights = [retarget(w_OI, shift_OI, prepared(x, damping), strength=1.0) for damping in (0.0, 0.05, 1e6)]
     assert distance(weights[0]) < distance(weights[1]) < 0.5 * distance(w_OI)
     torch.testing.assert_close(weights[2], w_OI, rtol=1e-4, atol=1e-6)
