@@ -350,17 +350,18 @@ def load(
     model: Path,
     is_reference: bool,
     vocab_size: int,
+    device: str = "cpu",
 ) -> CalibrationSet:
     """The calibration set that `spec` names, at most `num_samples` rows of `seq_len` tokens.
 
     spec is what `documents` takes, or `self` for text sampled from the model in the folder `model`: only that
-    uses `seed`. None means the bundled text for the bundled reference model (`is_reference`), and the data
+    uses `seed` and `device`. None means the bundled text for the bundled reference model (`is_reference`), and the data
     set of the AWQ paper for any other. Fewer rows than asked for is no error; the caller says so.
     """
     sizes = {"num_samples": num_samples, "seq_len": seq_len, "vocab_size": vocab_size}
     if spec == "self":
         ids_NT = sample_from_model(
-            load_model_float32(model), tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed
+            load_model_float32(model, device), tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed
         )
         packed = _cut([ids_NT.flatten().tolist()], **sizes)
         return _calibration_set("self", packed, text_hash=ids_sha256(ids_NT), num_documents=num_samples)
@@ -390,14 +391,13 @@ def _calibration_set(source: str, packed: PackedTokens, *, text_hash: str, num_d
     )
 
 
-def load_model_float32(model: Path) -> PreTrainedModel:
-    """The causal language model in the folder `model`, float32, on the first GPU or else the CPU.
+def load_model_float32(model: Path, device: str = "cpu") -> PreTrainedModel:
+    """The causal language model in the folder `model`, float32, on `device`.
 
     It holds the whole model in memory (4 bytes a parameter), unlike the rest of this toolkit.
     """
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             str(model), dtype=torch.float32, local_files_only=True, trust_remote_code=False

@@ -33,13 +33,16 @@ from compress.progress import Steps, peak_memory_bytes, seconds_text
 )
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration rows.")
 @click.option("--seq-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens in a row.")
-@click.option("--device", default="cpu", show_default=True, help="Where blocks are computed: cpu or cuda[:N].")
+@click.option(
+    "--device", default="auto", show_default=True, help="Where blocks are computed: cpu, cuda[:N]; auto: a GPU if any."
+)
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
     show_default=True,
-    help="Arithmetic of the calibration forward passes; statistics and searches are float32.",
+    help="Arithmetic of the calibration forward passes (auto: float32 on a CPU, bfloat16 on a GPU); searches are "
+    "float32.",
 )
 @click.option(
     "--self-samples",
@@ -59,7 +62,15 @@ from compress.progress import Steps, peak_memory_bytes, seconds_text
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model's folder ships.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def command(
-    model: str | None, out: Path | None, as_json: bool, bits: int, group_size: int, sym: bool, **rest: Any
+    model: str | None,
+    out: Path | None,
+    as_json: bool,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    device: str,
+    dtype: str,
+    **rest: Any,
 ) -> None:
     """Quantize MODEL (a Hugging Face folder or hub id) to AWQ INT4, block by block.
 
@@ -67,16 +78,19 @@ def command(
     ends with the same bytes.
     """
     started = time.monotonic()
+    from compress.devices import described, pick_device, pick_dtype
     from compress.scheme import Scheme
     from compress.workspace import WORKSPACE, is_model, resolve
 
     scheme = Scheme(num_bits=bits, group_size=group_size, symmetric=sym)
     source = resolve(model, quantizable=True, accept=is_model)
-    print(f"model: {source.said}", file=sys.stderr)
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
     from compress.quantize.run import AwqRequest, quantize_awq
 
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
-    request = AwqRequest(source=source, out=target, scheme=scheme, **rest)
+    request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
     loaded = [time.monotonic()]
     with Steps("block", quiet=as_json) as steps:
 

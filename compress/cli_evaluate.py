@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder for report.json, junit.xml, summary.md, index.html.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda[:N].")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda[:N]; auto: a GPU if there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option(
     "--cache", "cache_folder", type=click.Path(path_type=Path), help="Where the reference's results are kept."
@@ -68,6 +68,7 @@ def command(
     cache_folder: Path | None,
     no_cache: bool,
     as_json: bool,
+    device: str,
     **rest: Any,
 ) -> None:
     """Judge CANDIDATE against its original on the same tokens: perplexity, divergence, tasks, error by depth.
@@ -77,8 +78,10 @@ def command(
     the original's, and its bounds come from a paired bootstrap.
     """
     import calibration_data
+    from compress.devices import described, pick_device
     from compress.workspace import WORKSPACE, is_candidate, is_reference, judged_as, resolve
 
+    device = pick_device(device)
     source = judged_as(resolve(candidate, accept=is_candidate))
     original = _original(source, reference)
     if data is None and not is_reference(original):
@@ -86,7 +89,8 @@ def command(
             "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE"
         )
     if not as_json:
-        print(f"candidate: {source.said}\nreference: {original}", file=sys.stderr)
+        said = f"candidate: {source.said}\nreference: {original}\ncomputed on: {described(device)}"
+        print(said, file=sys.stderr)
     from evaluators import cache, evaluate
     from evaluators.gate import EXIT_CODES
     from evaluators.report import to_json, to_text, write_reports
@@ -97,6 +101,7 @@ def command(
         data=data or str(calibration_data.default_evaluation()),
         threshold=gate,
         rule="point" if gate_on == "point" else "bounds",
+        device=device,
         cache_folder=None if no_cache else cache_folder or cache.default_folder(),
         **rest,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from compress import calibration
 from compress.artifact import parent_path, read_manifest
 from compress.blocks import BlockDone
 from compress.checkpoint import Checkpoint
+from compress.devices import pick_device
 from compress.errors import ArtifactError, ConfigError
 from compress.quantize.run import AwqRequest, quantize_awq, request_from_record
 from compress.scheme import Scheme
@@ -61,6 +62,7 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: R
     # In a folder of its own: what one reader needed must not become the workspace's newest artifact.
     folder = home / MADE_FOR_EXPORT / f"{artifact.name}-{'sym' if only_symmetric else wanted.label()}"
     request = request_from_record(record, artifact, source=source, out=folder, scheme=wanted)
+    request = replace(request, device=_device(request.device, report))
     why = f"{reader} needs {wanted.label()} codes and {artifact} has {_recorded_scheme(record).label()}"
     if folder.exists():
         made = read_manifest(folder)
@@ -88,10 +90,21 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: R
     return folder
 
 
+def _device(recorded: str, report: Report) -> str:
+    """The device that the recipe names, or, where it is not there, the one that is."""
+    try:
+        return pick_device(recorded)
+    except ConfigError:
+        device = pick_device("auto")
+        report.say(f"note: the recipe was run on {recorded}, which is not there; it runs on {device}")
+        return device
+
+
 def _same_recipe(made: Mapping[str, Any], record: Mapping[str, Any], request: AwqRequest) -> bool:
+    """On whatever device: sums in another order make no other recipe."""
     return (
         made.get("stage") == "awq"
-        and made["options"] == request.options()
+        and {**made["options"], "device": None} == {**request.options(), "device": None}
         and made["parent"]["sha256"] == record["parent"]["sha256"]
         and _same_text(made["calibration"], record["calibration"])
     )

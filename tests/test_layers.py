@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVEL = {
     "errors": 0, "siblings": 0, "scheme": 0, "numerics": 0, "quantized": 0, "checkpoint": 0, "formats": 0,
     "model": 1, "groups": 1, "statistics": 1, "blocks": 1, "calibration": 1, "artifact": 1, "workspace": 1,
-    "journal": 1, "verify": 1, "assemble": 1, "progress": 1, "background": 1, "distributed": 1,
+    "devices": 1, "journal": 1, "verify": 1, "assemble": 1, "progress": 1, "background": 1, "distributed": 1,
     "quantize": 2, "prune": 2, "distill": 2,
     "cli": 4, "cli_awq": 4, "cli_inspect": 4, "cli_evaluate": 4, "cli_export": 4, "cli_fit": 4, "cli_targets": 4,
     "pipeline": 4, "__main__": 4, "__init__": 0,

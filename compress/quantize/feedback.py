@@ -131,13 +131,15 @@ class Prepared:
 
     order: groups in the order of processing. columns_I: int64 `[I]`, the columns in that order. upper_II: the factor U,
     in that order. importance_I: float32 `[I]`, diag(H), in the columns' own order. scale_I: what the inputs were
-    divided by after that, in the columns' own order, or None.
+    divided by after that, in the columns' own order, or None. off_diagonal: how many times H holds the off-diagonal
+    part that was measured.
     """
 
     order: list[int]
     columns_I: Tensor
     upper_II: Tensor
     importance_I: Tensor
+    off_diagonal: float = 1.0
     scale_I: Tensor | None = None
 
     def scaled(self, s_I: Tensor) -> Prepared:
@@ -177,6 +179,7 @@ def prepare(hessian_II: Tensor, scheme: Scheme, off_diagonal: float = 1.0) -> Pr
         # The matrix in between has no other name, so that it is gone as soon as it is factorised.
         upper_II=inverse_factor(_ordered(hessian_II, columns_I, off_diagonal)),
         importance_I=hessian_II.diagonal().clone(),
+        off_diagonal=off_diagonal,
     )
 
 

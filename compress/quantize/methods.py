@@ -322,8 +322,8 @@ def _round_with_feedback(
     """Codes of a stack of layers with error feedback, scales refitted; given back to the layers."""
     scheme = options.scheme
     found = round_with_feedback(stacked_OI, inputs, scheme, wanted=options.effort == "best")
-    share = kept_share(stacked_OI.shape[1], statistics.num_tokens)
-    found = replace(found, scale_OG=refit_scales(found, stacked_OI, statistics.gram_II, scheme, share))
+    scale_OG = refit_scales(found, stacked_OI, statistics.gram_II, scheme, inputs.off_diagonal)
+    found = replace(found, scale_OG=scale_OG)
     ends = list(accumulate(len(w) for w in layers.values()))
     return {name: found.rows(slice(end - len(w), end)) for (name, w), end in zip(layers.items(), ends, strict=True)}
 

@@ -8,7 +8,8 @@ it are quantized. The weight W' that brings `W' x` as near as a linear can to a 
 and it is W' that is then rounded. The idea, for error feedback, is Li et al., "GPTAQ", arXiv:2504.02692, and Zhang et
 al., "Qronos", arXiv:2505.11695; both correct in full (strength 1). C is an estimate from little text, and half of the
 correction generalised best (METHODS.md). H is the matrix that error feedback rounds with, so its inverse is at hand:
-`H^-1 = U^T U`.
+`H^-1 = U^T U`. Where H holds only a share of the correlations that were measured (few tokens), C is taken times
+that share: else correlated inputs would each be answered for in full, and together many times over.
 
 Shapes: O out_features, I in_features
 """
@@ -32,4 +33,4 @@ def retarget(w_OI: Tensor, shift_OI: Tensor, inputs: Prepared, strength: float =
     # A correction is a few hundredths of the weight, so TF32's rounding of it is far below that of float16.
     with numerics.tensor_float32():
         correction_OI = inputs.times_inverse(shift_OI[:, inputs.columns_I])
-    return w_OI.clone().index_add_(1, inputs.columns_I, correction_OI, alpha=strength)
+    return w_OI.clone().index_add_(1, inputs.columns_I, correction_OI, alpha=strength * inputs.off_diagonal)

@@ -158,6 +158,7 @@ def _quantize(
         model=request.source.path,
         is_reference=request.source.is_reference,
         vocab_size=model.vocab_size,
+        device=request.device,
     )
     ids_NT, notes = with_own_text(request, model.checkpoint, tokenizer, texts.ids_NT, say)
     # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
@@ -313,7 +314,7 @@ def with_own_text(
         raise ConfigError("--self-samples adds to a text, but --calib self samples all rows already; raise --samples")
     say(f"sampling {asked} rows of {ids_NT.shape[1]} tokens from the model itself, token by token")
     own_NT = calibration.sample_from_model(
-        calibration.load_model_float32(request.source.path),
+        calibration.load_model_float32(request.source.path, request.device),
         tokenizer,
         num_samples=asked,
         seq_len=ids_NT.shape[1],

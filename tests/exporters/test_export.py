@@ -160,6 +160,22 @@ def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: d
     assert run(again, "fourth", "orin", formats=symmetric).requantized is None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="A CUDA DEVICE: the recipe can run where it was recorded")
+def test_a_recipe_recorded_on_a_gpu_runs_without_one(artifact: Path, symmetric: dict[str, str]) -> None:
+    expected = contents(run(artifact, "here", "orin", formats=symmetric).out)
+    again = artifact.parent / "for-export" / "small-sym"
+    made_here = contents(again)
+    path = artifact / "compress.json"
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    said: list[str] = []
+    run(artifact, "reused", "orin", formats=symmetric, report=Report(say=said.append))
+    assert any("used as it is" in line for line in said), "sums in another order make no other recipe"
+    shutil.rmtree(again)
+    found = contents(run(artifact, "there", "orin", formats=symmetric, report=Report(say=said.append)).out)
+    assert any("was run on cuda, which is not there; it runs on cpu" in line for line in said)
+    assert contents(again) == made_here and found["model.safetensors"] == expected["model.safetensors"]
+
+
 def test_a_killed_requantization_goes_on(artifact: Path, symmetric: dict[str, str]) -> None:
     class Killed(Exception):
         pass

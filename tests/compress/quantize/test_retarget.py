@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.quantize.feedback import Prepared
+from compress.quantize.feedback import Prepared, prepare
 from compress.quantize.retarget import retarget
+from compress.scheme import Scheme
 
 
 def inputs(tokens: int = 400, size: int = 12) -> tuple[Tensor, Tensor]:
@@ -48,3 +49,17 @@ def test_brings_the_output_nearer_the_original_and_damping_holds_it_back() -> No
     weights = [retarget(w_OI, shift_OI, prepared(x, damping), strength=1.0) for damping in (0.0, 0.05, 1e6)]
     assert distance(weights[0]) < distance(weights[1]) < 0.5 * distance(w_OI)
     torch.testing.assert_close(weights[2], w_OI, rtol=1e-4, atol=1e-6)
+
+
+def test_trusts_the_difference_as_far_as_the_correlations() -> None:
+    """Shrunk to its diagonal, H would answer for correlated channels many times over: 16 times for 16 copies."""
+    x = torch.randn(300, 1, generator=torch.Generator().manual_seed(0)).repeat(1, 16)
+    original, w_OI = 1.1 * x, torch.ones(1, 16)
+    shift_OI = w_OI @ (original - x).t() @ x / len(x)
+    gram_II = x.t() @ x / len(x)
+    wrong = float((x @ w_OI.t() - original @ w_OI.t()).square().mean())
+    for share in (1.0, 0.5, 0.1, 0.0):
+        found = retarget(w_OI, shift_OI, prepare(gram_II, Scheme(group_size=16), share), strength=1.0)
+        distance = float((x @ found.t() - original @ w_OI.t()).square().mean())
+        assert distance < (1e-3 if share == 1 else 0.2 if share == 0.5 else 1 + 1e-6) * wrong
+        assert share > 0 or torch.equal(found, w_OI)
