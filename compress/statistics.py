@@ -101,12 +101,8 @@ class InputStatistics:
         if self.cross is not None:
             self.cross /= max(1, self.num_tokens)
 
-    def smoothed(self, s_I: Tensor) -> Tensor:
-        """The Gram matrix of the inputs once they are divided by s: `D^-1 G D^-1`, no second pass needed."""
-        return (self.gram_II / s_I.unsqueeze(1)).div_(s_I)
-
     def smooth_(self, s_I: Tensor) -> None:
-        """Become the statistics of the inputs divided by s; in place, since a wide layer's matrices are gigabytes."""
+        """Become the statistics of the inputs divided by s, `D^-1 G D^-1`; in place, as they can be gigabytes."""
         self.gram_II.div_(s_I.unsqueeze(1)).div_(s_I)
         if self.cross is not None:
             self.cross.div_(s_I)

@@ -62,7 +62,6 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: R
     # In a folder of its own: what one reader needed must not become the workspace's newest artifact.
     folder = home / MADE_FOR_EXPORT / f"{artifact.name}-{'sym' if only_symmetric else wanted.label()}"
     request = request_from_record(record, artifact, source=source, out=folder, scheme=wanted)
-    request = replace(request, device=_device(request.device, report))
     why = f"{reader} needs {wanted.label()} codes and {artifact} has {_recorded_scheme(record).label()}"
     if folder.exists():
         made = read_manifest(folder)
@@ -76,6 +75,7 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: R
             f"compress awq {parent} {flags}"
         )
     _check_text(request, record, artifact)
+    request = replace(request, device=_device(request.device, report))
     report.say(f"{why}: its recipe runs again from {record['parent']['path']} into {folder}")
     outcome = quantize_awq(
         request,

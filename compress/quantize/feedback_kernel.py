@@ -22,6 +22,27 @@ _ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _tile_of(w_ptr, num_rows, w_stride, COLUMNS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's row numbers, the columns, which of them are there, and the weights.
+
+    COLUMNS: g; SIZE: g rounded up to a power of two, which Triton's tiles must be. What is beyond them is zero, which
+    leaves a group's range and its error alone.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, SIZE)
+    inside = row < num_rows
+    used = inside[:, None] & (column < COLUMNS)[None, :]
+    at = row.to(tl.int64)[:, None] * w_stride + column[None, :]
+    w = tl.load(w_ptr + at, mask=used, other=0.0)
+    return row, column, inside, used, w
+
+
+@triton.jit
+def _rounded(x):  # type: ignore[no-untyped-def]
+    return (x + _ROUNDER) - _ROUNDER
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _feedback(  # type: ignore[no-untyped-def]
     w_ptr,
     upper_ptr,
@@ -37,13 +58,8 @@ def _feedback(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One tile of rows. COLUMNS: g; SIZE: g rounded up to a power of two, which Triton's tiles must be."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, SIZE)
-    inside = row < num_rows
-    used = inside[:, None] & (column < COLUMNS)[None, :]
-    at = row.to(tl.int64)[:, None] * w_stride + column[None, :]
-    w = tl.load(w_ptr + at, mask=used, other=0.0)
+    """One tile of rows."""
+    row, column, inside, used, w = _tile_of(w_ptr, num_rows, w_stride, COLUMNS, SIZE, ROWS)
     scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
     zero = tl.load(zero_ptr + row, mask=inside, other=0.0)
     lowest = -zero
@@ -56,7 +72,7 @@ def _feedback(  # type: ignore[no-untyped-def]
         u_jj = tl.sum(tl.where(here, u, 0.0), axis=0)
         w_j = tl.sum(tl.where(here[None, :], w, 0.0), axis=1)
         step = tl.minimum(tl.maximum(tl.div_rn(w_j, scale), lowest), highest)
-        step = (step + _ROUNDER) - _ROUNDER
+        step = _rounded(step)
         e = tl.div_rn(w_j - step * scale, u_jj)
         # Column j itself becomes its error, the columns after it take their share.
         w = tl.where(here[None, :], e[:, None], w - e[:, None] * u[None, :])
@@ -115,12 +131,7 @@ def _range(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
 ):
     """One tile of rows, every candidate. middle: the zero point of symmetric codes."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, SIZE)
-    inside = row < num_rows
-    used = inside[:, None] & (column < COLUMNS)[None, :]
-    at = row.to(tl.int64)[:, None] * w_stride + column[None, :]
-    w = tl.load(w_ptr + at, mask=used, other=0.0)  # zeros beyond the group leave its range and its error alone
+    row, column, inside, used, w = _tile_of(w_ptr, num_rows, w_stride, COLUMNS, SIZE, ROWS)
     importance = tl.load(importance_ptr + column, mask=column < COLUMNS, other=0.0)
     lo = tl.minimum(tl.min(w, axis=1), 0.0)
     hi = tl.maximum(tl.max(w, axis=1), 0.0)
@@ -140,10 +151,10 @@ def _range(  # type: ignore[no-untyped-def]
         if SYMMETRIC:
             zero = tl.full((ROWS,), 1.0, dtype=tl.float32) * middle
         else:
-            zero = (tl.div_rn(-low, scale) + _ROUNDER) - _ROUNDER
+            zero = _rounded(tl.div_rn(-low, scale))
             zero = tl.minimum(tl.maximum(zero, 0.0), max_code)
         steps = tl.minimum(tl.maximum(tl.div_rn(w, scale[:, None]), -zero[:, None]), (max_code - zero)[:, None])
-        steps = (steps + _ROUNDER) - _ROUNDER
+        steps = _rounded(steps)
         delta = steps * scale[:, None] - w
         error = tl.sum(delta * delta * importance[None, :], axis=1)
         better = error < best_error
