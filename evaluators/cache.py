@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from compress.checkpoint import save_atomically
-from evaluators.internals import Observed
-from evaluators.runner import Tokens
-from evaluators.torch_runner import Kept, TorchReading, TorchRunner
+from compress.runtime.runner import Tokens
+from compress.runtime.streamed import Kept, TorchReading, TorchRunner
+from compress.runtime.watch import Observed
 
 LARGEST = 4 << 30
 TOTAL = 16 << 30

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import ArtifactError
+from compress.runtime.runner import Reading
 from evaluators.results import Histogram, Metric
-from evaluators.runner import Reading
 from evaluators.windows import Windows
 
 Array = npt.NDArray[np.float64]

@@ -18,18 +18,19 @@ from compress import calibration
 from compress.artifact import Manifest, read_manifest, write_manifest
 from compress.checkpoint import Checkpoint, file_sha256, read_json
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.runtime import watch
+from compress.runtime.ort import OnnxRunner, find_graph
+from compress.runtime.runner import Tokens
+from compress.runtime.streamed import TorchReading, TorchRunner
+from compress.runtime.watch import Observed
 from evaluators import cache, divergence, gate, harness, internals, tasks
-from evaluators.internals import Observed
-from evaluators.onnx_runner import OnnxRunner, find_graph
 from evaluators.results import BlockError, BlockInternals, Metric, Report, Subject, Verdict
-from evaluators.runner import Tokens
-from evaluators.torch_runner import TorchReading, TorchRunner
 from evaluators.windows import Bos, Windows, load_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from evaluators.onnx_runner import OnnxReading
+    from compress.runtime.ort import OnnxReading
 
 DEFAULT_THRESHOLD = 0.98
 _VERSIONS = (
@@ -259,7 +260,7 @@ def _how_many_to_watch(runners: Mapping[str, TorchRunner | OnnxRunner], windows:
     if len(both) < 2 or len(depths) != 1:
         return 0
     width = max(r.hidden_size for r in both)
-    return internals.watchable(depths.pop(), width, [len(s.ids_T) for s in windows.sequences])
+    return watch.watchable(depths.pop(), width, [len(s.ids_T) for s in windows.sequences])
 
 
 def _read(

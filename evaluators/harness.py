@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from compress.errors import ConfigError, UnsupportedError
-from evaluators.runner import Runner, Tokens
+from compress.runtime.runner import Runner, Tokens
 from evaluators.tasks import encode_pair
 
 if TYPE_CHECKING:

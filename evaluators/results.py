@@ -97,9 +97,6 @@ class BlockInternals:
     activations_candidate: list[float] = field(default_factory=list)
 
 
-ACTIVATION_QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
     """Counts between edges; `edges` has one more entry than `counts`."""

@@ -28,7 +28,7 @@ import torch
 
 from compress.checkpoint import file_sha256
 from compress.errors import ConfigError
-from evaluators.runner import Reading, Tokens
+from compress.runtime.runner import Reading, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress import calibration
 from compress.errors import ConfigError
-from evaluators.runner import Tokens
+from compress.runtime.runner import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,6 +1,6 @@
 """`compress export` from start to end: resolve, size, fit the layout, write, account, publish. One visible sequence.
 
-A format is a module with `LAYOUT` and `write` (see `exporters.format`). Everything that it writes lies in OUT.partial
+A format is a module with `LAYOUT` and `write` (see `exporters.reader`). Everything that it writes lies in OUT.partial
 until the manifest is there; then one rename makes OUT, so a kill at any moment leaves no OUT.
 """
 
@@ -20,17 +20,17 @@ from compress.checkpoint import Checkpoint, file_sha256
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.journal import check_free_space, publish
 from compress.workspace import WORKSPACE, Source
-from exporters.format import Job, Layout, Written
-from exporters.inventory import Model, read_model, stored_scheme
+from exporters.reader import Job, Layout, Written
 from exporters.requantize import Report, requantize
-from exporters.sizing import Plan, Sizing, check, native_kv_bits
-from exporters.targets import TARGETS, Target
+from exporters.sizing.inventory import Model, read_model, stored_scheme
+from exporters.sizing.predict import Plan, Sizing, check, native_kv_bits
+from exporters.sizing.targets import TARGETS, Target
 
 FORMATS: dict[str, str] = {
-    "hf": "exporters.hf",
-    "onnx": "exporters.onnx_genai",
-    "onnx-trt": "exporters.onnx_trt",
-    "edge": "exporters.edge",
+    "hf": "exporters.hf.write",
+    "onnx": "exporters.genai.write",
+    "onnx-trt": "exporters.trt.write",
+    "edge": "exporters.edge.write",
 }
 # The pip extra that a format's own imports come from.
 EXTRAS = {"onnx": "onnx", "onnx-trt": "onnx", "edge": "edge"}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from compress import numerics
 from compress.errors import ArtifactError
-from compress.quantize.feedback_triton import kernels, round_group
+from compress.quantize.feedback_step import kernels, round_group
 from compress.scheme import Scheme
 
 DAMPING = 0.01  # of the mean of diag(H); the paper's

@@ -1,109 +1,207 @@
-"""The step of error feedback inside one group: round a column, pass its error on to the columns that are left.
+"""Triton kernels of `feedback` and `feedback_triton`; imported only when a CUDA tensor arrives.
 
-Frantar et al., "GPTQ", arXiv:2210.17323, algorithm 1, for the columns that share a scale. Rows do not depend on each
-other, columns do, one after the other. So the GPU kernel keeps a tile of whole rows in registers and walks over its
-columns there: each weight is read once and each code written once. The CPU version walks over contiguous columns of
-the transposed weight, and hands what is far to the right to a matrix product.
+Each keeps a tile of whole rows of one group in registers, reads every weight once and writes every result once.
 
-Both do the same float32 operations on the same numbers. `round_group(..., chunk=0)` on the CPU does them in the same
-order as the kernel, which neither fuses a product with a sum nor approximates a division: codes and errors are equal
-bit for bit. With `chunk` columns handled at once (the CPU's default) sums are taken in another order, and a weight that
-lies within rounding noise of the middle between two codes may take the other one.
-
-Shapes: O rows (out_features), g columns of the group
+Shapes: O rows, g columns of the group, C candidates for a row's range
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from compress.errors import UnsupportedError
+from compress import numerics
+from compress.scheme import Scheme
 
-# Columns that a CPU tile settles one by one before it updates the rest by a matrix product.
-CHUNK_COLUMNS = 32
-# Rows whose columns stay in a core's cache together.
-CHUNK_ROWS = 4096
+# Weights that one program holds in its registers, and its warps; the best of those tried on an H100.
+_TILE, _WARPS = 4096, 4
+# Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to an integer, halves to even.
+_ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile_of(w_ptr, num_rows, w_stride, COLUMNS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's row numbers, the columns, which of them are there, and the weights.
+
+    COLUMNS: g; SIZE: g rounded up to a power of two, which Triton's tiles must be. What is beyond them is zero, which
+    leaves a group's range and its error alone.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, SIZE)
+    inside = row < num_rows
+    used = inside[:, None] & (column < COLUMNS)[None, :]
+    at = row.to(tl.int64)[:, None] * w_stride + column[None, :]
+    w = tl.load(w_ptr + at, mask=used, other=0.0)
+    return row, column, inside, used, w
+
+
+@triton.jit
+def _rounded(x):  # type: ignore[no-untyped-def]
+    return (x + _ROUNDER) - _ROUNDER
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _feedback(  # type: ignore[no-untyped-def]
+    w_ptr,
+    upper_ptr,
+    scale_ptr,
+    zero_ptr,
+    codes_ptr,
+    error_ptr,
+    num_rows,
+    w_stride,
+    upper_stride,
+    max_code,
+    COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One tile of rows."""
+    row, column, inside, used, w = _tile_of(w_ptr, num_rows, w_stride, COLUMNS, SIZE, ROWS)
+    scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
+    zero = tl.load(zero_ptr + row, mask=inside, other=0.0)
+    lowest = -zero
+    highest = max_code - zero
+    steps = tl.zeros((ROWS, SIZE), dtype=tl.float32)
+    for j in range(COLUMNS):
+        here = column == j
+        # Row j of U from its diagonal on; what is left of it stays 0, so that settled columns stay as they are.
+        u = tl.load(upper_ptr + j * upper_stride + column, mask=(column >= j) & (column < COLUMNS), other=0.0)
+        u_jj = tl.sum(tl.where(here, u, 0.0), axis=0)
+        w_j = tl.sum(tl.where(here[None, :], w, 0.0), axis=1)
+        step = tl.minimum(tl.maximum(tl.div_rn(w_j, scale), lowest), highest)
+        step = _rounded(step)
+        e = tl.div_rn(w_j - step * scale, u_jj)
+        # Column j itself becomes its error, the columns after it take their share.
+        w = tl.where(here[None, :], e[:, None], w - e[:, None] * u[None, :])
+        steps = tl.where(here[None, :], step[:, None], steps)
+    to = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    tl.store(error_ptr + to, w, mask=used)
+    tl.store(codes_ptr + to, (steps + zero[:, None]).to(tl.uint8), mask=used)
 
 
 def round_group(
-    w_Og: Tensor, upper_gg: Tensor, scale_O: Tensor, zero_point_O: Tensor, max_code: int, *, chunk: int = CHUNK_COLUMNS
+    w_Og: Tensor, upper_gg: Tensor, scale_O: Tensor, zero_O: Tensor, max_code: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes of a group with error feedback inside it, and the errors that the columns outside it must absorb.
-
-    w_Og: float32 `[O, g]`, not changed. upper_gg: float32 `[g, g]`, the group's diagonal block of the upper factor U of
-    the inverse Hessian, `H^-1 = U^T U`. scale_O, zero_point_O: float32 `[O]`, zero points integral. For each column j:
-
-        q = clamp(round_half_even(w_j / scale) + zero_point, 0, max_code)
-        e_j = (w_j - (q - zero_point) * scale) / U_jj;   w_k -= e_j * U_jk for k > j
-
-    Returns codes_Og uint8 and error_Og float32; the caller subtracts `error_Og @ U[group, rest]` from the columns of
-    the rest. chunk: see the module docstring; the GPU kernel always goes column by column.
-    """
-    _check(w_Og, upper_gg)
-    if w_Og.is_cuda:
-        found: tuple[Tensor, Tensor] = kernels().round_group(w_Og, upper_gg, scale_O, zero_point_O, max_code)
-        return found
-    codes_Og = torch.empty(w_Og.shape, dtype=torch.uint8)
-    error_Og = torch.empty_like(w_Og, memory_format=torch.contiguous_format)
-    for start in range(0, w_Og.shape[0], CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        w_gO = w_Og[rows].t().clone(memory_format=torch.contiguous_format)
-        codes_gO = torch.empty_like(w_gO)
-        error_gO = _walk(w_gO, upper_gg, scale_O[rows], zero_point_O[rows], max_code, chunk, codes_gO)
-        codes_Og[rows] = codes_gO.t()
-        error_Og[rows] = error_gO.t()
+    """`feedback_triton.round_group` on CUDA tensors."""
+    codes_Og = torch.empty(w_Og.shape, dtype=torch.uint8, device=w_Og.device)
+    error_Og = torch.empty(w_Og.shape, dtype=torch.float32, device=w_Og.device)
+    w_Og, upper_gg = _rows_together(w_Og), _rows_together(upper_gg)
+    with torch.cuda.device(w_Og.device):
+        grid, sizes = _tiles(w_Og)
+        _feedback[grid](
+            w_Og,
+            upper_gg,
+            scale_O.contiguous(),
+            zero_O.contiguous(),
+            codes_Og,
+            error_Og,
+            len(w_Og),
+            w_Og.stride(0),
+            upper_gg.stride(0),
+            float(max_code),
+            **sizes,
+            num_warps=_WARPS,
+            # A fused multiply-add would round once where the CPU rounds twice.
+            enable_fp_fusion=False,
+        )
     return codes_Og, error_Og
 
 
-def _check(w_Og: Tensor, upper_gg: Tensor) -> None:
-    assert w_Og.dtype == upper_gg.dtype == torch.float32
-    assert upper_gg.shape == (w_Og.shape[1], w_Og.shape[1])
+@triton.jit  # type: ignore[untyped-decorator]
+def _range(  # type: ignore[no-untyped-def]
+    w_ptr,
+    importance_ptr,
+    factors_ptr,
+    scale_ptr,
+    zero_ptr,
+    factor_ptr,
+    num_rows,
+    w_stride,
+    max_code,
+    middle,
+    smallest,
+    largest,
+    NUM_FACTORS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One tile of rows, every candidate. middle: the zero point of symmetric codes."""
+    row, column, inside, used, w = _tile_of(w_ptr, num_rows, w_stride, COLUMNS, SIZE, ROWS)
+    importance = tl.load(importance_ptr + column, mask=column < COLUMNS, other=0.0)
+    lo = tl.minimum(tl.min(w, axis=1), 0.0)
+    hi = tl.maximum(tl.max(w, axis=1), 0.0)
+    best_error = tl.full((ROWS,), float("inf"), dtype=tl.float32)
+    best_scale = tl.zeros((ROWS,), dtype=tl.float32)
+    best_zero = tl.zeros((ROWS,), dtype=tl.float32)
+    best_factor = tl.zeros((ROWS,), dtype=tl.float32)
+    for i in range(NUM_FACTORS):
+        factor = tl.load(factors_ptr + i)
+        low = lo * factor
+        high = hi * factor
+        if SYMMETRIC:
+            wide = tl.div_rn(tl.maximum(-low, high), tl.full((ROWS,), 1.0, dtype=tl.float32) * middle)
+        else:
+            wide = tl.div_rn(high - low, tl.full((ROWS,), 1.0, dtype=tl.float32) * max_code)
+        scale = tl.minimum(tl.maximum(wide, smallest), largest).to(tl.float16).to(tl.float32)
+        if SYMMETRIC:
+            zero = tl.full((ROWS,), 1.0, dtype=tl.float32) * middle
+        else:
+            zero = _rounded(tl.div_rn(-low, scale))
+            zero = tl.minimum(tl.maximum(zero, 0.0), max_code)
+        steps = tl.minimum(tl.maximum(tl.div_rn(w, scale[:, None]), -zero[:, None]), (max_code - zero)[:, None])
+        steps = _rounded(steps)
+        delta = steps * scale[:, None] - w
+        error = tl.sum(delta * delta * importance[None, :], axis=1)
+        better = error < best_error
+        best_error = tl.where(better, error, best_error)
+        best_scale = tl.where(better, scale, best_scale)
+        best_zero = tl.where(better, zero, best_zero)
+        best_factor = tl.where(better, factor, best_factor)
+    tl.store(scale_ptr + row, best_scale, mask=inside)
+    tl.store(zero_ptr + row, best_zero, mask=inside)
+    tl.store(factor_ptr + row, best_factor, mask=inside)
 
 
-def _walk(
-    w_gO: Tensor,
-    upper_gg: Tensor,
-    scale_O: Tensor,
-    zero_point_O: Tensor,
-    max_code: int,
-    chunk: int,
-    codes_gO: Tensor,
-) -> Tensor:
-    """Round column after column; `w_gO` (contiguous) is used up and becomes the errors `[g, O]`, which it returns."""
-    size = w_gO.shape[0]
-    chunk = chunk or size
-    lowest_O, highest_O = -zero_point_O, max_code - zero_point_O
-    diagonal = upper_gg.diagonal().tolist()
-    for begin in range(0, size, chunk):
-        end = min(begin + chunk, size)
-        for j in range(begin, end):
-            w_O = w_gO[j]
-            # Bounds are integers, so clamping before rounding or after it is the same.
-            steps_O = torch.div(w_O, scale_O).clamp_(lowest_O, highest_O).round_()
-            torch.add(steps_O, zero_point_O, out=codes_gO[j])
-            # In place: the column's weights are not needed any more, its errors are.
-            w_O.sub_(steps_O.mul_(scale_O)).div_(diagonal[j])
-            if j + 1 < end:
-                w_gO[j + 1 : end].sub_(upper_gg[j, j + 1 : end].unsqueeze(1) * w_O)
-        if end < size:
-            w_gO[end:].addmm_(upper_gg[begin:end, end:].t(), w_gO[begin:end], alpha=-1)
-    return w_gO
+def fit_range(w_Og: Tensor, importance_g: Tensor, factors_C: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """`feedback.fit_range` on CUDA tensors, for these candidates (float32)."""
+    scale_O, zero_O, factor_O = (torch.empty(len(w_Og), device=w_Og.device) for _ in range(3))
+    w_Og = _rows_together(w_Og)
+    with torch.cuda.device(w_Og.device):
+        grid, sizes = _tiles(w_Og)
+        _range[grid](
+            w_Og,
+            importance_g.contiguous(),
+            factors_C,
+            scale_O,
+            zero_O,
+            factor_O,
+            len(w_Og),
+            w_Og.stride(0),
+            float(scheme.max_code),
+            float(scheme.symmetric_zero_point),
+            numerics.MIN_SCALE,
+            numerics.MAX_SCALE,
+            NUM_FACTORS=len(factors_C),
+            SYMMETRIC=scheme.symmetric,
+            **sizes,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+        )
+    return scale_O, zero_O, factor_O
 
 
-# ---- the GPU kernels ---------------------------------------------------------------------------------
+def _rows_together(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
-@functools.cache
-def kernels() -> Any:
-    """`feedback_kernel`, compiled at first launch. Triton is imported here, so that a CPU run does not need it."""
-    try:
-        from compress.quantize import feedback_kernel
-    except ImportError as e:
-        raise UnsupportedError(
-            f"error feedback on a GPU needs Triton, which cannot be imported ({e}); install triton or use --device cpu"
-        ) from e
-    return feedback_kernel
+def _tiles(w_Og: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """How many programs, and the sizes that each is compiled for."""
+    num_rows, size = w_Og.shape
+    padded = triton.next_power_of_2(size)
+    rows = max(1, _TILE // padded)
+    return (triton.cdiv(num_rows, rows),), {"COLUMNS": size, "SIZE": padded, "ROWS": rows}

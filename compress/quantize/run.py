@@ -24,7 +24,7 @@ from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import awq_gemm
 from compress.journal import Journal, check_free_space
 from compress.model import StreamedModel, is_conv1d, linears, skipped, weight_OI
-from compress.quantize.methods import STORE_DTYPE, AwqOptions, awq_block, to_stored
+from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
 from compress.quantize.tune import TuneOptions
 from compress.scheme import Scheme
 from compress.workspace import Source

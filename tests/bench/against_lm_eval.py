@@ -17,8 +17,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from compress import calibration
+from compress.runtime.streamed import TorchRunner
 from evaluators.tasks import load_task, requests, score
-from evaluators.torch_runner import TorchRunner
 
 
 def main() -> None:

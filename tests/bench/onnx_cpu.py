@@ -50,9 +50,9 @@ def log(text: str) -> None:
 def child_export(given: dict[str, Any]) -> dict[str, Any]:
     """Write an ONNX folder (with all of the export's own checks)."""
     from compress.checkpoint import read_json
-    from exporters import onnx_genai
-    from exporters.format import Job
-    from exporters.targets import Target
+    from exporters.genai import write as onnx_genai
+    from exporters.reader import Job
+    from exporters.sizing.targets import Target
 
     source, out = Path(given["source"]), Path(given["out"])
     out.mkdir()

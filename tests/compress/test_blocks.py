@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compress.blocks import BlockResult, LoadedBlock, install, stream
 from compress.model import StreamedModel, weight_OI
-from compress.quantize.methods import AwqOptions, awq_block
+from compress.quantize.awq_block import AwqOptions, awq_block
 from compress.scheme import Scheme
 
 IDS = torch.randint(0, 4096, (40, 64), generator=torch.Generator().manual_seed(1))  # two batches

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from compress.blocks import BlockResult, LoadedBlock, stream
 from compress.distributed import add_up, from_first, num_processes, parts, rank
 from compress.model import StreamedModel
-from compress.quantize.methods import AwqOptions, awq_block
+from compress.quantize.awq_block import AwqOptions, awq_block
 from compress.scheme import Scheme
 
 WORLD = 2

@@ -22,7 +22,7 @@ def test_a_foreign_package_in_front_is_one_sentence(tmp_path: Path) -> None:
     foreign = tmp_path / "evaluators"
     foreign.mkdir()
     (foreign / "__init__.py").write_text("raise SystemExit('this must not be imported')\n")
-    code = "from compress.cli import main; main(['inspect', 'x'])"
+    code = "from compress.cli.main import main; main(['inspect', 'x'])"
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     seen = subprocess.run(
         [sys.executable, "-c", code],

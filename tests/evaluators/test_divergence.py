@@ -11,11 +11,13 @@ import torch
 
 from compress import calibration
 from compress.errors import ArtifactError, ConfigError
-from evaluators import divergence, torch_runner
+from compress.runtime import streamed as torch_runner
+from compress.runtime.runner import Tokens
+from compress.runtime.streamed import TorchRunner
+from compress.runtime.watch import watchable
+from evaluators import divergence
 from evaluators.divergence import compare, kl_histogram, mean_interval, metrics
-from evaluators.internals import block_errors, block_internals, watchable
-from evaluators.runner import Tokens
-from evaluators.torch_runner import TorchRunner
+from evaluators.internals import block_errors, block_internals
 from evaluators.windows import Windows, cut, load_windows
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from compress import calibration
 from compress.errors import ConfigError
+from compress.runtime.streamed import TorchRunner
 from evaluators import harness
 from evaluators.tasks import load_task, requests, score
-from evaluators.torch_runner import TorchRunner
 
 YAML = """task: tiny_choice
 dataset_path: json

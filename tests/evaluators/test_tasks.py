@@ -10,8 +10,8 @@ import torch
 
 from compress import calibration
 from compress.errors import ConfigError
+from compress.runtime.streamed import TorchRunner
 from evaluators.tasks import encode_pair, load_task, requests, score
-from evaluators.torch_runner import TorchRunner
 
 
 def write(path: Path, rows: list[Any]) -> Path:

@@ -53,9 +53,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: dict[str
     from compress.quantize.run import AwqRequest, quantize_awq
     from compress.scheme import Scheme
     from compress.workspace import resolve
-    from exporters import onnx_genai
-    from exporters.format import Job
-    from exporters.targets import TARGETS
+    from exporters.genai import write as onnx_genai
+    from exporters.reader import Job
+    from exporters.sizing.targets import TARGETS
 
     root = tmp_path_factory.mktemp("exported")
     config = transformers.LlamaConfig(

@@ -19,19 +19,19 @@ from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import is_judgeable, is_model, resolve
 from exporters.export import FORMATS, ExportOutcome, ExportRequest, export, load_format
-from exporters.format import Layout
-from exporters.inventory import stored_scheme
+from exporters.reader import Layout
 from exporters.requantize import Report
-from exporters.sizing import DoesNotFit
-from exporters.targets import TARGETS
+from exporters.sizing.inventory import stored_scheme
+from exporters.sizing.predict import DoesNotFit
+from exporters.sizing.targets import TARGETS
 
 G32 = Scheme(group_size=32)
 # A format whose reader has no zero points, like TensorRT's. It writes what `hf` writes, so what it writes is checked.
 SYMMETRIC_READER = """
 import os, signal
 from compress.errors import ArtifactError
-from exporters import hf
-from exporters.format import Layout, Written
+from exporters.hf import write as hf
+from exporters.reader import Layout, Written
 
 LAYOUT = Layout(num_bits=(4,), group_sizes=(128, 32), symmetric=True)
 
@@ -254,7 +254,7 @@ import sys
 from pathlib import Path
 from compress.workspace import resolve
 from exporters.export import ExportRequest, FORMATS, export
-from exporters.targets import TARGETS
+from exporters.sizing.targets import TARGETS
 artifact, out = map(Path, sys.argv[1:])
 request = ExportRequest(source=resolve(str(artifact)), target=TARGETS["orin"], out=out, options={"die": True})
 export(request, formats={**FORMATS, "edge": "symmetric_reader"})

@@ -13,8 +13,8 @@ def last_word(model: Path, encode: Any, file: Path, limit: int | None, device: s
     """
     import torch
 
+    from compress.runtime.streamed import TorchRunner
     from evaluators import tasks
-    from evaluators.torch_runner import TorchRunner
     from evaluators.windows import bos_id
 
     task = tasks.load_task(str(file), limit)

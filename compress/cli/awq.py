@@ -1,0 +1,216 @@
+"""`compress awq`: options, progress and the closing summary. The work is in `compress.quantize.run`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compress.cli.progress import Steps, peak_memory_bytes, seconds_text
+
+
+@click.command("awq")
+@click.argument("model", required=False)
+@click.option("--bits", type=int, default=4, show_default=True, help="Bits a weight; the AutoAWQ format holds 4.")
+@click.option("--group-size", type=int, default=128, show_default=True, help="Input channels that share a scale.")
+@click.option("--sym/--asym", default=False, show_default=True, help="Zero points all 8 (TensorRT readers), or fitted.")
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "balanced", "best"]),
+    default="balanced",
+    show_default=True,
+    help="fast: AWQ scales and fitted ranges; balanced: with error feedback; best: each block tuned as well.",
+)
+@click.option(
+    "--calib",
+    metavar="TEXT",
+    help="Calibration text: a .txt, .jsonl or .parquet file, hf:DATASET[:split[:column]], or `self` (sampled from the "
+    "model). Default: the bundled set for the reference model.",
+)
+@click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration rows.")
+@click.option("--seq-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens in a row.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Where blocks are computed: cpu, cuda[:N]; auto: a GPU if any."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Arithmetic of the calibration forward passes (auto: float32 on a CPU, bfloat16 on a GPU); searches are "
+    "float32.",
+)
+@click.option(
+    "--self-samples",
+    type=click.IntRange(0),
+    help="Rows sampled from the model itself, added to the text [default: with `best`, up to 128 rows in all].",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling from the model and of tuning.")
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Layers to leave in float16, such as '*.down_proj'.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to make [default: artifacts/NAME-awq-w4g128].",
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run that was killed.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model's folder ships.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def command(
+    model: str | None,
+    out: Path | None,
+    as_json: bool,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    device: str,
+    dtype: str,
+    **rest: Any,
+) -> None:
+    """Quantize MODEL (a Hugging Face folder or hub id) to AWQ INT4, block by block.
+
+    The result is an AutoAWQ `gemm` folder with a manifest, compress.json. A killed run goes on where it was, and
+    ends with the same bytes.
+    """
+    started = time.monotonic()
+    from compress.devices import described, pick_device, pick_dtype
+    from compress.scheme import Scheme
+    from compress.workspace import WORKSPACE, is_model, resolve
+
+    scheme = Scheme(num_bits=bits, group_size=group_size, symmetric=sym)
+    source = resolve(model, quantizable=True, accept=is_model)
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
+    from compress.quantize.run import AwqRequest, quantize_awq
+
+    target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
+    request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
+    loaded = [time.monotonic()]
+    with Steps("block", quiet=as_json) as steps:
+
+        def begin(total: int, text: str) -> None:
+            print(f"calibration: {text}, {request.samples} x {request.seq_len} tokens at most", file=sys.stderr)
+            steps.start(total)
+            loaded.append(time.monotonic())
+
+        outcome = quantize_awq(
+            request,
+            on_start=begin,
+            on_stage=lambda index, stage: steps.note(stage),
+            on_block=lambda done: steps.step(_block_text(done.report, done.resumed), computed=not done.resumed),
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    ended = time.monotonic()
+    if as_json:
+        print(json.dumps(_as_json(outcome, ended - loaded[-1], ended - started), indent=2))
+    else:
+        _print_summary(outcome, ended - started)
+
+
+def _block_text(report: dict[str, Any], resumed: bool) -> str:
+    if resumed:
+        return "read back"
+    worst = max(report["layers"], key=lambda layer: layer["error"], default=None)
+    if worst is None:
+        return "nothing to quantize"
+    return f"worst {worst['layer'].split('.')[-1]} {worst['error']:.2e} (round-to-nearest {worst['rtn_error']:.2e})"
+
+
+def _as_json(outcome: Any, seconds: float, wall_seconds: float) -> dict[str, Any]:
+    """seconds: from the model and text being ready to the verified artifact; wall_seconds: of the whole command."""
+    return {
+        "out": str(outcome.out),
+        "seconds": round(seconds, 3),
+        "wall_seconds": round(wall_seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "source_bytes": outcome.source_bytes,
+        "out_bytes": outcome.out_bytes,
+        "tensors_verified": outcome.verified,
+        "blocks_resumed": outcome.resumed,
+        "notes": outcome.notes,
+        "record": outcome.record,
+    }
+
+
+def _print_summary(outcome: Any, seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    record = outcome.record
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(title="Layers: output error power relative to the output's own", title_justify="left")
+    for column in ("layer", "error", "round-to-nearest", "of it", "scale ratio", "mean clip"):
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
+    for layer in record["layers"]:
+        table.add_row(
+            layer["layer"],
+            f"{layer['error']:.3e}",
+            f"{layer['rtn_error']:.3e}",
+            f"{layer['error'] / max(layer['rtn_error'], 1e-30):.2f}",
+            f"{layer['ratio']:.2f}",
+            f"{layer['clip']:.3f}",
+        )
+    console.print(table)
+    worst = sorted(record["layers"], key=lambda layer: -layer["error"])[:5]
+    console.print("worst layers: " + ", ".join(f"{w['layer']} {w['error']:.2e}" for w in worst), soft_wrap=True)
+    unfolded = [g for g in record["groups"] if g["fold"] is None]
+    if unfolded:
+        names = ", ".join(sorted({g["layers"][0].rsplit(".", 1)[-1] for g in unfolded}))
+        console.print(
+            f"no smoothing for {len(unfolded)} of {len(record['groups'])} groups ({names}): see compress.json"
+        )
+    calibration = record["calibration"]
+    if calibration["num_samples"] < record["options"]["samples"]:
+        console.print(
+            f"calibration text filled {calibration['num_samples']} of {record['options']['samples']} rows; "
+            "more text would be used"
+        )
+    for note in outcome.notes:
+        console.print(note)
+    size, before = outcome.out_bytes, outcome.source_bytes
+    left = ", ".join(record["left_in_float16"][:3]) + (", ..." if len(record["left_in_float16"]) > 3 else "")
+    console.print(
+        f"wrote {outcome.out}/  {size / 1e6:.1f} MB (was {before / 1e6:.1f} MB)  "
+        f"{_label(record)}  {len(record['layers'])} layers, left in float16: {left}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"verified {outcome.verified} tensors by reading them back; {seconds_text(seconds)}, "
+        f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB",
+        soft_wrap=True,
+    )
+    tuned = record["tuning"]
+    if tuned:
+        gain = sum(t["held_out_error_tuned"] for t in tuned if t["kept"]) / max(
+            1e-30, sum(t["held_out_error"] for t in tuned if t["kept"])
+        )
+        console.print(
+            f"tuning lowered the blocks' held-out output error to {gain:.2f} of what it was; kept in "
+            f"{sum(t['kept'] for t in tuned)} of {len(tuned)} blocks"
+        )
+    console.print(f"next: compress evaluate {outcome.out}   or, for less error: {_advice(record)}", soft_wrap=True)
+
+
+def _label(record: dict[str, Any]) -> str:
+    from compress.scheme import Scheme
+
+    scheme = record["options"]["scheme"]
+    return Scheme(num_bits=scheme["num_bits"], group_size=scheme["group_size"], symmetric=scheme["symmetric"]).label()
+
+
+def _advice(record: dict[str, Any]) -> str:
+    options = record["options"]
+    scheme = options["scheme"]
+    if options["effort"] != "best":
+        return "--effort best" if options["effort"] == "balanced" else "--effort balanced"
+    if scheme["symmetric"]:
+        return "--asym, if your reader takes zero points"
+    if scheme["group_size"] > 32:
+        return f"--group-size {scheme['group_size'] // 2}, or --skip the worst layers"
+    return "--skip the worst layers"

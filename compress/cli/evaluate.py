@@ -1,0 +1,172 @@
+"""`compress evaluate`: an artifact against its original, the reports, and the gate's exit code."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compress.cli.progress import Steps
+from compress.errors import ConfigError, GateFailed
+
+if TYPE_CHECKING:
+    from compress.workspace import Source
+    from evaluators.results import Report
+
+
+@click.command("evaluate")
+@click.argument("candidate", required=False)
+@click.option("--reference", metavar="MODEL", help="What to compare with [default: the original in the manifest].")
+@click.option(
+    "--data", metavar="TEXT", help="Evaluation text, as for `awq --calib`. Default: the bundled held-out text."
+)
+@click.option("--tasks", multiple=True, metavar="[NAME=]FILE.jsonl", help="Tasks, LAMBADA or multiple-choice layout.")
+@click.option("--lm-eval", multiple=True, metavar="TASK", help="A task of lm-evaluation-harness (extra `eval`).")
+@click.option("--limit", type=click.IntRange(1), help="Use the first N items of each task.")
+@click.option("--gate", type=click.FloatRange(0, 1), help="Least recovery to pass, such as 0.98. Without: no gate.")
+@click.option(
+    "--gate-on",
+    type=click.Choice(["bounds", "point"]),
+    default="bounds",
+    show_default=True,
+    help="Judge the interval's bounds, or (naively) the point alone.",
+)
+@click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
+@click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window.")
+@click.option("--stride", type=click.IntRange(1), help="Tokens from window to window [default: the context].")
+@click.option("--min-context", type=click.IntRange(1), help="Score from this position of a window on.")
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Begin-of-text token before each window; auto: as the tokenizer does.",
+)
+@click.option("--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Tokens to read.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Folder for report.json, junit.xml, summary.md, index.html.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda[:N]; auto: a GPU if there is one.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--cache", "cache_folder", type=click.Path(path_type=Path), help="Where the reference's results are kept."
+)
+@click.option("--no-cache", is_flag=True, help="Keep nothing and read nothing kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole report as one JSON object.")
+def command(
+    candidate: str | None,
+    reference: str | None,
+    data: str | None,
+    gate: float | None,
+    gate_on: str,
+    report: Path | None,
+    cache_folder: Path | None,
+    no_cache: bool,
+    as_json: bool,
+    device: str,
+    **rest: Any,
+) -> None:
+    """Judge CANDIDATE against its original on the same tokens: perplexity, divergence, tasks, error by depth.
+
+    With --gate the exit code is 0 for PASS, 3 for FAIL, 4 for INCONCLUSIVE (the data cannot tell). Gated are perplexity
+    and every task given: recovery is the original's perplexity over the candidate's, or the candidate's accuracy over
+    the original's, and its bounds come from a paired bootstrap.
+    """
+    import calibration_data
+    from compress.devices import described, pick_device
+    from compress.workspace import WORKSPACE, is_candidate, is_reference, judged_as, resolve
+
+    device = pick_device(device)
+    source = judged_as(resolve(candidate, accept=is_candidate))
+    original = _original(source, reference)
+    if data is None and not is_reference(original):
+        raise ConfigError(
+            "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE"
+        )
+    if not as_json:
+        said = f"candidate: {source.said}\nreference: {original}\ncomputed on: {described(device)}"
+        print(said, file=sys.stderr)
+    from evaluators import cache, evaluate
+    from evaluators.gate import EXIT_CODES
+    from evaluators.report import to_json, to_text, write_reports
+
+    request = evaluate.Request(
+        candidate=source.path,
+        reference=original,
+        data=data or str(calibration_data.default_evaluation()),
+        threshold=gate,
+        rule="point" if gate_on == "point" else "bounds",
+        device=device,
+        cache_folder=None if no_cache else cache_folder or cache.default_folder(),
+        **rest,
+    )
+    with _Shown(quiet=as_json) as shown:
+        found = evaluate.evaluate(request, shown)
+    print(to_json(found).decode().rstrip() if as_json else to_text(found))
+    if report is not None:
+        files, note = write_reports(found, report, evaluate.others(found, WORKSPACE))
+        print(f"wrote {', '.join(str(f) for f in files)}", file=sys.stderr)
+        if note:
+            print(note, file=sys.stderr)
+    evaluate.remember(source.path, found)
+    _exit(found, EXIT_CODES)
+
+
+def _original(source: Source, reference: str | None) -> Path:
+    from compress.artifact import parent_path, read_manifest
+    from compress.workspace import resolve
+
+    if reference is not None:
+        return resolve(reference).path
+    manifest = read_manifest(source.path)
+    if manifest is None:
+        raise ConfigError(f"{source.path} has no manifest that names its original; pass --reference MODEL")
+    return parent_path(manifest.root, source.path)
+
+
+def _exit(report: Report, codes: Any) -> None:
+    if report.outcome is None or not codes[report.outcome]:
+        return
+    decisive = next(v for v in report.verdicts if v.outcome == report.outcome)
+    more = " (--data, --max-tokens, --limit)" if report.outcome == "INCONCLUSIVE" else ""
+    said = f"gate {decisive.threshold:.1%}: {decisive.metric}: {decisive.reason}{more}"
+    raise GateFailed(said, codes[report.outcome])
+
+
+class _Shown:
+    """Progress of each model in turn; see `evaluators.evaluate.Progress`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.steps: Steps | None = None
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self.steps is not None:
+            self.steps.__exit__(None, None, None)
+            self.steps = None
+
+    def stage(self, what: str) -> None:
+        self._end()
+        self.what = what
+        self.started = time.monotonic()
+        if what == "comparing" and not self.quiet:
+            print("comparing the two models' predictions", file=sys.stderr)
+
+    def block(self, done: int, total: int) -> None:
+        if self.steps is None:
+            self.steps = Steps(f"{self.what} block", quiet=self.quiet).__enter__()
+            self.steps.start(total)
+            self.steps.done = done - 1
+            self.steps.started = self.started
+        self.steps.step("done")

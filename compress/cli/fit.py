@@ -1,0 +1,165 @@
+"""`compress fit`: what of a model would fit a machine, and how fast it might be, before anything is quantized."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compress.errors import ConfigError
+
+if TYPE_CHECKING:
+    from exporters.sizing.inventory import Model
+    from exporters.sizing.predict import Sizing
+    from exporters.sizing.targets import Target
+
+CONTEXTS = (2048, 8192, 32768)
+BITS = (16, 8, 4)
+
+
+@click.command("fit")
+@click.argument("model", required=False)
+@click.option("--target", required=True, metavar="TARGET", help="The machine; `compress targets` lists them.")
+@click.option("--format", metavar="FORMAT", help="The reader's format [default: the target's first].")
+@click.option("--context", type=click.IntRange(1), help="Tokens [default: several].")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print as one JSON object.")
+def command(model: str | None, target: str, format: str | None, context: int | None, batch: int, as_json: bool) -> None:
+    """Will MODEL fit TARGET? A table of choices: bits of weights and of the KV cache, and context.
+
+    Exit code 0 if a choice fits that this version can make, 1 otherwise. Of a hub model only config.json is fetched.
+    Speeds are predictions from published shares of bandwidth and arithmetic, not measurements.
+    """
+    from compress.workspace import config_only, is_model, resolve
+    from exporters.export import format_of, target_named
+
+    machine = target_named(target)
+    chosen = format_of(format, machine)
+    if model is None:
+        source = resolve(None, quantizable=True, accept=is_model)
+        folder, said = source.path, source.said
+    else:
+        folder, said = config_only(model), model
+    print(f"model: {said}", file=sys.stderr)
+    found = _inventory(folder)
+    rows = choices(found, machine, chosen, context, batch)
+    fitting = [r for r in rows if r["fits"] and r["made"]]
+    if as_json:
+        print(json.dumps(_as_json(found, machine, chosen, batch, rows), indent=2))
+    else:
+        _print(found, machine, chosen, batch, rows)
+    sys.exit(0 if fitting else 1)
+
+
+def _inventory(folder: Path) -> Model:
+    from exporters.sizing.inventory import read_model
+
+    return read_model(folder)
+
+
+def choices(model: Model, target: Target, format: str, context: int | None, batch: int) -> list[dict[str, Any]]:
+    """One row a choice: bits, kv_bits, context, its sizing, and whether this version and the reader can make it.
+
+    A model that is quantized already is sized as it is.
+    """
+    from exporters.sizing.predict import KV_BITS, MADE_BITS, Plan, size
+
+    limit = model.max_positions or max(CONTEXTS)
+    if context and context > limit:
+        raise ConfigError(f"--context {context}: the model has {limit} positions; ask for at most that")
+    contexts = [context] if context else sorted({min(c, limit) for c in (*CONTEXTS, target.context)})
+    native = KV_BITS[format]
+    rows = []
+    for bits in BITS if model.scheme is None else (None,):
+        for kv_bits in dict.fromkeys((native[0], 8)):
+            for tokens in contexts:
+                plan = Plan(format=format, context=tokens, batch=batch, num_bits=bits, kv_bits=kv_bits)
+                sizing: Sizing = size(model, plan, target)
+                made = (bits is None or bits in MADE_BITS) and kv_bits == native[0]
+                rows.append(
+                    {
+                        "weights": _weights(model, bits, format),
+                        "kv_bits": kv_bits,
+                        "context": tokens,
+                        "made": made,
+                        "fits": sizing.fits,
+                        "sizing": sizing,
+                    }
+                )
+    return rows
+
+
+def _weights(model: Model, bits: int | None, format: str) -> str:
+    if bits is None:
+        assert model.scheme is not None
+        return f"as stored, {model.scheme.label()}"
+    if bits == 16:
+        return "FP32" if format == "onnx" else "FP16"
+    return f"INT{bits} g128"
+
+
+def _as_json(model: Model, target: Target, format: str, batch: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "parameters": model.num_parameters,
+        "target": target.name,
+        "format": format,
+        "batch": batch,
+        "choices": [{**row, "sizing": row["sizing"].to_json()} for row in rows],
+    }
+
+
+def _print(model: Model, target: Target, format: str, batch: int, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from exporters.sizing.predict import MADE_BITS
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)
+    table = Table(
+        title=f"{model.name} ({model.num_parameters / 1e9:.2f} B parameters) on {target.title}, format {format}, "
+        f"batch {batch}; {target.usable_bytes / 1e9:.1f} GB usable",
+        title_justify="left",
+    )
+    for column in ("weights", "KV", "context", "run peak, GB", "fits", "tokens/s *", "first token, s *"):
+        table.add_column(column, justify="left" if column in ("weights", "fits") else "right", no_wrap=True)
+    for row in rows:
+        sizing: Sizing = row["sizing"]
+        fits = "yes" if row["fits"] else "no"
+        table.add_row(
+            row["weights"],
+            f"{row['kv_bits']} bit",
+            str(row["context"]),
+            f"{sizing.run_peak / 1e9:.2f}",
+            fits if row["made"] else f"{fits} (planned)",
+            range_text(sizing.decode_tokens_per_s),
+            range_text(sizing.first_token_s),
+        )
+    console.print(table)
+    prompt = min(rows[0]["sizing"].plan.prompt, rows[0]["sizing"].plan.context)
+    console.print(
+        "* predicted from the roofline and the shares of it that published runs reach; not measured. First token: of "
+        f"a prompt of {prompt} tokens. planned: this version makes weights of {' and '.join(map(str, MADE_BITS))} bits "
+        "and the reader's own KV cache. - : nothing published to predict from, or a model smaller than those runs.",
+        soft_wrap=True,
+    )
+    smallest = min((r["sizing"] for r in rows if r["made"]), key=lambda s: s.run_peak, default=rows[-1]["sizing"])
+    if note := smallest.build_note():
+        console.print(note, soft_wrap=True)
+    if not any(r["fits"] and r["made"] for r in rows):
+        from exporters.sizing.predict import what_fits
+
+        ways = [s for s in what_fits(model, smallest.plan, target) if s.made]
+        said = (
+            "; ".join(f"{s.text} ({s.sizing.run_peak / 1e9:.2f} GB)" for s in ways) or "nothing that can be made today"
+        )
+        console.print(f"none of these fits. What would: {said}", soft_wrap=True)
+
+
+def range_text(value: tuple[float, float] | None) -> str:
+    """`12 to 20`, or `-` when nothing can be predicted."""
+    return "-" if value is None else " to ".join(f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in value)

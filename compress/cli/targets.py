@@ -1,0 +1,54 @@
+"""`compress targets`: the machines that an artifact can be sized for and exported to."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command("targets")
+@click.option("--json", "as_json", is_flag=True, help="Print every figure with its source as one JSON object.")
+def command(as_json: bool) -> None:
+    """List the targets: memory, bandwidth, arithmetic, software, and the formats that their readers take.
+
+    A format in bold type is the target's default. `compress targets --json` gives the source of every figure.
+    """
+    from exporters.sizing.targets import TARGETS
+
+    if as_json:
+        print(json.dumps({name: target.to_json() for name, target in TARGETS.items()}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Targets (GB decimal; peak arithmetic dense)", title_justify="left")
+    table.add_column("target", no_wrap=True)
+    table.add_column("machine")
+    for column in ("memory", "usable", "GB/s", "FP16 TFLOPS", "INT8 TOPS", "SM"):
+        table.add_column(column, justify="right")
+    table.add_column("JetPack")
+    table.add_column("TensorRT")
+    table.add_column("formats")
+    for t in TARGETS.values():
+        table.add_row(
+            t.name,
+            t.title,
+            f"{t.memory_bytes / 1e9:g}{' unified' if t.unified and t.has_gpu else ''}",
+            f"{t.usable_bytes / 1e9:.1f}",
+            _number(t.bandwidth and t.bandwidth / 1e9),
+            _number(t.fp16_tflops),
+            _number(t.int8_tops),
+            t.sm or "-",
+            t.jetpack or "-",
+            t.tensorrt or "-",
+            ", ".join([f"[bold]{t.formats[0]}[/bold]", *t.formats[1:]]),
+        )
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)
+    console.print(table)
+    console.print("- : not published, or does not apply. Sources: compress targets --json", soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"

@@ -1,0 +1,176 @@
+"""An exported decoder read with ONNX Runtime on the CPU: a folder with one `.onnx` graph that gives `logits`.
+
+Takes the input names that optimum, onnxruntime-genai's builder and our exporters share: input_ids, attention_mask,
+position_ids and a past (`past_key_values.N.key`, `[batch, heads, past, size]`). A past of free length starts empty; one
+of fixed length is a cache of that capacity, which `write_indices` says to be empty. `logits_indices` asks for all
+logits. One sequence runs at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.checkpoint import read_json
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.runtime.runner import Tokens
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+
+
+_KNOWN = ("input_ids", "attention_mask", "position_ids", "write_indices", "logits_indices")
+
+
+class OnnxRunner:
+    """See `compress.runtime.runner.Runner`. `capacity` is the length of fixed caches, None without."""
+
+    runtime = "onnxruntime"
+
+    def __init__(self, path: Path, session: Any) -> None:
+        self.path = path
+        self.session = session
+        logits = next(o for o in session.get_outputs() if o.name == "logits")
+        if not isinstance(logits.shape[-1], int):
+            raise UnsupportedError(f"{path}: the graph does not say the vocabulary's size; export it with a fixed one")
+        self.vocab_size: int = logits.shape[-1]
+        self.pasts = _pasts(path, session)
+        self.capacity = _capacity(path, self.pasts, session)
+
+    @classmethod
+    def open(cls, folder: Path) -> OnnxRunner:
+        """Open the folder's graph. ConfigError when ONNX Runtime is missing, UnsupportedError for an unknown input."""
+        try:
+            import onnxruntime
+        except ImportError as e:
+            raise ConfigError(
+                f'{folder} needs ONNX Runtime, which is not installed; pip install "compress-toolkit[onnx]"'
+            ) from e
+        path = find_graph(folder)
+        # ONNX Runtime fuses DequantizeLinear and MatMul, and unless told otherwise then rounds activations to INT8
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        options.log_severity_level = 3  # errors; TensorScatter warns at every call that it copies
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if "logits" not in [o.name for o in session.get_outputs()]:
+            raise UnsupportedError(f"{path}: no output is called logits; only causal language models can be judged")
+        for i in session.get_inputs():
+            if i.name not in _KNOWN and not i.name.startswith("past_"):
+                raise UnsupportedError(f"{path}: input {i.name!r} is not one of {', '.join(_KNOWN)} or a past")
+            if i.type not in _DTYPES:
+                raise UnsupportedError(f"{path}: input {i.name} is {i.type}; float and integer inputs are read")
+        return cls(path, session)
+
+    def read(self, sequences: Sequence[Tokens]) -> OnnxReading:
+        """ConfigError when a sequence is longer than the graph's caches."""
+        longest = max((len(s.ids_T) for s in sequences), default=0)
+        if self.capacity is not None and longest > self.capacity:
+            raise ConfigError(
+                f"{self.path}: its caches hold {self.capacity} tokens and a sequence has {longest}; evaluate with "
+                f"--context {self.capacity} or less (and shorter task items), or export again with a larger --context"
+            )
+        return OnnxReading(self, sequences)
+
+    def logits_TV(self, ids_T: Tensor) -> Tensor:
+        """Float32 `[T, V]` of one sequence."""
+        length = len(ids_T)
+        feeds = {
+            i.name: np.zeros((1, *self.pasts[i.name]), _DTYPES[i.type])
+            if i.name in self.pasts
+            else _feed(i.name, _DTYPES[i.type], ids_T)
+            for i in self.session.get_inputs()
+        }
+        out = self.session.run(["logits"], feeds)[0][0]
+        if out.shape[0] != length:
+            raise UnsupportedError(
+                f"{self.path}: {out.shape[0]} of {length} tokens have logits; the graph keeps the last one's only and "
+                "cannot be judged on text, export it with all logits"
+            )
+        return torch.from_numpy(out.astype(np.float32))
+
+
+def _feed(name: str, dtype: Any, ids_T: Tensor) -> np.ndarray[Any, Any]:
+    """What an input of the graph that is no past gets, for one sequence that starts with nothing before it."""
+    if name == "input_ids":
+        return ids_T.numpy()[None].astype(dtype)
+    if name == "attention_mask":
+        return np.ones((1, len(ids_T)), dtype)
+    if name == "write_indices":
+        return np.zeros(1, dtype)
+    return np.arange(len(ids_T), dtype=dtype)[None]  # position_ids, logits_indices
+
+
+def _pasts(path: Path, session: Any) -> dict[str, tuple[int, int, int]]:
+    """Heads, length and size of each past, by name; a free length is 0.
+
+    onnxruntime-genai names the size of a head instead of giving it; `genai_config.json` beside the graph has it.
+    UnsupportedError for a past of a shape that cannot be fed.
+    """
+    config = path.parent / "genai_config.json"
+    decoder = read_json(config).get("model", {}).get("decoder", {}) if config.exists() else {}
+    pasts = {}
+    for i in session.get_inputs():
+        if not i.name.startswith("past_"):
+            continue
+        if len(i.shape) == 4:
+            _, heads, length, size = i.shape
+            heads = heads if isinstance(heads, int) else decoder.get("num_key_value_heads")
+            size = size if isinstance(size, int) else decoder.get("head_size")
+        if len(i.shape) != 4 or not isinstance(heads, int) or not isinstance(size, int):
+            raise UnsupportedError(
+                f"{path}: {i.name} has shape {i.shape}, not [batch, heads, past, size] with heads and size given there "
+                "or in genai_config.json"
+            )
+        pasts[i.name] = (heads, length if isinstance(length, int) else 0, size)
+    return pasts
+
+
+def _capacity(path: Path, pasts: Mapping[str, tuple[int, int, int]], session: Any) -> int | None:
+    """The length of caches that have a fixed one. UnsupportedError when it cannot be told that they are empty."""
+    lengths = {length for _, length, _ in pasts.values()}
+    if lengths <= {0}:
+        return None
+    if len(lengths) > 1 or "write_indices" not in [i.name for i in session.get_inputs()]:
+        raise UnsupportedError(
+            f"{path}: its pasts have lengths {sorted(lengths)} without one capacity and write_indices for all; "
+            "it cannot be told that they are empty"
+        )
+    return lengths.pop()
+
+
+class OnnxReading:
+    """Runs a sequence when its logits are asked for, and keeps the last."""
+
+    observed = None
+
+    def __init__(self, runner: OnnxRunner, sequences: Sequence[Tokens]) -> None:
+        self.runner = runner
+        self.sequences = sequences
+        self._last: tuple[int, Tensor] | None = None
+
+    def logits(self, index: int, start: int, stop: int) -> Tensor:
+        if self._last is None or self._last[0] != index:
+            self._last = (index, self.runner.logits_TV(self.sequences[index].ids_T))
+        return self._last[1][start:stop]
+
+    def close(self) -> None:
+        self._last = None
+
+
+def find_graph(folder: Path) -> Path:
+    """The folder's one graph: model.onnx, or the only .onnx there."""
+    graphs = sorted(folder.glob("*.onnx"))
+    preferred = [g for g in graphs if g.name == "model.onnx"] or graphs
+    if len(preferred) != 1:
+        found = ", ".join(g.name for g in graphs) or "none"
+        raise ArtifactError(f"{folder}: one .onnx graph is needed, found {found}; leave one, called model.onnx")
+    return preferred[0]

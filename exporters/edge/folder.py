@@ -1,0 +1,268 @@
+"""The folder that TensorRT Edge-LLM 0.11's exporter reads right: which artifacts, and what must be rewritten for it.
+
+Its exporter builds a Llama (SwiGLU, RMSNorm before attention and before the MLP, rotary embedding) for every
+`model_type` that it does not know, ends with code 0, and only counts what it did not load. So what it may see is
+decided here, from a list, and every claim is checked on what it wrote (`exporters.edge.check`, `exporters.edge.graph`).
+
+Shapes: N out_features, K in_features, G groups along K
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.artifact import carried_files
+from compress.checkpoint import INDEX, Checkpoint, json_bytes, save_atomically
+from compress.errors import ArtifactError, UnsupportedError
+from compress.formats import awq_gemm
+from compress.quantized import QuantizedWeight
+from compress.scheme import Scheme
+
+# model_type -> where that comes from. Every other type is refused before any work.
+ARCHITECTURES = {
+    "llama": "Edge-LLM 0.11 supported models: Llama 3.x",
+    "qwen2": "Edge-LLM 0.11 supported models: Qwen2 and Qwen2.5",
+    "qwen3": "Edge-LLM 0.11 supported models: Qwen3",
+    "mistral": "not on Edge-LLM's list; the graph is Llama's, and ours agrees with it",
+    "phi3": "not on Edge-LLM's list; a Llama once its fused projections are split, which is exact",
+}
+GROUP_SIZE = 128  # Int4GroupwiseGemmPluginV2
+LLAMA3_DIMS = (64, 128)  # "Llama-3 RoPE supports rotaryDim 64 or 128 only", a message of its 0.11.0 runtime
+MULTIPLE_N = 64  # its fragments, tensorrt_edgellm 0.11.0 checkpoint/repacking.py
+
+# A template for models that have none (the exporter refuses such folders): the messages' text as it is.
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+TEMPLATE = "chat_template.jinja"
+_FREQUENCIES = "rotary_emb.inv_freq"  # old checkpoints store it; it is computed, so the exporter skips it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handed:
+    """What the exporter was given.
+
+    tensors: how many it must load; ignorable: how many it must skip. notes: for the user.
+    """
+
+    tensors: int
+    ignorable: int
+    notes: list[str]
+
+
+def check_model(checkpoint: Checkpoint, context: int) -> None:
+    """Raise UnsupportedError for an artifact that the exporter or its runtime would get wrong. Reads headers only."""
+    config, path = checkpoint.config, checkpoint.path
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{path}: {kind} is not supported by edge yet: TensorRT Edge-LLM 0.11 would write it as a Llama without a "
+            f"word; {', '.join(ARCHITECTURES)} are, and --format onnx or hf takes more"
+        )
+    quantization = config.get("quantization_config")
+    if quantization is not None and quantization.get("quant_method") != awq_gemm.QUANT_METHOD:
+        raise UnsupportedError(
+            f"{path}: quant_method {quantization.get('quant_method')!r} is not supported by edge: TensorRT Edge-LLM "
+            "0.11 would export it with uninitialised weights; quantize with `compress awq --bits 4 --sym`"
+        )
+    if quantization is not None and awq_gemm.scheme_of(quantization).group_size != GROUP_SIZE:
+        raise UnsupportedError(
+            f"{path}: group_size {awq_gemm.scheme_of(quantization).group_size} is not supported by edge, only "
+            f"{GROUP_SIZE}; quantize with `compress awq --bits 4 --sym --group-size {GROUP_SIZE}`"
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise UnsupportedError(
+            f"{path}: hidden_act {config['hidden_act']!r} is not supported by edge yet, only silu is"
+        )
+    window = _window(config)
+    if window is not None and context > window:
+        raise UnsupportedError(
+            f"{path}: a context of {context} exceeds its sliding window of {window} tokens, which edge does not "
+            f"support; pass --context {window}"
+        )
+    rope = rope_of(config)
+    if rope["rope_type"] not in ("default", "llama3") or float(rope["partial_rotary_factor"]) != 1.0:
+        raise UnsupportedError(
+            f"{path}: rotary embedding {rope['rope_type']!r} (partial {rope['partial_rotary_factor']}) is not "
+            "supported by edge yet; default and llama3 are"
+        )
+    if rope["rope_type"] == "llama3" and head_dim(config) not in LLAMA3_DIMS:
+        raise UnsupportedError(
+            f"{path}: llama3 rotary embedding with head_dim {head_dim(config)} is not supported by edge, only with "
+            f"{' or '.join(str(n) for n in LLAMA3_DIMS)}"
+        )
+    if "lm_head.qweight" in checkpoint:
+        raise UnsupportedError(f"{path}: its lm_head is quantized, and edge takes it in float16; quantize without it")
+    for name in quantized_names(checkpoint):
+        n = checkpoint.info(f"{name}.scales").shape[1]
+        for part, size in _parts(name, n, config):
+            if size % MULTIPLE_N:
+                raise UnsupportedError(
+                    f"{path}: {part} has {size} out_features, not a multiple of {MULTIPLE_N}, which edge's INT4 "
+                    f"product needs; leave it in float16 with --skip '*{part.rsplit('.', 1)[1]}'"
+                )
+
+
+def check_zero_points(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedError unless every stored zero point is 8.
+
+    Edge-LLM 0.11 shifts other codes by their zero point and clips them to 0..15, silently: 0.6 % of the weights of a
+    Gaussian matrix come out wrong.
+    """
+    for name in quantized_names(checkpoint):
+        zeros = awq_gemm.unpack_columns(checkpoint.tensor(f"{name}.qzeros"))
+        bad = int((zeros != 8).sum())
+        if bad:
+            raise UnsupportedError(
+                f"{checkpoint.path}: {name} has {bad} of {zeros.numel()} zero points other than 8, which edge would "
+                "clip silently; quantize with `compress awq --bits 4 --sym`"
+            )
+
+
+def hand_over(checkpoint: Checkpoint, folder: Path) -> Handed:
+    """Make `folder` what the exporter shall read; weights are linked, not copied, unless they must be split."""
+    config = dict(checkpoint.config)
+    notes = []
+    if ARCHITECTURES[config["model_type"]].startswith("not on"):
+        notes.append(f"{config['model_type']}: {ARCHITECTURES[config['model_type']]}")
+    for carried in carried_files(checkpoint.path):
+        shutil.copyfile(carried, folder / carried.name)
+    if not _has_template(folder):
+        (folder / TEMPLATE).write_text(PLAIN_TEMPLATE, encoding="utf-8")
+        notes.append("the model has no chat template: one that passes the text through was added")
+    config.pop("sliding_window", None)  # check_model: the context never reaches it
+    if config["model_type"] == "phi3":
+        names = _split_shards(checkpoint, folder)
+        config["model_type"], config["architectures"] = "llama", ["LlamaForCausalLM"]
+    else:
+        names = list(checkpoint.tensors)
+        for file in sorted({info.file for info in checkpoint.tensors.values()} | {INDEX}):
+            if (checkpoint.path / file).exists():
+                os.symlink((checkpoint.path / file).resolve(), folder / file)
+    (folder / "config.json").write_bytes(json_bytes(config))
+    ignorable = sum(name.endswith(_FREQUENCIES) for name in names)
+    return Handed(tensors=len(names) - ignorable, ignorable=ignorable, notes=notes)
+
+
+# ---- what must come out --------------------------------------------------------------------------------
+
+
+def quantized_names(checkpoint: Checkpoint) -> list[str]:
+    """The artifact's quantized layers."""
+    return sorted(n.removesuffix(".qweight") for n in checkpoint.tensors if n.endswith(".qweight"))
+
+
+def expected_int4(checkpoint: Checkpoint) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Every quantized layer under the name that the export must have, one at a time."""
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is None:
+        return
+    stated = awq_gemm.scheme_of(quantization)
+    scheme = Scheme(num_bits=stated.num_bits, group_size=stated.group_size, symmetric=True)
+    for name in quantized_names(checkpoint):
+        stored = checkpoint.read(f"{name}.{suffix}" for suffix in awq_gemm.SUFFIXES)
+        whole = awq_gemm.read({k.rsplit(".", 1)[1]: v for k, v in stored.items()}, scheme, name)
+        start = 0
+        for part, size in _parts(name, whole.codes_OI.shape[0], checkpoint.config):
+            rows = slice(start, start + size)
+            start += size
+            yield (
+                part,
+                QuantizedWeight(
+                    codes_OI=whole.codes_OI[rows],
+                    scale_OG=whole.scale_OG[rows],
+                    zero_point_OG=whole.zero_point_OG[rows],
+                    scheme=scheme,
+                ),
+            )
+
+
+def expected_dense(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Every other tensor under the export's name, in float16; the input embedding is `model.embed_tokens.weight`."""
+    packed = tuple(f".{suffix}" for suffix in awq_gemm.SUFFIXES)
+    for name in checkpoint.names():
+        if name.endswith(_FREQUENCIES) or (
+            name.endswith(packed) and f"{name.rpartition('.')[0]}.qweight" in checkpoint
+        ):
+            continue
+        value = checkpoint.tensor(name).to(torch.float16)
+        layer, _, leaf = name.rpartition(".")
+        start = 0
+        for part, size in _parts(layer, value.shape[0], checkpoint.config):
+            yield f"{part}.{leaf}", value[start : start + size]
+            start += size
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's rotary embedding in today's form: rope_type, rope_theta, and what the type needs."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    return rope
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+# ---- helpers -------------------------------------------------------------------------------------------
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """The sliding window in tokens, if any layer has one. Qwen2 and Qwen3 state one that they do not use."""
+    if config.get("use_sliding_window") is False:
+        return None
+    if "layer_types" in config and "sliding_attention" not in config["layer_types"]:
+        return None
+    window = config.get("sliding_window")
+    return int(window) if window else None
+
+
+def _parts(layer: str, size: int, config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """A layer's rows under the names that they get: (name, out_features); Phi-3's fused projections become several."""
+    above, _, last = layer.rpartition(".")
+    if config["model_type"] == "phi3" and last == "qkv_proj":
+        dim = head_dim(config)
+        query, key = int(config["num_attention_heads"]) * dim, int(config["num_key_value_heads"]) * dim
+        return [(f"{above}.q_proj", query), (f"{above}.k_proj", key), (f"{above}.v_proj", key)]
+    if config["model_type"] == "phi3" and last == "gate_up_proj":
+        return [(f"{above}.gate_proj", size // 2), (f"{above}.up_proj", size // 2)]
+    return [(layer, size)]
+
+
+def _split_shards(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Phi-3's shards with the fused projections split; returns the names written. One shard in memory at a time."""
+    weight_map: dict[str, str] = {}
+    for file in sorted({info.file for info in checkpoint.tensors.values()}):
+        out: dict[str, Tensor] = {}
+        for name, value in checkpoint.read(n for n, i in checkpoint.tensors.items() if i.file == file).items():
+            layer, _, leaf = name.rpartition(".")
+            # packed tensors hold out_features along their second axis, eight to a word in qweight and qzeros
+            axis = 1 if leaf in awq_gemm.SUFFIXES else 0
+            pack = awq_gemm.PACK if leaf in ("qweight", "qzeros") else 1
+            parts = _parts(layer, value.shape[axis] * pack, checkpoint.config)
+            sizes = [size // pack for _, size in parts]
+            if sum(sizes) != value.shape[axis]:
+                raise ArtifactError(f"{checkpoint.path}: {name} {tuple(value.shape)} does not fit its config's heads")
+            for (part, _), piece in zip(parts, value.split(sizes, dim=axis), strict=True):
+                out[f"{part}.{leaf}"] = piece
+        save_atomically(folder / file, out)
+        weight_map.update(dict.fromkeys(out, file))
+    if len(set(weight_map.values())) > 1:
+        (folder / INDEX).write_bytes(json_bytes({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}))
+    return list(weight_map)
+
+
+def _has_template(folder: Path) -> bool:
+    if any(folder.glob("chat_template*")):
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.exists() and bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))

@@ -1,0 +1,257 @@
+"""The `onnx` format: onnxruntime-genai's folder for a CPU, made by its builder, checked, and able to run by itself.
+
+What is in the folder: model.onnx, model.onnx.data, genai_config.json and the tokenizer, as onnxruntime-genai reads
+them, and run.py, which needs onnxruntime, numpy and tokenizers only.
+
+What MatMulNBits multiplies the INT4 weights with is the option `activations`:
+
+    float32   (default) exactly what the artifact says
+    int16     each input as the sum of two int8 numbers, through the int8 kernel: within 1e-3 of the artifact's logits,
+              closer than the float16 arithmetic of GPU readers, and about twice as fast as float32 on large layers
+    int8      one int8 number, as llama.cpp does it: fastest, and about 1e-2 away
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.checkpoint import Checkpoint, json_bytes, read_json, write_bytes_atomically
+from compress.errors import ConfigError, UnsupportedError
+from compress.formats import awq_gemm, pack_quantized
+from compress.model import quantization_of
+from exporters import reference
+from exporters.genai import builder as genai_builder
+from exporters.genai import bundle
+from exporters.genai import graph as genai_graph
+from exporters.genai.bundle.run import Decoder
+from exporters.genai.check import block_linears, compare_weights, node_sources
+from exporters.reader import Job, Layout, Written
+
+LAYOUT = Layout(num_bits=(4,), group_sizes=(128, 64, 32, 16, 256), symmetric=False)
+
+# Built and compared with the artifact in tests/exporters/genai/test_write.py, INT4 and dense.
+ARCHITECTURES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
+    "GemmaForCausalLM", "Gemma2ForCausalLM",
+)  # fmt: skip
+
+# Of the logits, relative (Frobenius), against the artifact's float32 forward. Float32 sums in another order differ by
+# about 1e-6; a rotary table, norm or weight that is wrong by one part in a thousand shows above 1e-4.
+TOLERANCES = {"float32": 1e-4, "int16": 1e-3, "int8": 5e-2}
+ACCURACY_LEVELS = {"float32": 1, "int16": 4, "int8": 4}  # of MatMulNBits; 4 lets it quantize activations to int8
+
+
+def write(job: Job) -> Written:
+    """See `exporters.reader`. Options: `activations` (`float32`, `int16` or `int8`)."""
+    checkpoint = Checkpoint.open(job.artifact)
+    quantized = check(checkpoint, job)
+    activations = str(job.options.get("activations", "float32"))
+    with tempfile.TemporaryDirectory(dir=job.staged.parent) as scratch:
+        job.say(f"onnx: {genai_builder.PACKAGE}'s builder writes the graph")
+        built, source = Path(scratch, "built"), job.artifact
+        dense = dense_linears(checkpoint) if quantized else []
+        if dense:
+            source = genai_builder.stand_in(checkpoint, dense, Path(scratch, "source"))
+        precision = "int4" if quantized else "fp32"
+        genai_builder.build(
+            source, built, precision=precision, accuracy_level=ACCURACY_LEVELS[activations], fuse_qkv=not dense
+        )
+        graph = genai_graph.Graph(built)
+        restore_dense(graph, checkpoint, dense)
+        genai_graph.fix_head_size(graph, int(read_json(built / "genai_config.json")["model"]["decoder"]["head_size"]))
+        tied = rewrite(graph, checkpoint, quantized)
+        if activations == "int16":
+            genai_graph.split_activations(graph)
+        compared = compare_weights(graph, checkpoint)
+        graph.save(job.staged, importlib.metadata.version(genai_builder.PACKAGE))
+        carry_over(built, job)
+    bundle.copy_into(job.staged)
+    job.say("onnx: running prefill and decoding in ONNX Runtime")
+    expected = reference.of_artifact(job.artifact)
+    found = decoded(job.staged, expected)
+    verified = reference.compare(found, expected, tolerance=TOLERANCES[activations], what="onnx")
+    record = {
+        "format": "onnx",
+        "provider": "cpu",
+        "activations": activations,
+        "versions": {p: importlib.metadata.version(p) for p in (genai_builder.PACKAGE, "onnxruntime", "onnx")},
+        "opset": {i.domain or "ai.onnx": i.version for i in graph.model.opset_import},
+        "verified": {
+            **verified,
+            "runtime": "onnxruntime, CPUExecutionProvider",
+            "prefill_tokens": expected.prefill,
+            "decode_steps": len(expected.ids_T) - expected.prefill,
+            "layers_compared": compared,
+        },
+    }
+    return Written(record=record, parts=parts(graph, job.staged), notes=notes(tied, activations))
+
+
+def check(checkpoint: Checkpoint, job: Job) -> bool:
+    """Whether the artifact is quantized. Raises UnsupportedError or ConfigError for what cannot be exported."""
+    config = checkpoint.config
+    architecture = (config.get("architectures") or ["?"])[0]
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{job.artifact}: {architecture} is not supported by onnx yet; supported are {', '.join(ARCHITECTURES)}"
+        )
+    kind = rope_type(config)
+    if kind in ("dynamic", "longrope"):
+        raise UnsupportedError(
+            f"{job.artifact}: rope_type {kind!r} changes with the length of the text, beyond what the export checks; "
+            "it is not supported by onnx yet"
+        )
+    longest = config.get("max_position_embeddings")
+    if longest and job.context > longest:
+        raise ConfigError(f"--context {job.context}: {job.artifact} has positions for {longest} tokens; ask for fewer")
+    activations = job.options.get("activations", "float32")
+    if activations not in TOLERANCES:
+        raise ConfigError(f"activations {activations!r}: choose one of {', '.join(TOLERANCES)}")
+    quantization = quantization_of(checkpoint)
+    if quantization is None:
+        if activations != "float32":
+            raise ConfigError(f"{activations} activations go with quantized weights, and these are dense; use float32")
+        return False
+    if quantization["quant_method"] == pack_quantized.QUANT_METHOD:
+        raise UnsupportedError(
+            f"{job.artifact}: compressed-tensors folders are not supported by onnx yet ({genai_builder.PACKAGE} reads "
+            "AutoAWQ's layout); quantize the original with `compress awq` instead"
+        )
+    if "lm_head.qweight" in checkpoint:
+        raise UnsupportedError(
+            f"{job.artifact}: its lm_head is quantized, which is not supported by onnx yet; leave lm_head out"
+        )
+    scheme = awq_gemm.scheme_of(quantization)
+    if LAYOUT.wants(scheme) is not None:
+        raise UnsupportedError(
+            f"{job.artifact}: {scheme.label()} is not supported by onnx yet; MatMulNBits takes 4 bits in groups of "
+            f"{', '.join(str(n) for n in sorted(LAYOUT.group_sizes or ()))}"
+        )
+    return True
+
+
+def rope_type(config: Mapping[str, Any]) -> str:
+    """transformers 5's `rope_parameters`, or the `rope_scaling` of older folders."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return str(given.get("rope_type", given.get("type", "default")))
+
+
+def dense_linears(checkpoint: Checkpoint) -> list[str]:
+    """The layers of a quantized artifact's blocks that it left as they were (`compress awq --skip`)."""
+    return [layer for layer in block_linears(checkpoint) if f"{layer}.qweight" not in checkpoint]
+
+
+def restore_dense(graph: genai_graph.Graph, checkpoint: Checkpoint, dense: list[str]) -> None:
+    """Give the nodes whose layers are dense their own weights, in place of `genai_builder.stand_in`'s placeholders."""
+    for node in list(genai_graph.matmul_nbits(graph)):
+        sources = node_sources(checkpoint, node.name)
+        if not {layer for layer, _ in sources} & set(dense):
+            continue
+        rows = [checkpoint.tensor(f"{layer}.weight")[part] for layer, part in sources]
+        genai_graph.make_dense(graph, node, as_numpy(torch.cat(rows).t().contiguous()))
+
+
+def rewrite(graph: genai_graph.Graph, checkpoint: Checkpoint, quantized: bool) -> bool:
+    """Put the artifact's own embedding and lm_head into the graph; whether they are one."""
+    table = checkpoint.tensor("model.embed_tokens.weight")
+    head = checkpoint.tensor("lm_head.weight") if "lm_head.weight" in checkpoint else None
+    tied = head is None or (head.dtype == table.dtype and torch.equal(head, table))
+    genai_graph.store_embedding(graph, as_numpy(table))
+    genai_graph.store_lm_head(graph, None if tied or head is None else as_numpy(head))
+    genai_graph.set_windows(graph, windows(checkpoint))
+    if is_gemma(checkpoint):
+        genai_graph.set_embedding_scale(graph, float(checkpoint.config["hidden_size"]) ** 0.5)
+        genai_graph.set_norms(graph, gemma_norms(checkpoint))
+    if quantized:
+        genai_graph.drop_symmetric_zero_points(graph)
+        genai_graph.fuse_gate_up(graph)
+    elif table.dtype != torch.float32:
+        genai_graph.narrow_linears(graph, as_numpy(table[:1]).dtype)
+    graph.drop_unused()
+    return tied
+
+
+def windows(checkpoint: Checkpoint) -> list[int | None]:
+    """For each block, how many tokens its attention sees, itself included; None where it sees all.
+
+    Configs with `layer_types` say it block by block; the others (Mistral, Phi-3) use their window everywhere.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * int(config.num_hidden_layers)
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def is_gemma(checkpoint: Checkpoint) -> bool:
+    return str(checkpoint.config["architectures"][0]).startswith("Gemma")
+
+
+def gemma_norms(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """`1 + weight` of every norm, by the builder's name for it."""
+    out = {}
+    for name in checkpoint.names():
+        if name.endswith("norm.weight"):
+            value: np.ndarray = 1 + checkpoint.tensor(name).to(torch.float32).numpy()
+            last = f"model.layers.{checkpoint.config['num_hidden_layers']}.final_norm_layernorm.weight"
+            out[last if name == "model.norm.weight" else name] = value
+    return out
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """The same bits; bfloat16 as ml_dtypes has it."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def carry_over(built: Path, job: Job) -> None:
+    """genai_config.json with the asked context as its limit, and the artifact's tokenizer and licence."""
+    config = read_json(built / "genai_config.json")
+    config["search"]["max_length"] = job.context
+    write_bytes_atomically(job.staged / "genai_config.json", json_bytes(config))
+    for path in sorted(built.iterdir()):
+        if path.name not in ("model.onnx", genai_graph.DATA, "genai_config.json"):
+            shutil.copyfile(path, job.staged / path.name)
+
+
+def decoded(folder: Path, expected: reference.Reference) -> Tensor:
+    """Logits `[T, V]` through the bundle's own decoder: the prompt at once, then token by token."""
+    ids = expected.ids_T.tolist()
+    decoder = Decoder(folder, capacity=len(ids))
+    found = [decoder.forward(ids[: expected.prefill]).copy()]
+    found += [decoder.forward([token]).copy() for token in ids[expected.prefill :]]
+    return torch.from_numpy(np.concatenate(found))
+
+
+def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
+    """Bytes by part; `graph` is model.onnx, `other` the norms, biases and rotary tables."""
+    sizes = {"decoder linears": 0, "embedding": 0, "lm_head": 0, "other": 0}
+    linears = {i for n in graph.nodes if n.op_type == "MatMulNBits" for i in n.input[1:]}
+    linears |= {n.input[1].removesuffix("/float32") for n in graph.nodes if n.op_type == "MatMul"}
+    names = {genai_graph.EMBEDDING: "embedding", genai_graph.LM_HEAD: "lm_head"}
+    for name in graph.tensors:
+        part = names.get(name) or ("decoder linears" if name in linears else "other")
+        sizes[part] += graph.array(name).nbytes
+    sizes["graph"] = (folder / "model.onnx").stat().st_size
+    return sizes
+
+
+def notes(tied: bool, activations: str) -> list[str]:
+    out = ['run it: python run.py "Once upon a time" in the folder (pip install -r requirements.txt)']
+    if tied:
+        out.append("lm_head is the embedding; it is stored once")
+    if activations != "float32":
+        out.append(f"activations are {activations}, as you asked: faster, and not exactly what the artifact says")
+    return out

@@ -1,0 +1,169 @@
+"""Format `hf`: the folder for vLLM, SGLang and transformers, with files that start a server on it.
+
+    config.json, *.safetensors, tokenizer ...   the artifact's own files, byte for byte
+    modelopt/                                    the same codes in ModelOpt's layout, with hf_quant_config.json
+    serve/triton, kserve.yaml, kubernetes.yaml   filled in for the target, context and batch
+
+Weights are hard links where the file system allows: they are never written again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import yaml  # type: ignore[import-untyped]
+
+from compress.artifact import MANIFEST, carried_files
+from compress.checkpoint import INDEX, Checkpoint, file_sha256, write_bytes_atomically
+from compress.errors import ArtifactError
+from compress.formats import awq_gemm
+from exporters.hf import modelopt, serve, vllm_rules
+from exporters.reader import Job, Layout, Written
+from exporters.sizing.inventory import part_of, read_model, stored_scheme
+
+# Any codes that vLLM's AWQ and compressed-tensors readers take; the group sizes are those of its Marlin kernel.
+LAYOUT = Layout(num_bits=(4, 8), group_sizes=(128, 64, 32, -1))
+
+
+def write(job: Job) -> Written:
+    """Write `job.staged`. Raises ArtifactError when a file or tensor is not the artifact's."""
+    checkpoint = Checkpoint.open(job.artifact)
+    copied = _copy(checkpoint, job.staged)
+    job.say(f"comparing {len(copied)} files with the artifact's")
+    for name in copied:
+        if file_sha256(job.staged / name) != file_sha256(job.artifact / name):
+            raise ArtifactError(f"{job.staged / name} differs from the artifact's; the disk is faulty, run again")
+    made = Checkpoint.open(job.staged)
+    opened = _reopen(made, job)
+    notes = vllm_rules.check(made)
+    layers, note = _modelopt(made, job)
+    if note:
+        notes.append(note)
+    serving = serve.Serving(
+        name=job.artifact.resolve().name,
+        context=job.context,
+        batch=job.batch,
+        share=job.target.usable,
+        dtype="float16" if layers or "quantization_config" in made.config else "auto",
+        weight_bytes=sum(info.num_bytes for info in made.tensors.values()),
+        gpu=job.target.has_gpu,
+    )
+    texts = serve.files(serving)
+    for name, text in texts.items():
+        path = job.staged / "serve" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomically(path, text.encode())
+        _parse(path)
+    record = {
+        "reader": "vLLM, SGLang, transformers",
+        "modelopt_layers": layers,
+        "serve": sorted(texts),
+        "verified": {
+            "files_equal_to_artifact": len(copied),
+            "tensors_reopened": opened,
+            "modelopt_layers_equal_to_artifact": layers,
+            "vllm_rules": "checked without vLLM",
+        },
+    }
+    return Written(record=record, parts=_parts(job.staged), notes=notes)
+
+
+def _copy(checkpoint: Checkpoint, staged: Path) -> list[str]:
+    """The artifact's files in `staged`; names."""
+    shards = sorted({info.file for info in checkpoint.tensors.values()})
+    index = [INDEX] if (checkpoint.path / INDEX).exists() else []
+    small = ["config.json", *index, *(p.name for p in carried_files(checkpoint.path))]
+    for name in shards:
+        _link(checkpoint.path / name, staged / name)
+    for name in small:
+        write_bytes_atomically(staged / name, (checkpoint.path / name).read_bytes())
+    return [*shards, *small]
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+        with open(target, "rb+") as f:
+            os.fsync(f.fileno())
+
+
+def _reopen(made: Checkpoint, job: Job) -> int:
+    """Read every tensor once: codes and scales must be in range, everything else finite. Returns how many."""
+    scheme = read_model(made.path).scheme
+    layers = [n.removesuffix(".qweight") for n in made.names() if n.endswith(".qweight")]
+    for layer in layers:
+        assert scheme is not None
+        modelopt.stored_layer(made, layer, scheme)
+    packed = {f"{layer}.{s}" for layer in layers for s in awq_gemm.SUFFIXES}
+    for name in made.names():
+        if name in packed:
+            continue
+        value = made.tensor(name)
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ArtifactError(f"{job.artifact}: tensor {name} has NaN or infinite values; quantize the model again")
+    return len(made.names())
+
+
+def _modelopt(made: Checkpoint, job: Job) -> tuple[int, str | None]:
+    """The ModelOpt folder, when the codes allow it: number of layers, and a note on its size or why there is none."""
+    config = made.config.get("quantization_config")
+    if config is None or not job.options.get("modelopt", True):
+        return 0, None  # plain weights need no hf_quant_config.json
+    if config.get("quant_method") != awq_gemm.QUANT_METHOD:
+        return 0, f"no ModelOpt folder: {config.get('quant_method')} codes have no counterpart in its layout"
+    stated = read_model(made.path).scheme
+    assert stated is not None
+    scheme = stored_scheme(made.path, stated)
+    if not scheme.symmetric:
+        return 0, (
+            "no ModelOpt folder (hf_quant_config.json): its layout has no zero points, and these codes have them; "
+            "`compress awq --sym` makes codes that it can hold"
+        )
+
+    def tell(done: int, total: int) -> None:
+        if done == total or done % max(1, total // 10) == 0:
+            job.say(f"ModelOpt layer {done}/{total}")
+
+    folder = made.path / "modelopt"
+    layers = modelopt.write(made.path, folder, scheme, tell)
+    size = sum(p.stat().st_size for p in folder.iterdir())
+    return layers, f"modelopt/ is a second copy of the weights, {size / 1e6:.1f} MB, not counted above"
+
+
+def _parse(path: Path) -> None:
+    """What was written must be what it says it is."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        json.loads(text)
+    elif path.suffix == ".yaml":
+        list(yaml.safe_load_all(text))
+
+
+def _parts(staged: Path) -> dict[str, int]:
+    """Bytes by part of the Hugging Face folder; the ModelOpt copy and the small files are parts of their own."""
+    made = Checkpoint.open(staged)
+    model = read_model(staged)
+    parts = {"decoder linears": 0, "lm_head": 0, "embedding": 0, "norms and biases": 0}
+    for name, info in made.tensors.items():
+        parts[part_name(name, info.shape)] += info.num_bytes
+    if model.tied:
+        parts.pop("lm_head")
+        parts["embedding (tied with lm_head)"] = parts.pop("embedding")
+    parts["tokenizer and configuration"] = sum(
+        p.stat().st_size for p in staged.iterdir() if p.is_file() and p.suffix != ".safetensors" and p.name != MANIFEST
+    )
+    return parts
+
+
+def part_name(name: str, shape: tuple[int, ...]) -> str:
+    """The part of the size table that a tensor belongs to."""
+    layer_tensor = name.rsplit(".", 1)[-1] in (*awq_gemm.SUFFIXES, "weight_packed", "weight_scale", "weight_shape")
+    known = {"linears": "decoder linears", "other": "norms and biases"}
+    part = "linears" if layer_tensor else part_of(name, len(shape))
+    return known.get(part, part)

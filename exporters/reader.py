@@ -1,0 +1,68 @@
+"""What an export format is: the layout its reader needs, and a function that writes and proves a folder.
+
+A format is a module with two names:
+
+    LAYOUT: Layout                   what its reader demands of the artifact's quantized weights
+    write(job: Job) -> Written       write `job.staged`, run what was written, compare it with the artifact
+
+`write` raises UnsupportedError for a model that the format cannot hold ("not supported by FORMAT yet", naming the
+architecture), and ArtifactError when what it wrote does not compute what the artifact says. The driver
+(`exporters.export`) resolves the artifact, checks that it fits the target, quantizes it again where the layout asks for
+that, adds the manifest, and renames the staged folder into place: a format never does any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.scheme import Scheme
+from exporters.sizing.targets import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a reader demands of quantized weights; an unquantized folder always passes.
+
+    num_bits, group_sizes: what it reads (None: anything). symmetric: every zero point must be 2**(num_bits - 1).
+    """
+
+    num_bits: tuple[int, ...] = (4,)
+    group_sizes: tuple[int, ...] | None = None
+    symmetric: bool = False
+
+    def wants(self, scheme: Scheme) -> Scheme | None:
+        """The scheme to quantize again with, or None when `scheme` will do. The smallest change that fits."""
+        num_bits = scheme.num_bits if scheme.num_bits in self.num_bits else self.num_bits[0]
+        sizes = self.group_sizes
+        group_size = scheme.group_size if sizes is None or scheme.group_size in sizes else sizes[0]
+        wanted = Scheme(num_bits=num_bits, group_size=group_size, symmetric=scheme.symmetric or self.symmetric)
+        return None if wanted == scheme else wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One export. `staged` is an empty folder; `context` and `batch` count tokens and sequences."""
+
+    artifact: Path
+    target: Target
+    context: int
+    batch: int
+    staged: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a format made.
+
+    record: JSON for the manifest (versions of the tools used, dialect, and under `verified` the tolerance and the
+    largest difference seen). parts: bytes by name of part, such as `decoder linears`, `lm_head`, `embedding`.
+    """
+
+    record: dict[str, Any]
+    parts: dict[str, int]
+    notes: list[str] = field(default_factory=list)
