@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import json_bytes, read_json, write_bytes_atomically
 from compress.errors import ArtifactError
+from compress.files import json_bytes, read_json, write_bytes_atomically
 
 MANIFEST = "compress.json"
 SCHEMA = 1

@@ -15,19 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from compress.artifact import Manifest, carried_files, write_manifest
-from compress.checkpoint import (
-    file_sha256,
-    json_bytes,
-    link_shards,
-    merge_shards,
-    read_json,
-    save_atomically,
-    save_in_parts,
-    tensor_sha256,
-    write_bytes_atomically,
-)
+from compress.files import file_sha256, json_bytes, read_json, write_bytes_atomically
 from compress.journal import Journal, publish
 from compress.model import StreamedModel
+from compress.shards import link_shards, merge_shards, save_atomically, save_in_parts, tensor_sha256
 from compress.verify import verify_written
 
 MAX_SHARD_BYTES = 5_000_000_000

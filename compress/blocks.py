@@ -26,7 +26,8 @@ from compress import distributed
 from compress.background import BackgroundStore
 from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, find_groups
-from compress.model import StreamedModel, linears, set_weight_OI
+from compress.linear import linears, set_weight_OI
+from compress.model import StreamedModel
 from compress.quantized import QuantizedWeight
 from compress.statistics import InputStatistics, collecting
 

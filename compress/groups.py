@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.model import is_linear, linears, parameter, weight_OI
+from compress.linear import is_linear, linears, parameter, weight_OI
 
 # float32 noise of a ratio of two block activations; wrong producers miss by orders of magnitude more.
 _PROPORTIONAL = 1e-3

@@ -17,19 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from compress.blocks import BlockResult
-from compress.checkpoint import (
-    IO_THREADS,
-    file_sha256,
-    fsync_dir,
-    json_bytes,
-    read_json,
-    save_atomically,
-    tensor_sha256,
-    write_bytes_atomically,
-)
 from compress.errors import ArtifactError, ConfigError
+from compress.files import IO_THREADS, file_sha256, fsync_dir, json_bytes, read_json, write_bytes_atomically
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
+from compress.shards import save_atomically, tensor_sha256
 
 RUN = "run.json"
 Pack = Callable[[QuantizedWeight], dict[str, Tensor]]

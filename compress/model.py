@@ -10,9 +10,7 @@ Shapes: B batch, T tokens, H hidden size, V vocabulary, O out_features, I in_fea
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -24,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint
+from compress.dense import read_dense
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
-from compress.formats import awq_gemm, pack_quantized
-from compress.scheme import Scheme
+from compress.linear import is_linear
+from compress.names import source_names
 
 
 @dataclass(frozen=True)
@@ -49,33 +48,6 @@ def configure_allocator() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def is_linear(module: nn.Module) -> bool:
-    """A matrix product with a stored weight: `nn.Linear`, or GPT-2's `Conv1D`, which stores it transposed."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def weight_OI(module: nn.Module) -> Tensor:
-    """The layer's weight as `[out_features, in_features]`, a view."""
-    weight = parameter(module, "weight")
-    return weight.t() if is_conv1d(module) else weight
-
-
-def parameter(module: nn.Module, name: str) -> Tensor:
-    """A parameter's data by name."""
-    value = module._parameters[name]
-    assert value is not None
-    return value.data
-
-
-def set_weight_OI(module: nn.Module, w_OI: Tensor) -> None:
-    """Overwrite the layer's weight in place."""
-    weight_OI(module).copy_(w_OI)
-
-
 class StreamedModel:
     """A checkpoint and its transformers model on the meta device. See `open`."""
 
@@ -87,7 +59,7 @@ class StreamedModel:
         self.base: nn.Module = getattr(model, str(model.base_model_prefix))
         self.blocks_name, self.blocks = find_blocks(model)
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._source = _source_names(checkpoint, model)
+        self._source = source_names(checkpoint, model)
         self._returns_tuple = False
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._wide = False
@@ -425,114 +397,6 @@ def _widened(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, dict):
         return {key: _widened(v, dtype) for key, v in value.items()}
     return value
-
-
-def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The block's linear layers by name, in order of definition."""
-    return {name: m for name, m in block.named_modules() if is_linear(m)}
-
-
-def skipped(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a layer's full name matches one of the user's glob patterns, as a whole or as a part."""
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*{p}*") for p in patterns)
-
-
-def read_dense(checkpoint: Checkpoint, names: Sequence[str], *, pinned: bool = False) -> dict[str, Tensor]:
-    """Tensors by name; a quantized layer's `weight` is dequantized to float32 `[O, I]`. pinned: see `read_pinned`."""
-    plain = [n for n in names if n in checkpoint and not _is_quantized(checkpoint, n)]
-    out = checkpoint.read_pinned(plain) if pinned else checkpoint.read(plain)
-    config = quantization_of(checkpoint)
-    for name in names:
-        if name in out:
-            continue
-        layer = name.removesuffix(".weight")
-        if config is None:
-            checkpoint.info(name)  # raises, naming the missing tensor
-        if f"{layer}.qweight" in checkpoint:
-            parts = checkpoint.read(f"{layer}.{s}" for s in awq_gemm.SUFFIXES)
-            short = {k.rsplit(".", 1)[1]: v for k, v in parts.items()}
-            out[name] = awq_gemm.read(short, _awq_scheme(config or {}), layer).dequantize()
-        elif f"{layer}.weight_scale" in checkpoint:
-            stored = [n for n in checkpoint.tensors if n.startswith(f"{layer}.weight")]
-            parts = {n.removeprefix(f"{layer}."): t for n, t in checkpoint.read(stored).items()}
-            out[name] = pack_quantized.dequantize(parts, pack_quantized.weight_args(config or {}))
-        else:
-            checkpoint.info(name)
-    return out
-
-
-def quantization_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The folder's `quantization_config`, or None for plain weights. UnsupportedError for one we cannot read."""
-    config = checkpoint.config.get("quantization_config")
-    if config is None:
-        return None
-    method = config.get("quant_method")
-    if method not in (awq_gemm.QUANT_METHOD, pack_quantized.QUANT_METHOD):
-        raise UnsupportedError(
-            f"{checkpoint.path}: quant_method {method!r} is not read; AutoAWQ gemm and compressed-tensors folders are"
-        )
-    result: dict[str, Any] = config
-    return result
-
-
-def _awq_scheme(config: dict[str, Any]) -> Scheme:
-    return awq_gemm.scheme_of(config)
-
-
-def _is_quantized(checkpoint: Checkpoint, name: str) -> bool:
-    return name.endswith(".weight") and f"{name}_scale" in checkpoint
-
-
-def _source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
-    """For each of the model's state names, the checkpoint's name for it.
-
-    Folders differ in whether they carry the base model's prefix (GPT-2's often do not), keep names that transformers
-    has changed since (GPT-NeoX's `embed_out`), and leave out tied tensors.
-    """
-    prefix = f"{model.base_model_prefix}."
-    stored = _stored_names(checkpoint, model)
-    tied = _tied(model)
-    out: dict[str, str] = {}
-    for name in model.state_dict(keep_vars=True):
-        for candidate in (name, tied.get(name, name)):
-            options = (candidate, candidate.removeprefix(prefix), prefix + candidate)
-            found = next((o for o in options if o in stored), None)
-            if found is not None:
-                out[name] = stored[found]
-                break
-        else:
-            raise ArtifactError(
-                f"{checkpoint.path}: tensor {name} is missing; the download may be incomplete, fetch the model again"
-            )
-    return out
-
-
-def _stored_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
-    """Today's name of every dense tensor the folder can give -> its name there (`.weight` for a quantized one)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
-    out: dict[str, str] = {}
-    for name in checkpoint.names():
-        dense = re.sub(r"\.(qweight|weight_packed)$", ".weight", name)
-        today = dense
-        for renaming in renamings:
-            today = renaming.rename_source_key(today)[0]
-        out[today] = dense
-        out.setdefault(dense, dense)
-    return out
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Output matrix name -> input embedding name, when the config ties them."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return {}
-    names = {id(m): n for n, m in model.named_modules()}
-    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    if output is None:
-        return {}
-    return {f"{names[id(output)]}.weight": f"{names[id(embedding)]}.weight"}
 
 
 def _refuse_experts(checkpoint: Checkpoint, model: nn.Module) -> None:

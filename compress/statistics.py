@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress import distributed
 from compress.groups import Group
-from compress.model import weight_OI
+from compress.linear import weight_OI
 
 # Columns of the Gram matrix that one product gives: the fewer, the less is multiplied twice, the slower each product.
 _TILE = 192

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.checkpoint import IO_THREADS, Checkpoint
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
+from compress.files import IO_THREADS
 
 # Column j of each run of eight lies in this nibble of its word.
 _NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)

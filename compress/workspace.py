@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.artifact import BUNDLED, MANIFEST, parent_path, read_manifest
-from compress.checkpoint import INDEX, SINGLE, read_json
+from compress.checkpoint import INDEX, SINGLE
 from compress.errors import ArtifactError, ConfigError
+from compress.files import read_json
 
 WORKSPACE = Path("artifacts")
 
@@ -121,7 +122,8 @@ def _bundled(said: str) -> Source:
 def is_reference(path: Path) -> bool:
     """Whether a folder's weights are the bundled reference model's (or quantized from them), byte for byte."""
     import calibration_data
-    from compress.checkpoint import SINGLE, file_sha256
+    from compress.checkpoint import SINGLE
+    from compress.files import file_sha256
 
     bundled = calibration_data.reference_model()
     if path.resolve() == bundled.resolve():

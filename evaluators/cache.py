@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from compress.checkpoint import save_atomically
 from compress.runtime.runner import Tokens
 from compress.runtime.streamed import Kept, TorchReading, TorchRunner
 from compress.runtime.watch import Observed
+from compress.shards import save_atomically
 
 LARGEST = 4 << 30
 TOTAL = 16 << 30

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from compress import calibration
-from compress.artifact import Manifest, read_manifest, write_manifest
-from compress.checkpoint import Checkpoint, file_sha256, read_json
-from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.artifact import read_manifest
+from compress.errors import ArtifactError, ConfigError
 from compress.runtime import watch
-from compress.runtime.ort import OnnxRunner, find_graph
+from compress.runtime.ort import OnnxRunner
 from compress.runtime.runner import Tokens
 from compress.runtime.streamed import TorchReading, TorchRunner
 from compress.runtime.watch import Observed
 from evaluators import cache, divergence, gate, harness, internals, tasks
+from evaluators.request import DEFAULT_THRESHOLD, Progress, Request
 from evaluators.results import BlockError, BlockInternals, Metric, Report, Subject, Verdict
-from evaluators.windows import Bos, Windows, load_windows
+from evaluators.subject import _one_tokenizer, open_runner, subject
+from evaluators.windows import Windows, load_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from compress.runtime.ort import OnnxReading
 
-DEFAULT_THRESHOLD = 0.98
 _VERSIONS = (
     "compress-toolkit",
     "torch",
@@ -43,39 +40,6 @@ _VERSIONS = (
     "onnxruntime",
     "lm_eval",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to judge. `reference` is the original; `data` a text as for calibration; `tasks` are `[NAME=]FILE.jsonl`.
-
-    threshold None: measure and report, no verdict. cache_folder None: nothing is cached.
-    """
-
-    candidate: Path
-    reference: Path
-    data: str
-    tasks: tuple[str, ...] = ()
-    lm_eval: tuple[str, ...] = ()
-    limit: int | None = None
-    threshold: float | None = None
-    rule: gate.Rule = "bounds"
-    confidence: float = 0.95
-    context: int = 512
-    stride: int | None = None
-    min_context: int | None = None
-    bos: Bos = "auto"
-    max_tokens: int = 102_400
-    device: str = "cpu"
-    dtype: str = "float32"
-    cache_folder: Path | None = None
-
-
-class Progress(Protocol):
-    """What an evaluation tells while it runs."""
-
-    def stage(self, what: str) -> None: ...
-    def block(self, done: int, total: int) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -180,78 +144,6 @@ def evaluate(request: Request, progress: Progress) -> Report:
 
 
 # ---- models ------------------------------------------------------------------------------------------
-
-
-def open_runner(path: Path, request: Request, progress: Progress) -> TorchRunner | OnnxRunner:
-    """The runner for what a folder holds: safetensors, or an ONNX graph."""
-    import torch
-
-    if next(path.glob("*.engine"), None) or next(path.glob("*.plan"), None):
-        raise UnsupportedError(
-            f"{path} holds a TensorRT engine, which runs on its own device only; judge the ONNX folder or the "
-            "quantized folder that it was built from"
-        )
-    if next(path.glob("*.safetensors"), None):
-        dtype = getattr(torch, request.dtype)
-        return TorchRunner.open(path, device=request.device, dtype=dtype, on_block=progress.block)
-    if next(path.glob("*.onnx"), None):
-        return OnnxRunner.open(path)
-    raise ArtifactError(f"{path} holds neither safetensors nor an .onnx graph; pass a model folder")
-
-
-def subject(path: Path) -> Subject:
-    """Facts of a model folder, read from its headers. num_parameters counts what the reader computes with."""
-    if next(path.glob("*.safetensors"), None):
-        checkpoint = Checkpoint.open(path)
-        size = sum(checkpoint.info(n).num_bytes for n in checkpoint.names())
-        method = checkpoint.config.get("quantization_config", {}).get("quant_method")
-        parameters = _parameters(checkpoint)
-        return Subject(
-            path=str(path),
-            sha256=checkpoint.content_sha256(),
-            format=str(method or "plain"),
-            runtime=TorchRunner.runtime,
-            weight_bytes=size,
-            num_parameters=parameters,
-            bits_per_weight=8 * size / max(1, parameters),
-        )
-    graph = find_graph(path)
-    files = [graph, *sorted(path.glob(f"{graph.name}*data")), *sorted(path.glob(f"{graph.stem}*.bin"))]
-    size = sum(f.stat().st_size for f in files)
-    return Subject(
-        path=str(path),
-        # The weights lie outside the graph: two exports of one architecture may have the same graph.
-        sha256=hashlib.sha256("".join(f"{f.name}\0{file_sha256(f)}\n" for f in files).encode()).hexdigest(),
-        format="onnx",
-        runtime=OnnxRunner.runtime,
-        weight_bytes=size,
-        num_parameters=0,
-        bits_per_weight=0.0,
-    )
-
-
-def _parameters(checkpoint: Checkpoint) -> int:
-    """Parameters of the model as it computes, tied ones once, however they are stored."""
-    from compress.model import StreamedModel
-
-    model = StreamedModel.open(checkpoint.path)
-    parameters = dict(model.model.named_parameters())
-    return sum({model.source_name(name): p.numel() for name, p in parameters.items()}.values())
-
-
-def _one_tokenizer(request: Request) -> PreTrainedTokenizerBase:
-    """The reference's tokenizer; ConfigError when the candidate has another one."""
-    tokenizer = calibration.load_tokenizer(request.reference)
-    if (request.candidate / "tokenizer.json").exists() or (request.candidate / "tokenizer_config.json").exists():
-        other = calibration.load_tokenizer(request.candidate)
-        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-        if ours != theirs:
-            differing = len(set(ours.items()) ^ set(theirs.items()))
-            raise ConfigError(
-                f"{request.candidate} and {request.reference} have different tokenizers ({len(theirs)} and {len(ours)} "
-                f"tokens, {differing} entries differ); pass the candidate's own original with --reference"
-            )
-    return tokenizer
 
 
 def _how_many_to_watch(runners: Mapping[str, TorchRunner | OnnxRunner], windows: Windows) -> int:
@@ -481,51 +373,3 @@ def versions() -> dict[str, str]:
 
 
 # ---- memory of earlier reports -------------------------------------------------------------------------
-
-
-def brief(report: Report) -> dict[str, Any]:
-    """What a manifest keeps of a report: enough to compare candidates by, nothing that changes with time."""
-    kept = ("perplexity", "kl_mean", "top1_agreement", "perplexity_recovery")
-    return {
-        "kind": "evaluation",
-        "reference_sha256": report.reference.sha256,
-        "text": {k: v for k, v in report.text.items() if k != "source"},
-        "bits_per_weight": report.candidate.bits_per_weight,
-        "weight_bytes": report.candidate.weight_bytes,
-        "metrics": {m.name: m.value for m in report.metrics if m.name in kept or m.name.endswith("_acc")},
-        "gate": dict(report.gate) if report.gate else None,
-        "outcome": report.outcome,
-    }
-
-
-def remember(folder: Path, report: Report) -> bool:
-    """Put the brief into the candidate's manifest, in place of an earlier one on the same text and gate."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return False
-    new = json.loads(json.dumps(brief(report)))
-    old = [
-        r for r in manifest.reports
-        if r.get("kind") != "evaluation" or r.get("text") != new["text"] or r.get("gate") != new["gate"]
-    ]  # fmt: skip
-    try:
-        write_manifest(folder, Manifest(lineage=manifest.lineage, reports=[*old, new]))
-    except OSError:
-        return False
-    return True
-
-
-def others(report: Report, workspace: Path) -> list[dict[str, Any]]:
-    """Briefs of the workspace's other artifacts that were judged against the same reference on the same text."""
-    mine = brief(report)
-    out = []
-    for path in sorted(workspace.glob("*/compress.json")):
-        if path.parent.resolve() == Path(report.candidate.path).resolve():
-            continue
-        found = [
-            r for r in read_json(path).get("reports", [])
-            if r.get("reference_sha256") == mine["reference_sha256"] and r.get("text") == mine["text"]
-        ]  # fmt: skip
-        if found:
-            out.append({**found[-1], "path": path.parent.name})
-    return out

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from compress.checkpoint import write_bytes_atomically
+from compress.files import write_bytes_atomically
 from evaluators.results import Metric, Report, Verdict
 
 # What a person looks at first, and what it is called in the tables.

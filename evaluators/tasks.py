@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compress.checkpoint import file_sha256
 from compress.errors import ConfigError
+from compress.files import file_sha256
 from compress.runtime.runner import Reading, Tokens
 
 if TYPE_CHECKING:

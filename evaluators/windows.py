@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from compress import calibration
+from compress import calibration, tokens
 from compress.errors import ConfigError
 from compress.runtime.runner import Tokens
 
@@ -109,7 +109,7 @@ def load_windows(
         bos=front is not None,
         source=text.source,
         text_sha256=text.text_sha256,
-        ids_sha256=calibration.ids_sha256(ids_S[None]),
+        ids_sha256=tokens.ids_sha256(ids_S[None]),
         num_bytes=sum(len(t.encode("utf-8", errors="replace")) for t in scored),
     )
 

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import compress
 from compress.artifact import BUNDLED, Manifest, read_manifest, rebased, write_manifest
-from compress.checkpoint import Checkpoint, file_sha256
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.files import file_sha256
 from compress.journal import check_free_space, publish
 from compress.workspace import WORKSPACE, Source
 from exporters.reader import Job, Layout, Written

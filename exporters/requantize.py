@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress import calibration
+from compress import calibration, tokens
 from compress.artifact import parent_path, read_manifest
 from compress.blocks import BlockDone
 from compress.checkpoint import Checkpoint
@@ -122,7 +122,7 @@ def _check_text(request: AwqRequest, record: Mapping[str, Any], artifact: Path) 
         return
     text = calibration.load(
         request.calib,
-        calibration.load_tokenizer(request.source.path),
+        tokens.load_tokenizer(request.source.path),
         num_samples=request.samples,
         seq_len=request.seq_len,
         seed=request.seed,

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from compress.checkpoint import Checkpoint
+from compress.dense import read_dense
 from compress.formats import awq_gemm
-from compress.model import StreamedModel, read_dense
+from compress.model import StreamedModel
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve

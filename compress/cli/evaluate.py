@@ -91,11 +91,12 @@ def command(
     if not as_json:
         said = f"candidate: {source.said}\nreference: {original}\ncomputed on: {described(device)}"
         print(said, file=sys.stderr)
-    from evaluators import cache, evaluate
+    from evaluators import cache, evaluate, memory
     from evaluators.gate import EXIT_CODES
     from evaluators.report import to_json, to_text, write_reports
+    from evaluators.request import Request
 
-    request = evaluate.Request(
+    request = Request(
         candidate=source.path,
         reference=original,
         data=data or str(calibration_data.default_evaluation()),
@@ -109,11 +110,11 @@ def command(
         found = evaluate.evaluate(request, shown)
     print(to_json(found).decode().rstrip() if as_json else to_text(found))
     if report is not None:
-        files, note = write_reports(found, report, evaluate.others(found, WORKSPACE))
+        files, note = write_reports(found, report, memory.others(found, WORKSPACE))
         print(f"wrote {', '.join(str(f) for f in files)}", file=sys.stderr)
         if note:
             print(note, file=sys.stderr)
-    evaluate.remember(source.path, found)
+    memory.remember(source.path, found)
     _exit(found, EXIT_CODES)
 
 

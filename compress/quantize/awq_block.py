@@ -23,7 +23,7 @@ from compress import numerics
 from compress.blocks import BlockResult, LoadedBlock
 from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, apply_fold, output_unchanged, restore, scale_columns
-from compress.model import is_linear, linears, parameter, set_weight_OI, skipped, weight_OI
+from compress.linear import is_linear, linears, parameter, set_weight_OI, skipped, weight_OI
 from compress.quantize import awq
 from compress.quantize.feedback import Prepared, Rounded, kept_share, prepare, round_with_feedback
 from compress.quantize.refit import refit_scales

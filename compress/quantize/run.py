@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import calibration, distributed
+from compress import calibration, distributed, sampling, tokens
 from compress.artifact import BUNDLED, Manifest, read_manifest, rebased
 from compress.assemble import assemble, was_published, write_rest
 from compress.background import meanwhile
@@ -23,7 +23,8 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import awq_gemm
 from compress.journal import Journal, check_free_space
-from compress.model import StreamedModel, is_conv1d, linears, skipped, weight_OI
+from compress.linear import is_conv1d, linears, skipped, weight_OI
+from compress.model import StreamedModel
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
 from compress.quantize.tune import TuneOptions
 from compress.scheme import Scheme
@@ -148,7 +149,7 @@ def _quantize(
             f"--effort best tunes each block on all rows in one process, and {distributed.num_processes()} were "
             "started; start one, or use --effort balanced"
         )
-    tokenizer = calibration.load_tokenizer(request.source.path)
+    tokenizer = tokens.load_tokenizer(request.source.path)
     texts = calibration.load(
         request.calib,
         tokenizer,
@@ -168,7 +169,7 @@ def _quantize(
         "model": str(request.source.path.resolve()),
         "content": model.checkpoint.identity(),
         **request.options(),
-        "calibration": calibration.ids_sha256(ids_NT),
+        "calibration": tokens.ids_sha256(ids_NT),
         "versions": versions(),
     }
     if writes:
@@ -313,8 +314,8 @@ def with_own_text(
     if request.calib == "self":
         raise ConfigError("--self-samples adds to a text, but --calib self samples all rows already; raise --samples")
     say(f"sampling {asked} rows of {ids_NT.shape[1]} tokens from the model itself, token by token")
-    own_NT = calibration.sample_from_model(
-        calibration.load_model_float32(request.source.path, request.device),
+    own_NT = sampling.sample_from_model(
+        sampling.load_model_float32(request.source.path, request.device),
         tokenizer,
         num_samples=asked,
         seq_len=ids_NT.shape[1],
@@ -352,7 +353,7 @@ def refuse(model: StreamedModel, request: AwqRequest) -> None:
 
 def left_dense(model: StreamedModel, request: AwqRequest) -> list[str]:
     """Linears that stay in float16: those skipped by the user, and those outside the blocks (the output matrix)."""
-    from compress.model import is_linear
+    from compress.linear import is_linear
 
     outside = [n for n, m in model.model.named_modules() if is_linear(m) and not n.startswith(model.blocks_name + ".")]
     inside = [

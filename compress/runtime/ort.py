@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.checkpoint import read_json
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.files import read_json
 from compress.runtime.runner import Tokens
 
 _DTYPES = {

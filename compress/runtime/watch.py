@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from compress.model import linears, weight_OI
+from compress.linear import linears, weight_OI
 
 ACTIVATION_QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 WATCHED_TOKENS = 2048

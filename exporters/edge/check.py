@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compress.checkpoint import Checkpoint, read_json
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
+from compress.files import read_json
 from exporters.edge.folder import GROUP_SIZE, Handed, expected_dense, expected_int4, head_dim, rope_of
 from exporters.edge.graph import PAGE_TOKENS, Graph, attributes
 from exporters.edge.layout import unpack_fragments

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.checkpoint import json_bytes, read_json, write_bytes_atomically
 from compress.errors import ConfigError, UnsupportedError
+from compress.files import json_bytes, read_json, write_bytes_atomically
 
 VERSION = "0.11.0"
 # The `export` extra of tensorrt-edgellm 0.11.0, and three packages that it leaves open and that shape the bytes of an

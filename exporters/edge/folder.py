@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from compress.artifact import carried_files
-from compress.checkpoint import INDEX, Checkpoint, json_bytes, save_atomically
+from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
+from compress.files import json_bytes
 from compress.formats import awq_gemm
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
+from compress.shards import save_atomically
 
 # model_type -> where that comes from. Every other type is refused before any work.
 ARCHITECTURES = {

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.checkpoint import read_json
 from compress.errors import ArtifactError, UnsupportedError
+from compress.files import read_json
 from exporters.edge.layout import unpack_fragments
 
 DOMAIN = "trt_edgellm"

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import Checkpoint, json_bytes, write_bytes_atomically
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.files import json_bytes, write_bytes_atomically
 from exporters import reference
 from exporters.edge import check as edge_check
 from exporters.edge import env as edge_env

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from compress.artifact import carried_files
-from compress.checkpoint import Checkpoint, save_atomically
+from compress.checkpoint import Checkpoint
 from compress.errors import ConfigError, UnsupportedError
 from compress.formats import awq_gemm
+from compress.shards import save_atomically
 
 PACKAGE = "onnxruntime-genai"
 LM_HEAD = "/lm_head/MatMul"

@@ -25,8 +25,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from compress.checkpoint import fsync_dir, write_bytes_atomically
 from compress.errors import ArtifactError
+from compress.files import fsync_dir, write_bytes_atomically
 
 DATA = "model.onnx.data"
 PAGE = 4096  # large tensors start on a page, so that they can be mapped into memory

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.checkpoint import Checkpoint, json_bytes, read_json, write_bytes_atomically
+from compress.checkpoint import Checkpoint
+from compress.dense import quantization_of
 from compress.errors import ConfigError, UnsupportedError
+from compress.files import json_bytes, read_json, write_bytes_atomically
 from compress.formats import awq_gemm, pack_quantized
-from compress.model import quantization_of
 from exporters import reference
 from exporters.genai import builder as genai_builder
 from exporters.genai import bundle

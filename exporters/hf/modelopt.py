@@ -25,11 +25,13 @@ from torch import Tensor
 
 from compress.artifact import carried_files
 from compress.assemble import MAX_SHARD_BYTES
-from compress.checkpoint import Checkpoint, json_bytes, merge_shards, save_atomically, write_bytes_atomically
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
+from compress.files import json_bytes, write_bytes_atomically
 from compress.formats import awq_gemm
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
+from compress.shards import merge_shards, save_atomically
 
 QUANT_CONFIG = "hf_quant_config.json"
 

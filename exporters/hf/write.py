@@ -18,8 +18,9 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from compress.artifact import MANIFEST, carried_files
-from compress.checkpoint import INDEX, Checkpoint, file_sha256, write_bytes_atomically
+from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import ArtifactError
+from compress.files import file_sha256, write_bytes_atomically
 from compress.formats import awq_gemm
 from exporters.hf import modelopt, serve, vllm_rules
 from exporters.reader import Job, Layout, Written

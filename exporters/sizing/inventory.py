@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from compress.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, read_json
+from compress.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
+from compress.dense import quantization_of
 from compress.errors import ArtifactError, UnsupportedError
+from compress.files import read_json
 from compress.formats import awq_gemm, pack_quantized
-from compress.model import meta_model, quantization_of
+from compress.model import meta_model
 from compress.scheme import Scheme
 
 # Names of config.json's figures, in the order in which they are looked for; the first is today's.

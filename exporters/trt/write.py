@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compress.artifact import carried_files
-from compress.checkpoint import json_bytes, write_bytes_atomically
 from compress.errors import ConfigError
+from compress.files import json_bytes, write_bytes_atomically
 from compress.model import StreamedModel
 from exporters import reference
 from exporters.reader import Job, Layout, Written

@@ -16,7 +16,7 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from compress import calibration
+from compress import tokens
 from compress.runtime.streamed import TorchRunner
 from evaluators.tasks import load_task, requests, score
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300)
     o = parser.parse_args()
     harness = HFLM(pretrained=str(o.model), dtype="float32", device="cpu", batch_size=8)
-    tokenizer = calibration.load_tokenizer(o.model)
+    tokenizer = tokens.load_tokenizer(o.model)
     runner = TorchRunner.open(o.model)
     print(f"lm_eval {metadata.version('lm_eval')}")
     print(

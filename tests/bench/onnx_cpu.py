@@ -49,7 +49,7 @@ def log(text: str) -> None:
 
 def child_export(given: dict[str, Any]) -> dict[str, Any]:
     """Write an ONNX folder (with all of the export's own checks)."""
-    from compress.checkpoint import read_json
+    from compress.files import read_json
     from exporters.genai import write as onnx_genai
     from exporters.reader import Job
     from exporters.sizing.targets import Target

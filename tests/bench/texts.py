@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class CalibrationText(NamedTuple):
-    """text: what `compress awq --calib` reads. ids: int64 [N, T], .npy. sha256: `calibration.ids_sha256` of them."""
+    """text: what `compress awq --calib` reads. ids: int64 [N, T], .npy. sha256: `tokens.ids_sha256` of them."""
 
     text: Path
     ids: Path
@@ -27,9 +27,9 @@ def write_seed(source: Path, seed: int, samples: int, seq_len: int, model: Path,
     """Cut the text of `seed` out of `source`; files go into `folder`. Imports torch."""
     import numpy as np
 
-    from compress import calibration
+    from compress import calibration, tokens
 
-    tokenizer = calibration.load_tokenizer(model)
+    tokenizer = tokens.load_tokenizer(model)
 
     def length(line: str) -> int:
         if source.suffix == ".jsonl":  # documents are parted by one token

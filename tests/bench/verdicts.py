@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import calibration_data
 from compress import numerics
-from compress.model import StreamedModel, linears
+from compress.linear import linears
+from compress.model import StreamedModel
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
-from evaluators.evaluate import Request, evaluate
+from evaluators.evaluate import evaluate
+from evaluators.request import Request
 
 
 class Silent:

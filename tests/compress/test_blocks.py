@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from compress.blocks import BlockResult, LoadedBlock, install, stream
-from compress.model import StreamedModel, weight_OI
+from compress.linear import weight_OI
+from compress.model import StreamedModel
 from compress.quantize.awq_block import AwqOptions, awq_block
 from compress.scheme import Scheme
 

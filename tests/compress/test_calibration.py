@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import calibration_data
-from compress import calibration
+from compress import calibration, sampling, texts, tokens
 from compress.errors import ConfigError
 
 VOCAB = 4096
 END_OF_TEXT = 0
-TOKENIZER = calibration.load_tokenizer(calibration_data.reference_model())
+TOKENIZER = tokens.load_tokenizer(calibration_data.reference_model())
 
 
 def encode(text: str) -> list[int]:
@@ -46,11 +46,11 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
 # packing
 
 
-texts = st.lists(st.text(alphabet="ab é\n語", max_size=30), max_size=8)
+document_lists = st.lists(st.text(alphabet="ab é\n語", max_size=30), max_size=8)
 
 
 @settings(deadline=None, max_examples=60)
-@given(texts, st.integers(1, 4), st.integers(1, 12))
+@given(document_lists, st.integers(1, 4), st.integers(1, 12))
 def test_pack_keeps_every_token_in_order(documents: list[str], num_samples: int, seq_len: int) -> None:
     expected: list[int] = []
     for document in filter(None, documents):
@@ -59,9 +59,9 @@ def test_pack_keeps_every_token_in_order(documents: list[str], num_samples: int,
     sizes = {"num_samples": num_samples, "seq_len": seq_len, "vocab_size": VOCAB}
     if num_rows == 0:
         with pytest.raises(ConfigError, match=f"gives {len(expected)} tokens, one sample needs {seq_len}"):
-            calibration.pack(documents, TOKENIZER, **sizes)
+            tokens.pack(documents, TOKENIZER, **sizes)
         return
-    packed = calibration.pack(documents, TOKENIZER, **sizes)
+    packed = tokens.pack(documents, TOKENIZER, **sizes)
     assert packed.ids_NT.shape == (num_rows, seq_len) and packed.ids_NT.dtype == torch.int64
     assert packed.ids_NT.flatten().tolist() == expected[: num_rows * seq_len]
     assert packed.num_total == packed.ids_NT.numel() + packed.num_unused <= len(expected)
@@ -75,7 +75,7 @@ def test_pack_lines_is_each_line_and_a_line_feed(text: str, num_samples: int, se
     expected = [token for line in text.split("\n") for token in encode(line + "\n")]
     if len(expected) < seq_len:
         return
-    packed = calibration.pack_lines(text, TOKENIZER, num_samples=num_samples, seq_len=seq_len, vocab_size=VOCAB)
+    packed = tokens.pack_lines(text, TOKENIZER, num_samples=num_samples, seq_len=seq_len, vocab_size=VOCAB)
     num_rows = min(num_samples, len(expected) // seq_len)
     assert packed.ids_NT.tolist() == [expected[i * seq_len : (i + 1) * seq_len] for i in range(num_rows)]
 
@@ -85,13 +85,13 @@ def test_pack_stops_reading_when_full() -> None:
         yield "one two three four"
         raise AssertionError("read a document too many")
 
-    packed = calibration.pack(endless(), TOKENIZER, num_samples=1, seq_len=2, vocab_size=VOCAB)
+    packed = tokens.pack(endless(), TOKENIZER, num_samples=1, seq_len=2, vocab_size=VOCAB)
     assert packed.num_unused == len(encode("one two three four")) - 2
 
 
 def test_a_tokenizer_that_adds_bos_marks_documents_by_it(shared_data: Path) -> None:
-    tokenizer = calibration.load_tokenizer(shared_data / "stories260K")
-    packed = calibration.pack(["Once", "upon"], tokenizer, num_samples=1, seq_len=4, vocab_size=512)
+    tokenizer = tokens.load_tokenizer(shared_data / "stories260K")
+    packed = tokens.pack(["Once", "upon"], tokenizer, num_samples=1, seq_len=4, vocab_size=512)
     ids = [*tokenizer("Once").input_ids, *tokenizer("upon").input_ids]
     assert ids.count(tokenizer.bos_token_id) == 2
     assert packed.ids_NT[0].tolist() == ids[:4]
@@ -100,14 +100,14 @@ def test_a_tokenizer_that_adds_bos_marks_documents_by_it(shared_data: Path) -> N
 @pytest.mark.parametrize(("num_samples", "seq_len"), [(0, 8), (4, 0)], ids=["samples", "length"])
 def test_pack_refuses_nothing_to_fill(num_samples: int, seq_len: int) -> None:
     with pytest.raises(ConfigError, match="at least 1 sample of 1 token"):
-        calibration.pack(["text"], TOKENIZER, num_samples=num_samples, seq_len=seq_len, vocab_size=VOCAB)
+        tokens.pack(["text"], TOKENIZER, num_samples=num_samples, seq_len=seq_len, vocab_size=VOCAB)
 
 
 def test_too_short_a_text_names_a_length_that_works() -> None:
     text = "one two three four five six"
     num_tokens = len(encode(text))
     with pytest.raises(ConfigError, match=r"one sample needs 512; pass more text or --seq-len (\d+)$") as caught:
-        calibration.pack([text], TOKENIZER, num_samples=1, seq_len=512, vocab_size=VOCAB)
+        tokens.pack([text], TOKENIZER, num_samples=1, seq_len=512, vocab_size=VOCAB)
     assert f"gives {num_tokens} tokens" in str(caught.value)
     suggested = int(str(caught.value).rsplit(" ", 1)[1])
     assert num_tokens / 2 < suggested <= num_tokens
@@ -116,8 +116,8 @@ def test_too_short_a_text_names_a_length_that_works() -> None:
 def test_ids_beyond_the_vocabulary_are_refused() -> None:
     largest = max(encode("one two"))
     with pytest.raises(ConfigError, match=f"gives id {largest}, the model's vocabulary has {largest} entries"):
-        calibration.pack(["one two"], TOKENIZER, num_samples=1, seq_len=2, vocab_size=largest)
-    calibration.pack(["one two"], TOKENIZER, num_samples=1, seq_len=2, vocab_size=largest + 1)
+        tokens.pack(["one two"], TOKENIZER, num_samples=1, seq_len=2, vocab_size=largest)
+    tokens.pack(["one two"], TOKENIZER, num_samples=1, seq_len=2, vocab_size=largest + 1)
 
 
 # reading
@@ -134,12 +134,12 @@ def test_ids_beyond_the_vocabulary_are_refused() -> None:
 )
 def test_documents(tmp_path: Path, name: str, content: str, expected: list[str]) -> None:
     (tmp_path / name).write_bytes(content.encode("utf-8"))
-    assert list(calibration.documents(str(tmp_path / name))) == expected
+    assert list(texts.documents(str(tmp_path / name))) == expected
 
 
 def test_parquet_documents(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"id": [1, 2], "text": ["one", "two"], "title": ["x", "y"]})
-    assert list(calibration.documents(str(path))) == ["one", "two"]
+    assert list(texts.documents(str(path))) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes,
         pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        list(calibration.documents(str(tmp_path / name)))
+        list(texts.documents(str(tmp_path / name)))
 
 
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.txt does not exist; pass --calib FILE\.txt"):
-        calibration.documents(str(tmp_path / "nowhere.txt"))
+        texts.documents(str(tmp_path / "nowhere.txt"))
     with pytest.raises(ConfigError, match="is a folder"):
-        calibration.documents(str(tmp_path))
+        texts.documents(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 def test_unusable_parquet_is_refused(tmp_path: Path, columns: dict[str, list[Any]], message: str) -> None:
     path = write_parquet(tmp_path / "a.parquet", columns)
     with pytest.raises(ConfigError, match=message):
-        list(calibration.documents(str(path)))
+        list(texts.documents(str(path)))
 
 
 def test_missing_libraries_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,24 +198,24 @@ def test_missing_libraries_name_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setitem(sys.modules, module, None)  # None makes the import fail
     for spec in (str(tmp_path / "a.parquet"), "hf:some/set"):
         with pytest.raises(ConfigError, match=r"which is not installed; .*compress-toolkit\[datasets\]"):
-            list(calibration.documents(spec))
+            list(texts.documents(spec))
 
 
 def test_hub_documents_from_a_local_data_set(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     rows = [{"text": "one", "title": "x"}, {"text": "two", "title": "y"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert list(calibration.documents(f"hf:{tmp_path}")) == ["one", "two"]
-    assert list(calibration.documents(f"hf:{tmp_path}:train:title")) == ["x", "y"]
+    assert list(texts.documents(f"hf:{tmp_path}")) == ["one", "two"]
+    assert list(texts.documents(f"hf:{tmp_path}:train:title")) == ["x", "y"]
     with pytest.raises(ConfigError, match="column `body` is missing"):
-        list(calibration.documents(f"hf:{tmp_path}:train:body"))
+        list(texts.documents(f"hf:{tmp_path}:train:body"))
 
 
 @pytest.mark.parametrize("spec", ["hf:", "hf:a:b:c:d"], ids=["no name", "too many parts"])
 def test_malformed_hub_name_is_refused(spec: str) -> None:
     pytest.importorskip("datasets")
     with pytest.raises(ConfigError, match=r"is not hf:DATASET"):
-        list(calibration.documents(spec))
+        list(texts.documents(spec))
 
 
 # all of it
@@ -226,7 +226,7 @@ def test_bundled_text_fills_the_default_size() -> None:
     assert made.ids_NT.shape == (128, 512)
     assert made.source == "bundled:self_sampled"
     assert made.num_tokens_total == made.ids_NT.numel() + made.num_tokens_unused
-    everything = calibration.documents(str(calibration_data.default_calibration()))
+    everything = texts.documents(str(calibration_data.default_calibration()))
     spare = sum(len(encode(text)) + 1 for text in everything) - 1 - 128 * 512
     assert 0.02 < spare / (128 * 512) < 0.05
 
@@ -239,7 +239,7 @@ def test_text_file_is_cut_as_other_quantizers_are_measured(tmp_path: Path) -> No
     assert made.ids_NT.flatten().tolist() == sum(lines, [])[:8]
     assert made.source == f"file:{path}"
     assert made.num_documents == 1
-    assert made.text_sha256 == calibration.text_sha256([path.read_text(encoding="utf-8")])
+    assert made.text_sha256 == texts.text_sha256([path.read_text(encoding="utf-8")])
 
 
 def test_fewer_rows_than_asked_for_is_no_error(tmp_path: Path) -> None:
@@ -252,11 +252,11 @@ def test_fewer_rows_than_asked_for_is_no_error(tmp_path: Path) -> None:
 
 def test_hashes_follow_content() -> None:
     ids_NT = torch.arange(6).view(2, 3)
-    assert calibration.ids_sha256(ids_NT) == calibration.ids_sha256(ids_NT.T.contiguous().T)
-    assert len({calibration.ids_sha256(i) for i in (ids_NT, ids_NT.view(3, 2), ids_NT + 1)}) == 3
-    assert calibration.text_sha256(["ab"]) != calibration.text_sha256(["a", "b"])
+    assert tokens.ids_sha256(ids_NT) == tokens.ids_sha256(ids_NT.T.contiguous().T)
+    assert len({tokens.ids_sha256(i) for i in (ids_NT, ids_NT.view(3, 2), ids_NT + 1)}) == 3
+    assert texts.text_sha256(["ab"]) != texts.text_sha256(["a", "b"])
     # sha256 of "abc" as published in FIPS 180-4's examples
-    assert calibration.text_sha256(["abc"]).startswith("ba7816bf8f01cfea")
+    assert texts.text_sha256(["abc"]).startswith("ba7816bf8f01cfea")
 
 
 def test_no_default_without_network_says_what_to_pass() -> None:
@@ -277,26 +277,26 @@ def test_importing_it_is_fast() -> None:
 
 def test_tokenizer_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
-        calibration.load_tokenizer(tmp_path / "nowhere")
+        tokens.load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        calibration.load_tokenizer(tmp_path)
+        tokens.load_tokenizer(tmp_path)
     shutil.copytree(calibration_data.reference_model(), tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "m" / "tokenizer.json").write_text('{"broken"', encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot be loaded .*put the model's tokenizer.json"):
-        calibration.load_tokenizer(tmp_path / "m")
+        tokens.load_tokenizer(tmp_path / "m")
 
 
 # text sampled from the model
 
 
 def sample(model: Any, tokenizer: Any, **options: int) -> torch.Tensor:
-    return calibration.sample_from_model(model, tokenizer, **({"num_samples": 6, "seq_len": 24, "seed": 3} | options))
+    return sampling.sample_from_model(model, tokenizer, **({"num_samples": 6, "seq_len": 24, "seed": 3} | options))
 
 
 @pytest.fixture(scope="module")
 def stories(shared_data: Path) -> tuple[Any, Any]:
     folder = shared_data / "stories260K"
-    return calibration.load_model_float32(folder), calibration.load_tokenizer(folder)
+    return sampling.load_model_float32(folder), tokens.load_tokenizer(folder)
 
 
 def test_sample_depends_on_its_seed_and_on_no_batch(stories: tuple[Any, Any]) -> None:
@@ -352,14 +352,14 @@ def test_a_new_text_begins_after_end_of_text_and_padding_is_never_drawn(stories:
 @pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.9999999999, 2)])
 def test_invert_never_draws_what_has_no_probability(uniform: float, expected: int) -> None:
     probability_BV = torch.tensor([[0.0, 0.25, 0.75, 0.0]], dtype=torch.float64)
-    assert calibration._invert(probability_BV, torch.tensor([uniform], dtype=torch.float64)).item() == expected
+    assert sampling._invert(probability_BV, torch.tensor([uniform], dtype=torch.float64)).item() == expected
 
 
 def test_load_self(shared_data: Path) -> None:
     folder = shared_data / "stories260K"
     made = calibration.load(
         "self",
-        calibration.load_tokenizer(folder),
+        tokens.load_tokenizer(folder),
         num_samples=2,
         seq_len=8,
         seed=0,

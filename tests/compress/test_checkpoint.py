@@ -8,17 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import (
-    INDEX,
-    Checkpoint,
-    file_sha256,
-    link_shards,
-    merge_shards,
-    save_atomically,
-    save_in_parts,
-    tensor_sha256,
-)
+from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import ArtifactError
+from compress.files import file_sha256
+from compress.shards import link_shards, merge_shards, save_atomically, save_in_parts, tensor_sha256
 
 
 @pytest.fixture

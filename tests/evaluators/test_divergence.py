@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress import calibration
+from compress import tokens
 from compress.errors import ArtifactError, ConfigError
 from compress.runtime import streamed as torch_runner
 from compress.runtime.runner import Tokens
@@ -173,7 +173,7 @@ def test_windows_cover_every_token_once() -> None:
 
 
 def test_windows_state_their_bos_and_refuse_double_scoring(reference_model: Path, calib_text: Path) -> None:
-    tokenizer = calibration.load_tokenizer(reference_model)
+    tokenizer = tokens.load_tokenizer(reference_model)
     options: dict[str, Any] = {
         "context": 32, "stride": None, "min_context": None, "bos": "never", "max_tokens": 256,
         "model": reference_model, "vocab_size": 4096,
@@ -195,7 +195,7 @@ def test_windows_state_their_bos_and_refuse_double_scoring(reference_model: Path
 def test_known_perplexity_of_the_reference_model(reference_model: Path, shared_data: Path) -> None:
     """The model card's 20.186 on WikiText-2 raw test, context 512, first 200 windows, float32."""
     windows = load_windows(
-        str(shared_data / "wikitext-2" / "wiki.test.raw"), calibration.load_tokenizer(reference_model), context=512,
+        str(shared_data / "wikitext-2" / "wiki.test.raw"), tokens.load_tokenizer(reference_model), context=512,
         stride=None, min_context=None, bos="never", max_tokens=200 * 512, model=reference_model, vocab_size=4096,
     )  # fmt: skip
     reading = TorchRunner.open(reference_model).read(windows.sequences)

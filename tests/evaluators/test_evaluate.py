@@ -18,8 +18,9 @@ from compress.errors import ArtifactError, ConfigError
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
-from evaluators import cache, evaluate
+from evaluators import cache, evaluate, memory
 from evaluators.report import to_json, to_junit, to_markdown, to_text, write_reports
+from evaluators.request import Request
 from evaluators.results import Report
 
 
@@ -56,9 +57,9 @@ def other_text(tmp_path: Path, calib_text: Path) -> Path:
     return path
 
 
-def ask(candidate: Path, reference: Path, data: Path, **options: Any) -> evaluate.Request:
+def ask(candidate: Path, reference: Path, data: Path, **options: Any) -> Request:
     chosen = {"threshold": 0.98, "context": 64, "max_tokens": 1024, **options}
-    return evaluate.Request(candidate=candidate, reference=reference, data=str(data), **chosen)
+    return Request(candidate=candidate, reference=reference, data=str(data), **chosen)
 
 
 @pytest.fixture
@@ -81,7 +82,8 @@ def test_round_to_nearest_of_the_reference_model_fails(reference_model: Path, tm
     """Known from the whole text: 94.3 %, far below 98 %."""
     import calibration_data
     from compress import numerics
-    from compress.model import StreamedModel, linears
+    from compress.linear import linears
+    from compress.model import StreamedModel
 
     folder = tmp_path / "rtn"
     shutil.copytree(reference_model, folder)
@@ -184,12 +186,12 @@ def test_engines_and_empty_folders_are_refused(pair: tuple[Path, Path], other_te
 
 
 def test_manifest_remembers_one_brief_a_text(pair: tuple[Path, Path], report: Report) -> None:
-    assert evaluate.remember(pair[1], report) and evaluate.remember(pair[1], report)
+    assert memory.remember(pair[1], report) and memory.remember(pair[1], report)
     manifest = read_manifest(pair[1])
     assert manifest is not None and len(manifest.reports) == 1
     assert manifest.reports[0]["outcome"] == report.outcome
-    assert not evaluate.remember(pair[0], report)
-    near = evaluate.others(replace(report, candidate=replace(report.candidate, path="elsewhere")), pair[1].parent)
+    assert not memory.remember(pair[0], report)
+    near = memory.others(replace(report, candidate=replace(report.candidate, path="elsewhere")), pair[1].parent)
     assert [o["path"] for o in near] == ["quantized"]
 
 

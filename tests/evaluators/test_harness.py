@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress import calibration
+from compress import tokens
 from compress.errors import ConfigError
 from compress.runtime.streamed import TorchRunner
 from evaluators import harness
@@ -34,7 +34,7 @@ def test_missing_harness_says_how_to_get_it(reference_model: Path) -> None:
         pass
     else:
         pytest.skip("lm_eval is installed here")
-    tokenizer = calibration.load_tokenizer(reference_model)
+    tokenizer = tokens.load_tokenizer(reference_model)
     with pytest.raises(ConfigError, match=r"compress-toolkit\[eval\]"):
         harness.run(TorchRunner.open(reference_model), tokenizer, ["piqa"], front=None, limit=1, max_length=512)
 
@@ -48,7 +48,7 @@ def test_a_local_task_answers_as_our_own_does(reference_model: Path, tmp_path: P
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
     (tmp_path / "tiny.yaml").write_text(YAML.replace("FILE", str(file)), encoding="utf-8")
-    runner, tokenizer = TorchRunner.open(reference_model), calibration.load_tokenizer(reference_model)
+    runner, tokenizer = TorchRunner.open(reference_model), tokens.load_tokenizer(reference_model)
     options: dict[str, Any] = {"front": None, "limit": None, "max_length": 512, "include_path": str(tmp_path)}
     (found,) = harness.run(runner, tokenizer, ["tiny_choice"], **options)
     task = load_task(str(file))

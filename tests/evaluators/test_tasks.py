@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress import calibration
+from compress import tokens
 from compress.errors import ConfigError
 from compress.runtime.streamed import TorchRunner
 from evaluators.tasks import encode_pair, load_task, requests, score
@@ -54,7 +54,7 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[Any], message: str) -> No
 
 
 def test_pair_joins_to_the_whole(reference_model: Path) -> None:
-    tokenizer = calibration.load_tokenizer(reference_model)
+    tokenizer = tokens.load_tokenizer(reference_model)
     for context, continuation in (("He was  ", " here"), ("He was", " é"), ("A", " b"), ("x\n", "y")):
         before, after = encode_pair(tokenizer, context, continuation)
         assert before + after == tokenizer(context + continuation, add_special_tokens=False).input_ids
@@ -67,7 +67,7 @@ def test_answers_equal_one_forward_a_request(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    tokenizer = calibration.load_tokenizer(reference_model)
+    tokenizer = tokens.load_tokenizer(reference_model)
     model = AutoModelForCausalLM.from_pretrained(reference_model, dtype=torch.float32).eval()
     task = load_task(str(write(tmp_path / "task.jsonl", rows)))
     asked = requests(task, tokenizer, front=front, max_length=512)
@@ -94,7 +94,7 @@ def test_answers_equal_one_forward_a_request(
 
 
 def test_long_contexts_lose_their_start(reference_model: Path, tmp_path: Path) -> None:
-    tokenizer = calibration.load_tokenizer(reference_model)
+    tokenizer = tokens.load_tokenizer(reference_model)
     task = load_task(str(write(tmp_path / "t.jsonl", [{"text": "word " * 600 + "river"}])))
     (request,) = requests(task, tokenizer, front=None, max_length=64)
     assert len(request.tokens.ids_T) == 64 and request.tokens.first + len(request.target) == 64

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from compress.artifact import parent_path, read_manifest
-from compress.checkpoint import Checkpoint, file_sha256, read_json
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.files import file_sha256, read_json
 from compress.formats import awq_gemm
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from compress.checkpoint import Checkpoint, file_sha256
+from compress.checkpoint import Checkpoint
+from compress.files import file_sha256
 from compress.formats.awq_gemm import unpack_columns
 from compress.quantize.run import AwqOutcome, AwqRequest, quantize_awq
 from compress.scheme import Scheme

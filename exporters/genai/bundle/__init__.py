@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compress.checkpoint import write_bytes_atomically
+from compress.files import write_bytes_atomically
 
 FILES = ("run.py", "requirements.txt")
 

@@ -13,9 +13,10 @@ import onnx
 import torch
 from torch import Tensor
 
+from compress.dense import quantization_of, read_dense
 from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import awq_gemm
-from compress.model import StreamedModel, quantization_of, read_dense
+from compress.model import StreamedModel
 from compress.scheme import Scheme
 from exporters.trt.graph.external import Stored
 

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.artifact import read_manifest
-from compress.calibration import load_tokenizer
-from compress.checkpoint import Checkpoint, file_sha256
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, CompressError, ConfigError, UnsupportedError
+from compress.files import file_sha256
 from compress.model import StreamedModel
 from compress.quantize.run import AwqOutcome, AwqRequest, quantize_awq, request_from_record
 from compress.scheme import Scheme
+from compress.tokens import load_tokenizer
 from compress.workspace import resolve
 
 G32 = Scheme(group_size=32)

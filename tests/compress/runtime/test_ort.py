@@ -14,6 +14,7 @@ from compress.model import StreamedModel
 from compress.runtime.ort import OnnxRunner
 from compress.runtime.runner import Tokens
 from evaluators import evaluate
+from evaluators.request import Request
 from exporters.trt.graph.write import write_graph
 
 pytest.importorskip("onnxruntime")
@@ -55,7 +56,7 @@ def test_an_export_is_a_candidate_of_evaluate(reference_model: Path, tmp_path: P
     (tmp_path / "out").mkdir()
     write_graph(reference_model, tmp_path / "out", opset=24, capacity=64)
     chosen = {"threshold": 0.98, "context": 64, "max_tokens": 2048}
-    request = evaluate.Request(
+    request = Request(
         candidate=tmp_path / "out", reference=reference_model, data=str(calib_text), **chosen
     )  # fmt: skip
     found = evaluate.evaluate(request, Silent())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.checkpoint import json_bytes
 from compress.errors import ConfigError
+from compress.files import json_bytes
 from exporters.edge import env as edge_env
 
 

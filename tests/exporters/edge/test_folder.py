@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.checkpoint import Checkpoint
+from compress.dense import read_dense
 from compress.errors import UnsupportedError
-from compress.model import read_dense
 from exporters import reference
 from exporters.edge import folder as edge_folder
 

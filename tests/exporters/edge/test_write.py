@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from compress.checkpoint import Checkpoint, file_sha256
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
+from compress.files import file_sha256
 from compress.scheme import Scheme
 from exporters import reference
 from exporters.edge import check as edge_check

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import Checkpoint, file_sha256
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, CompressError, ConfigError, UnsupportedError
+from compress.files import file_sha256
 from compress.formats import awq_gemm
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme

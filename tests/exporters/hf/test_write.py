@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import Checkpoint, read_json
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
+from compress.files import read_json
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme

@@ -1,0 +1,117 @@
+"""Text sampled from the model itself, token by token.
+
+Shapes: B rows sampled together, T seq_len, V vocabulary
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.errors import ConfigError
+from compress.tokens import token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model_float32(model: Path, device: str = "cpu") -> PreTrainedModel:
+    """The causal language model in the folder `model`, float32, on `device`.
+
+    It holds the whole model in memory (4 bytes a parameter), unlike the rest of this toolkit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(model), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"--calib self cannot load the model in {model} ({reason}); pass a text file with --calib FILE.txt"
+        ) from error
+    return loaded.to(device).eval()
+
+
+@torch.inference_mode()
+def sample_from_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    batch_size: int = 32,
+) -> Tensor:
+    """int64 [num_samples, seq_len] drawn from `model` at temperature 1 with nothing cut off, on the CPU.
+
+    Each row begins as the tokenizer begins a text, or else with its end-of-text or BOS token; after an
+    end-of-text token the row goes on with a new text. Ids are used as drawn, never decoded and encoded again.
+    Ids behind the tokenizer's last are never drawn: many models pad their vocabulary.
+
+    A row depends on (seed, row number) and on rounding: same machine, same libraries, same result. It draws
+    by inverting the cumulative distribution with a uniform number from PCG64, in float64.
+    """
+    start = _start_ids(tokenizer)
+    num_ids = len(tokenizer)
+    rows = []
+    for first in range(0, num_samples, batch_size):
+        numbers = range(first, min(first + batch_size, num_samples))
+        streams = [np.random.Generator(np.random.PCG64([seed, row])) for row in numbers]
+        uniform_BT = torch.from_numpy(np.stack([stream.random(seq_len) for stream in streams]))
+        rows.append(_sample_batch(model, start, tokenizer.eos_token_id, num_ids, uniform_BT))
+    return torch.cat(rows)
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before the first token of a text: at least one id."""
+    own = token_ids(tokenizer, "", special=True)
+    if own and tokenizer.bos_token_id in own:
+        return own[: own.index(tokenizer.bos_token_id) + 1]
+    # end-of-text before BOS: a tokenizer that adds no BOS has models that saw texts apart by end-of-text only
+    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if token is not None:
+            return [token]
+    raise ConfigError(
+        "--calib self needs a token to start from, and the tokenizer has neither end-of-text nor BOS; "
+        "pass a text file with --calib FILE.txt"
+    )
+
+
+def _sample_batch(
+    model: PreTrainedModel, start: list[int], end_of_text: int | None, num_ids: int, uniform_BT: Tensor
+) -> Tensor:
+    num_rows, seq_len = uniform_BT.shape
+    ids_BT = torch.empty(num_rows, seq_len, dtype=torch.int64)
+    forced = [list(start) for _ in range(num_rows)]  # tokens that a row takes before it draws again
+    restart = [] if end_of_text is None or start == [end_of_text] else start
+    drawn_B = [0] * num_rows
+    cache = None
+    for position in range(seq_len):
+        for row in range(num_rows):
+            token = forced[row].pop(0) if forced[row] else drawn_B[row]
+            if not forced[row] and token == end_of_text:
+                forced[row] = list(restart)
+            ids_BT[row, position] = token
+        if position + 1 == seq_len:
+            break
+        ids_B1 = ids_BT[:, position : position + 1].to(model.device)
+        output = model(input_ids=ids_B1, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        probability_BV = output.logits[:, -1, :num_ids].double().softmax(-1)
+        drawn_B = _invert(probability_BV, uniform_BT[:, position].to(model.device)).tolist()
+    return ids_BT
+
+
+def _invert(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The id at which each row's cumulative probability first exceeds its uniform number: int64 [B]."""
+    cumulative_BV = probability_BV.cumsum(-1)
+    # scaled to the sum: rounding may leave that a little below 1, and the target must not lie behind it
+    target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    id_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+    return id_B1[:, 0].clamp(max=probability_BV.shape[-1] - 1)

@@ -1,0 +1,49 @@
+"""What an evaluation is asked for, and whom it tells of its progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from evaluators import gate
+from evaluators.windows import Bos
+
+if TYPE_CHECKING:
+    pass
+
+
+DEFAULT_THRESHOLD = 0.98
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to judge. `reference` is the original; `data` a text as for calibration; `tasks` are `[NAME=]FILE.jsonl`.
+
+    threshold None: measure and report, no verdict. cache_folder None: nothing is cached.
+    """
+
+    candidate: Path
+    reference: Path
+    data: str
+    tasks: tuple[str, ...] = ()
+    lm_eval: tuple[str, ...] = ()
+    limit: int | None = None
+    threshold: float | None = None
+    rule: gate.Rule = "bounds"
+    confidence: float = 0.95
+    context: int = 512
+    stride: int | None = None
+    min_context: int | None = None
+    bos: Bos = "auto"
+    max_tokens: int = 102_400
+    device: str = "cpu"
+    dtype: str = "float32"
+    cache_folder: Path | None = None
+
+
+class Progress(Protocol):
+    """What an evaluation tells while it runs."""
+
+    def stage(self, what: str) -> None: ...
+    def block(self, done: int, total: int) -> None: ...

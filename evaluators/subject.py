@@ -1,0 +1,91 @@
+"""The models that are judged: what a folder is, how it is run, whether two of them can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress import tokens
+from compress.checkpoint import Checkpoint
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.files import file_sha256
+from compress.runtime.ort import OnnxRunner, find_graph
+from compress.runtime.streamed import TorchRunner
+from evaluators.request import Progress, Request
+from evaluators.results import Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_runner(path: Path, request: Request, progress: Progress) -> TorchRunner | OnnxRunner:
+    """The runner for what a folder holds: safetensors, or an ONNX graph."""
+    import torch
+
+    if next(path.glob("*.engine"), None) or next(path.glob("*.plan"), None):
+        raise UnsupportedError(
+            f"{path} holds a TensorRT engine, which runs on its own device only; judge the ONNX folder or the "
+            "quantized folder that it was built from"
+        )
+    if next(path.glob("*.safetensors"), None):
+        dtype = getattr(torch, request.dtype)
+        return TorchRunner.open(path, device=request.device, dtype=dtype, on_block=progress.block)
+    if next(path.glob("*.onnx"), None):
+        return OnnxRunner.open(path)
+    raise ArtifactError(f"{path} holds neither safetensors nor an .onnx graph; pass a model folder")
+
+
+def subject(path: Path) -> Subject:
+    """Facts of a model folder, read from its headers. num_parameters counts what the reader computes with."""
+    if next(path.glob("*.safetensors"), None):
+        checkpoint = Checkpoint.open(path)
+        size = sum(checkpoint.info(n).num_bytes for n in checkpoint.names())
+        method = checkpoint.config.get("quantization_config", {}).get("quant_method")
+        parameters = _parameters(checkpoint)
+        return Subject(
+            path=str(path),
+            sha256=checkpoint.content_sha256(),
+            format=str(method or "plain"),
+            runtime=TorchRunner.runtime,
+            weight_bytes=size,
+            num_parameters=parameters,
+            bits_per_weight=8 * size / max(1, parameters),
+        )
+    graph = find_graph(path)
+    files = [graph, *sorted(path.glob(f"{graph.name}*data")), *sorted(path.glob(f"{graph.stem}*.bin"))]
+    size = sum(f.stat().st_size for f in files)
+    return Subject(
+        path=str(path),
+        # The weights lie outside the graph: two exports of one architecture may have the same graph.
+        sha256=hashlib.sha256("".join(f"{f.name}\0{file_sha256(f)}\n" for f in files).encode()).hexdigest(),
+        format="onnx",
+        runtime=OnnxRunner.runtime,
+        weight_bytes=size,
+        num_parameters=0,
+        bits_per_weight=0.0,
+    )
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """Parameters of the model as it computes, tied ones once, however they are stored."""
+    from compress.model import StreamedModel
+
+    model = StreamedModel.open(checkpoint.path)
+    parameters = dict(model.model.named_parameters())
+    return sum({model.source_name(name): p.numel() for name, p in parameters.items()}.values())
+
+
+def _one_tokenizer(request: Request) -> PreTrainedTokenizerBase:
+    """The reference's tokenizer; ConfigError when the candidate has another one."""
+    tokenizer = tokens.load_tokenizer(request.reference)
+    if (request.candidate / "tokenizer.json").exists() or (request.candidate / "tokenizer_config.json").exists():
+        other = tokens.load_tokenizer(request.candidate)
+        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+        if ours != theirs:
+            differing = len(set(ours.items()) ^ set(theirs.items()))
+            raise ConfigError(
+                f"{request.candidate} and {request.reference} have different tokenizers ({len(theirs)} and {len(ours)} "
+                f"tokens, {differing} entries differ); pass the candidate's own original with --reference"
+            )
+    return tokenizer
