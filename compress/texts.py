@@ -7,9 +7,9 @@ import hashlib
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from compress.errors import ConfigError
 
@@ -24,8 +24,9 @@ NEEDS_EXTRA = 'install it with: pip install "compress-toolkit[datasets]"'
 def documents(spec: str) -> Iterator[str]:
     """The texts that `spec` names, one at a time, in order.
 
-    spec is a text file (UTF-8; the whole file is one document), a .jsonl or .json file of one object a line, either
-    of them packed (.gz, .xz) or not, a .parquet file, or hf:DATASET[@CONFIG][:SPLIT[:COLUMN]] read as a stream (SPLIT is train unless given).
+    spec is a text file (UTF-8; the whole file is one document), a .jsonl or .json file of one object a line, either of
+    them packed (.gz, .xz) or not, a .parquet file, or hf:DATASET[@CONFIG][:SPLIT[:COLUMN]] read as a stream (SPLIT is
+    train unless given).
     The column is `text`, or else the only one that holds strings. ConfigError for whatever cannot be read.
     """
     if spec.startswith("hf:"):
@@ -56,9 +57,9 @@ def text_suffix(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """A file's lines, unpacked if it is packed."""
-    opener = PACKED.get(path.suffix.lower(), open)
+    opener: Callable[..., Any] = PACKED.get(path.suffix.lower(), open)
     try:
-        with cast(BinaryIO, opener(path, "rb")) as file:
+        with opener(path, "rb") as file:
             yield from file
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ConfigError(
