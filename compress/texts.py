@@ -15,7 +15,7 @@ from compress.errors import ConfigError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".raw")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-PACKED = {".gz": gzip.open, ".xz": lzma.open}
+PACKED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open}  # both read bytes unless told
 DEFAULT_DATASET = "hf:mit-han-lab/pile-val-backup:validation:text"  # the calibration set of the AWQ paper
 WAYS_OUT = "pass --calib FILE.txt (or .jsonl, .parquet), --calib hf:DATASET:SPLIT:COLUMN or --calib self"
 NEEDS_EXTRA = 'install it with: pip install "compress-toolkit[datasets]"'
@@ -57,9 +57,9 @@ def text_suffix(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """A file's lines, unpacked if it is packed."""
-    opener: Callable[..., Any] = PACKED.get(path.suffix.lower(), open)
+    suffix = path.suffix.lower()
     try:
-        with opener(path, "rb") as file:
+        with PACKED[suffix](path) if suffix in PACKED else open(path, "rb") as file:
             yield from file
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ConfigError(
