@@ -18,7 +18,8 @@ from compress import calibration, distributed, sampling, tokens
 from compress.artifact import BUNDLED, Manifest, read_manifest, rebased
 from compress.assemble import assemble, was_published, write_rest
 from compress.background import meanwhile
-from compress.blocks import BlockDone, BlockResult, stream
+from compress.block import BlockDone, BlockResult
+from compress.blocks import stream
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import awq_gemm
