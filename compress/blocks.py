@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress import distributed
 from compress.background import BackgroundStore
+from compress.block import BlockDone, BlockResult, BlockStore, LoadedBlock
 from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, find_groups
 from compress.linear import linears, set_weight_OI
 from compress.model import StreamedModel
-from compress.quantized import QuantizedWeight
 from compress.statistics import InputStatistics, collecting
 
 # Tokens run through a block at once: large enough for fast matrix products, small enough that a block's
@@ -42,61 +41,6 @@ PROBE_TOKENS = 16
 # costs three of them, so they must stay cheap beside the passes over the whole set.
 CHECK_TOKENS = (512, 2048)
 CHECK_SHARE = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedBlock:
-    """A block as a method sees it. `run()` returns its output on `check_input` with the weights as they are now.
-
-    check_input, check_output: `[B, T, H]`, a few calibration rows as they enter this block, and its output on them with
-    its original weights. inputs, targets: with two paths, all rows as they enter this block, batch by batch, and what
-    the original model has after it; else empty. forward(hidden, weights): the block's output with some parameters
-    replaced, by name; differentiable.
-    """
-
-    index: int
-    prefix: str
-    module: nn.Module
-    groups: list[Group]
-    statistics: list[InputStatistics]
-    run: Callable[[], Tensor]
-    check_input: Tensor
-    check_output: Tensor
-    inputs: list[Tensor]
-    targets: list[Tensor]
-    forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-
-
-@dataclass(kw_only=True)
-class BlockResult:
-    """What a method made of a block: integer weights by layer name, other tensors (as stored) by parameter name.
-
-    `report` is JSON for the manifest: one entry a layer, one a group.
-    """
-
-    quantized: dict[str, QuantizedWeight]
-    dense: dict[str, Tensor]
-    report: dict[str, Any] = field(default_factory=dict)
-
-
-class BlockStore(Protocol):
-    """Where finished blocks go, and come back from when a run is resumed."""
-
-    def load(self, index: int) -> BlockResult | None:
-        """The block if it was finished before, else None."""
-
-    def save(self, index: int, prefix: str, result: BlockResult) -> None:
-        """Keep the block durably; it must survive a crash once this returns."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockDone:
-    """One step of progress. `resumed` blocks were read back, not computed."""
-
-    index: int
-    total: int
-    resumed: bool
-    report: dict[str, Any]
 
 
 def stream(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from compress.checkpoint import Checkpoint
 from compress.dense import read_dense
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.formats import stored
 from compress.linear import is_linear
 from compress.names import source_names
 
@@ -53,13 +54,14 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint = checkpoint
+        self.stored = stored(checkpoint)
         self.model = model
         self.dtype = dtype
         self.device = device
         self.base: nn.Module = getattr(model, str(model.base_model_prefix))
         self.blocks_name, self.blocks = find_blocks(model)
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._source = source_names(checkpoint, model)
+        self._source = source_names(self.stored, model)
         self._returns_tuple = False
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._wide = False
@@ -181,7 +183,7 @@ class StreamedModel:
                 module.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return read_dense(self.checkpoint, names, pinned=self.device.type == "cuda")
+        return read_dense(self.stored, names, pinned=self.device.type == "cuda")
 
     # ---- running ---------------------------------------------------------------------------------
 

@@ -18,11 +18,13 @@ from compress.artifact import BUNDLED, Checked, Manifest, check_files, read_mani
 from compress.checkpoint import Checkpoint, content_of
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.formats import stored
 from compress.output import Place, reserved
+from compress.scheme import Scheme
 from compress.workspace import WORKSPACE, Source
 from exporters.reader import Job, Layout, Written
 from exporters.requantize import Report, requantize
-from exporters.sizing.inventory import Model, read_model, stored_scheme
+from exporters.sizing.inventory import Model, read_model
 from exporters.sizing.predict import Plan, Sizing, check, native_kv_bits
 from exporters.sizing.targets import TARGETS, Target
 
@@ -108,7 +110,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, rep
         kv_bits=native_kv_bits(name),
     )
     sizing = check(model, plan, target)
-    wanted = module.LAYOUT.wants(stored_scheme(artifact, model.scheme)) if model.scheme else None
+    wanted = wanted_codes(module.LAYOUT, artifact)
     checked = check_files(artifact)
     requantized = None
     if wanted is not None:
@@ -209,6 +211,13 @@ def context_for(model: Model, target: Target, asked: int | None) -> int:
     if limit is not None and asked > limit:
         raise ConfigError(f"--context {asked}: {model.name} was made for at most {limit} tokens; ask for no more")
     return asked
+
+
+def wanted_codes(layout: Layout, artifact: Path) -> Scheme | None:
+    """The scheme to quantize the artifact again with for this reader, None when its codes will do."""
+    schemes = stored(Checkpoint.open(artifact)).exact_plan().groups()
+    wanted = [layout.wants(scheme.weight) for scheme in schemes if scheme.weight is not None]
+    return next((scheme for scheme in wanted if scheme is not None), None)
 
 
 def refuse_exports(artifact: Path) -> None:

@@ -18,7 +18,8 @@ from compress import calibration, distributed, output, sampling, tokens
 from compress.artifact import BUNDLED, Manifest, check_files, read_manifest, rebased
 from compress.assemble import assemble, write_rest
 from compress.background import meanwhile
-from compress.blocks import BlockDone, stream
+from compress.block import BlockDone
+from compress.blocks import stream
 from compress.calibration import CalibrationSet
 from compress.checkpoint import Checkpoint, content_of
 from compress.disk import check_free_space
@@ -28,8 +29,10 @@ from compress.journal import Journal, SharedStore
 from compress.linear import is_conv1d, linears, skipped, weight_OI
 from compress.model import StreamedModel
 from compress.output import Place, Run
+from compress.plan import DENSE, LayerPlan, LayerScheme
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
 from compress.quantize.tune import TuneOptions
+from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
 from compress.workspace import Source
 
@@ -182,9 +185,7 @@ def _quantize(
         tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
     )
     method = partial(awq_block, options=options)
-    journal = (
-        Journal(run.folder, run.id, request.scheme, awq_gemm.tensors, awq_gemm.read, awq_gemm.SUFFIXES) if run else None
-    )
+    journal = Journal(run.folder, run.id, request.scheme, awq_gemm.tensors, _read, awq_gemm.LEAVES) if run else None
     with ExitStack() as threads:
         if journal:  # needs no blocks, so it is done while those are computed
             written_rest = threads.enter_context(meanwhile(partial(write_rest, journal, model, to_stored)))
@@ -358,6 +359,7 @@ def refuse(model: StreamedModel, request: AwqRequest) -> None:
         raise ConfigError(f"--skip {unused[0]} matches no layer; layers are called like {names[0]}")
     if all(skipped(n, request.skip) for n in names):
         raise ConfigError(f"--skip leaves nothing to quantize: it matches all {len(names)} layers of the blocks")
+    shapes = {}
     for i, block in enumerate(model.blocks):
         for name, module in linears(block).items():
             full = model.block_prefix(i) + name
@@ -368,7 +370,12 @@ def refuse(model: StreamedModel, request: AwqRequest) -> None:
                     f"{full} is a transformers Conv1D (GPT-2's transposed linear), which AutoAWQ readers leave "
                     "as it is, so they could not load the folder; use a model built of nn.Linear"
                 )
-            awq_gemm.check(request.scheme, full, *weight_OI(module).shape)
+            shapes[full] = (weight_OI(module).shape[0], weight_OI(module).shape[1])
+    awq_gemm.check(LayerPlan.uniform(shapes, LayerScheme(weight=request.scheme)), shapes)
+
+
+def _read(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> QuantizedWeight:
+    return awq_gemm.read(parts, LayerScheme(weight=scheme), name)
 
 
 def left_dense(model: StreamedModel, request: AwqRequest) -> list[str]:
@@ -390,7 +397,9 @@ def out_config(checkpoint: Checkpoint, request: AwqRequest, not_converted: list[
     config = dict(checkpoint.config)
     config.pop("torch_dtype", None)
     config["dtype"] = str(STORE_DTYPE).removeprefix("torch.")
-    config["quantization_config"] = awq_gemm.quantization_config(request.scheme, not_converted)
+    config["quantization_config"] = awq_gemm.config(
+        LayerPlan({**dict.fromkeys(not_converted, DENSE), "*": LayerScheme(weight=request.scheme)})
+    )
     return config
 
 

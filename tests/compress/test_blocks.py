@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.blocks import BlockResult, LoadedBlock, install, stream
+from compress.block import BlockResult, LoadedBlock
+from compress.blocks import install, stream
 from compress.linear import weight_OI
 from compress.model import StreamedModel
 from compress.quantize.awq_block import AwqOptions, awq_block

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.blocks import BlockResult, LoadedBlock, stream
+from compress.block import BlockResult, LoadedBlock
+from compress.blocks import stream
 from compress.distributed import add_up, from_first, num_processes, parts, rank
 from compress.model import StreamedModel
 from compress.quantize.awq_block import AwqOptions, awq_block
