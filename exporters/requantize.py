@@ -17,7 +17,7 @@ from compress.block import BlockDone
 from compress.checkpoint import Checkpoint
 from compress.devices import pick_device
 from compress.errors import ArtifactError, ConfigError
-from compress.quantize.run import AwqRequest, quantize_awq, request_from_record
+from compress.quantize.awq_stage import AwqRequest, quantize_awq, request_from_record
 from compress.scheme import Scheme
 from compress.workspace import Source, is_reference
 

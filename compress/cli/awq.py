@@ -1,4 +1,4 @@
-"""`compress awq`: options, progress and the closing summary. The work is in `compress.quantize.run`."""
+"""`compress awq`: options, progress and the closing summary. The work is in `compress.quantize.awq_stage`."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def command(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
-    from compress.quantize.run import AwqRequest, quantize_awq
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq
 
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)

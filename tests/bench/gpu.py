@@ -226,7 +226,7 @@ def child(arguments: argparse.Namespace) -> None:
 
     from compress import assemble, model
     from compress.quantize import run
-    from compress.quantize.run import AwqRequest, quantize_awq
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.scheme import Scheme
     from compress.workspace import resolve
 

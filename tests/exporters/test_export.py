@@ -16,7 +16,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256, read_json
 from compress.formats import awq_gemm, stored
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import is_judgeable, is_model, resolve
 from exporters.export import FORMATS, ExportOutcome, ExportRequest, export, load_format

@@ -9,7 +9,7 @@ import torch
 from compress.checkpoint import Checkpoint
 from compress.files import file_sha256
 from compress.formats.awq_gemm import unpack_columns
-from compress.quantize.run import AwqOutcome, AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqOutcome, AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.statistics import InputStatistics
 from compress.workspace import resolve

@@ -13,7 +13,7 @@ import pytest
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import compressed_tensors
 from compress.plan import LayerPlan, LayerScheme
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
 from exporters.reader import Job, Written

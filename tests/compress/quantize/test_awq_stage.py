@@ -20,7 +20,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, CompressError, ConfigError, UnsupportedError
 from compress.files import file_sha256
 from compress.model import StreamedModel
-from compress.quantize.run import AwqOutcome, AwqRequest, quantize_awq, request_from_record
+from compress.quantize.awq_stage import AwqOutcome, AwqRequest, quantize_awq, request_from_record
 from compress.scheme import Scheme
 from compress.tokens import load_tokenizer
 from compress.workspace import resolve
@@ -197,9 +197,9 @@ def test_best_adds_the_models_own_text(build_model: Any, quantize: Any, monkeypa
     assert len(first.record["tuning"]) == 2 and all(t["held_out_error"] > 0 for t in first.record["tuning"])
     assert contents(first.out) == contents(quantize(folder, "two", self_samples=3, **options).out)
     assert contents(first.out) != contents(quantize(folder, "three", self_samples=3, seed=1, **options).out)
-    monkeypatch.setattr("compress.quantize.run.ENOUGH_ROWS", 6)
+    monkeypatch.setattr("compress.quantize.awq_stage.ENOUGH_ROWS", 6)
     assert quantize(folder, "four", **options).record["calibration"]["num_sampled_from_model"] == 2
-    monkeypatch.setattr("compress.quantize.run.SAMPLED_FROM_BYTES", 1000)
+    monkeypatch.setattr("compress.quantize.awq_stage.SAMPLED_FROM_BYTES", 1000)
     large = quantize(folder, "five", **options)
     assert large.record["calibration"]["num_sampled_from_model"] == 0
     assert any("was not sampled from" in note and "--self-samples 2" in note for note in large.notes)
@@ -318,7 +318,7 @@ def test_empty_calibration_text(build_model: Any, quantize: Any, tmp_path: Path)
 DRIVER = """
 import sys
 from pathlib import Path
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
 model, out, calib = sys.argv[1:]
