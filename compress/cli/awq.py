@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from compress.cli.progress import Steps, peak_memory_bytes, seconds_text
+from compress.cli.listener import Listener
+from compress.cli.progress import peak_memory_bytes, seconds_text
 
 
 @click.command("awq")
@@ -91,31 +93,16 @@ def command(
 
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
-    loaded = [time.monotonic()]
-    with Steps("block", quiet=as_json) as steps:
-
-        def begin(total: int, text: str) -> None:
-            print(f"calibration: {text}, {request.samples} x {request.seq_len} tokens at most", file=sys.stderr)
-            steps.start(total)
-            loaded.append(time.monotonic())
-
-        outcome = quantize_awq(
-            request,
-            on_start=begin,
-            on_stage=lambda index, stage: steps.note(stage),
-            on_block=lambda done: steps.step(_block_text(done.report, done.resumed), computed=not done.resumed),
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-        )
+    with Listener(_block_text, quiet=as_json) as listener:
+        outcome = quantize_awq(request, listener)
     ended = time.monotonic()
     if as_json:
-        print(json.dumps(_as_json(outcome, ended - loaded[-1], ended - started), indent=2))
+        print(json.dumps(_as_json(outcome, ended - (listener.started or started), ended - started), indent=2))
     else:
         _print_summary(outcome, ended - started)
 
 
-def _block_text(report: dict[str, Any], resumed: bool) -> str:
-    if resumed:
-        return "read back"
+def _block_text(report: Mapping[str, Any]) -> str:
     worst = max(report["layers"], key=lambda layer: layer["error"], default=None)
     if worst is None:
         return "nothing to quantize"
