@@ -8,12 +8,12 @@ a seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from calibration_data import default_calibration
@@ -22,11 +22,11 @@ from compress.errors import ConfigError
 from compress.passages import Passages, passages
 from compress.positions import refuse_longer
 from compress.sampling import may_sample_from, sample_from_folder
+from compress.tell import SILENT, Tell
 from compress.texts import CALIBRATION, Purpose, Tally, documents, source_sha256
 from compress.tokens import PackedTokens, check_ids, ids_sha256, joined_ids, pack, take
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -79,12 +79,12 @@ def load(
     vocab_size: int,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    tell: Tell = SILENT,
 ) -> CalibrationSet:
     """The calibration set that `spec` names, at most `num_samples` rows of `seq_len` tokens.
 
     spec is what `documents` takes, or `self` for text sampled from the model in the folder `model`: only that
-    uses `seed` and `device`, and tells through `say` how far it is. None means the bundled text for the bundled
+    uses `seed` and `device`, and tells how far it is. None means the bundled text for the bundled
     reference model (`is_reference`), and `self` for any other that is small enough (`may_sample_from`). Fewer rows
     than asked for is no error; the caller says so. ConfigError for rows longer than the model's positions.
     """
@@ -103,7 +103,7 @@ def load(
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code,
-            say=say,
+            tell=tell,
         )
         check_ids(ids_NT, vocab_size)
         packed = PackedTokens(ids_NT=ids_NT, num_total=ids_NT.numel(), num_unused=0)
@@ -159,9 +159,7 @@ class TokenStream:
 def read_stream(
     spec: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, vocab_size: int, purpose: Purpose
 ) -> TokenStream:
-    """The first `max_tokens` tokens of the documents that `spec` names, one after the other, as `joined_ids` gives them."""
-    import torch
-
+    """The first `max_tokens` tokens of the documents that `spec` names, joined as `joined_ids` does it."""
     tally = Tally(documents(spec, purpose=purpose, render=partial(render, tokenizer)))
     ids = take(joined_ids(tally, tokenizer), max_tokens)[:max_tokens]
     if not ids:

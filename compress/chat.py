@@ -1,4 +1,4 @@
-"""Chats as text: lists of messages written out by the chat template of the tokenizer that the model was trained with."""
+"""Chats as text: lists of messages written out by the chat template that came with the model's tokenizer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise ConfigError(f"{where} is a {type(message).__name__} and not an object with a role; mend or remove that row")
+        raise ConfigError(
+            f"{where} is a {type(message).__name__} and not an object with a role; mend or remove that row"
+        )
     known = {key: value for key, value in message.items() if value is not None}  # Parquet fills up with nulls
     if "role" not in known and {"from", "value"} <= set(known):
         speaker = known.pop("from")

@@ -1,12 +1,12 @@
 """The tokens of a long text as its tokenizer gives them for the whole of it, with a part of it in memory at a time.
 
-A text must not be cut wherever it is convenient: tokenizers join line feeds, put a space before a text, take digits by
-threes, so the parts' tokens are not the whole's. Here the text is tokenized in windows that overlap, and two windows are
-joined at a token in the middle of the overlap where both give the same tokens at the same places. That is enough: byte
-pair encodings are right if every two neighbouring tokens are, and every pair of the joined sequence stands in one of
-the windows; and what splits a text into words reads from left to right, so from a shared boundary on both read the same.
-Where the windows do not agree (a run of one character, whose tokens depend on where it began) they grow until they do,
-if need be to the whole text.
+A text must not be cut wherever it is convenient: tokenizers join line feeds, put a space before a text, take digits
+by threes, so the parts' tokens are not the whole's. Here the text is tokenized in windows that overlap, and two
+windows are joined at a token in the middle of the overlap where both give the same tokens at the same places. That is
+enough: byte pair encodings are right if every two neighbouring tokens are, and every pair of the joined sequence
+stands in one of the windows; and what splits a text into words reads from left to right, so from a shared boundary on
+both read the same. Where the windows do not agree (a run of one character, whose tokens depend on where it began) they
+grow until they do, if need be to the whole text.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ NEEDS_EXTRA = 'install it with: pip install "compress-toolkit[datasets]"'
 HUB_SECONDS = 5.0
 """How long the hub may take to answer at all. Nothing is asked a second time."""
 
+
 @dataclass(frozen=True)
 class Purpose:
     """What a text is read for: how errors call it, and what they offer instead."""
@@ -72,16 +73,18 @@ def source_sha256(spec: str) -> str | None:
 
 
 def _read_text(path: Path, purpose: Purpose) -> str:
-    text = _decode(b"".join(_lines(path, purpose)), f"{purpose.name} file {path}").replace("\r\n", "\n").replace("\r", "\n")
+    text = (
+        _decode(b"".join(_lines(path, purpose)), f"{purpose.name} file {path}")
+        .replace("\r\n", "\n")
+        .replace("\r", "\n")
+    )
     if "\0" in text:
         raise ConfigError(
             f"{purpose.name} file {path} has a zero byte at character {text.index(chr(0))}, so it is not text; "
             f"{purpose.ways_out}"
         )
     if not text.strip():
-        raise ConfigError(
-            f"{purpose.name} file {path} holds no text in its {len(text)} characters; {purpose.ways_out}"
-        )
+        raise ConfigError(f"{purpose.name} file {path} holds no text in its {len(text)} characters; {purpose.ways_out}")
     return text
 
 
@@ -150,7 +153,9 @@ def _parquet_documents(path: Path, purpose: Purpose, render: Render | None) -> I
                     yield text_of(row, column, f"{file_named}, row {number},", render)
     except (arrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{file_named} is not a Parquet file that can be read ({reason}); {purpose.ways_out}") from error
+        raise ConfigError(
+            f"{file_named} is not a Parquet file that can be read ({reason}); {purpose.ways_out}"
+        ) from error
 
 
 def _typical_row(schema: Any, arrow: Any) -> dict[str, Any]:
