@@ -24,7 +24,8 @@ from compress.positions import refuse_longer
 from compress.sampling import may_sample_from, sample_from_folder
 from compress.tell import SILENT, Tell
 from compress.texts import CALIBRATION, Purpose, Tally, documents, source_sha256
-from compress.tokens import PackedTokens, check_ids, ids_sha256, joined_ids, pack, take
+from compress.tokens import PackedTokens, check_ids, ids_sha256, joined_ids, pack, take, text_of
+from compress.tokens import load_tokenizer as load_tokenizer  # with `load`, all that a caller needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -139,7 +140,7 @@ def _calibration_set(
         sha256=ids_sha256(packed.ids_NT),
         text_sha256=text_hash,
         source_sha256=source_hash,
-        passages=passages(packed.ids_NT, tokenizer.all_special_ids),
+        passages=passages(text_of(tokenizer, packed.ids_NT)),
         num_documents=num_documents,
         num_tokens_total=packed.num_total,
         num_tokens_unused=packed.num_unused,

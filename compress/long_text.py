@@ -2,17 +2,19 @@
 
 A text must not be cut wherever it is convenient: tokenizers join line feeds, put a space before a text, take digits
 by threes, so the parts' tokens are not the whole's. Here the text is tokenized in windows that overlap, and two
-windows are joined at a token in the middle of the overlap where both give the same tokens at the same places. That is
-enough: byte pair encodings are right if every two neighbouring tokens are, and every pair of the joined sequence
-stands in one of the windows; and what splits a text into words reads from left to right, so from a shared boundary on
-both read the same. Where the windows do not agree (a run of one character, whose tokens depend on where it began) they
-grow until they do, if need be to the whole text.
+windows are joined at a token in the middle of the overlap where both give the same tokens at the same places. What
+splits a text into words reads from left to right, so from a shared beginning of a word on both read the same, and words
+are tokenized each by itself. Byte pair encodings may be joined within a word as well: one is right if every two
+neighbouring tokens are, and every pair of the joined sequence stands in one of the windows. Where the windows do not
+agree (a run of one character, whose tokens depend on where it began) they grow until they do, if need be to the whole
+text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ WINDOW = 1 << 16
 """Characters tokenized at once; shorter texts are tokenized whole."""
 OVERLAP = 1 << 11
 
-Token = tuple[int, int, int]
-"""Id, first character, character behind the last."""
+Token = tuple[int, int, int, bool]
+"""Id, first character, character behind the last, and whether the text may be joined before it."""
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
@@ -63,10 +65,11 @@ class _Window:
 
 
 def _joined(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
+    least = max(OVERLAP, 4 * _longest_token(tokenizer))  # so that a window's end spoils no token behind the margin
     window = _read(tokenizer, text, 0, WINDOW)
     first = 0  # of the window's tokens, the first that has not been given out
     while window.stop < len(text):
-        overlap = OVERLAP
+        overlap = least
         seam = None
         while seam is None and overlap <= (window.stop - window.start) // 2:
             following = _read(tokenizer, text, window.stop - overlap, window.stop + WINDOW)
@@ -75,15 +78,25 @@ def _joined(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]
         if seam is None:  # the windows never agree: what has not been given out is read anew, twice as far
             window = _read(tokenizer, text, window.start, window.stop + (window.stop - window.start))
             continue
-        yield [token for token, _, _ in window.tokens[first : seam[0]]]
+        yield [token for token, *_ in window.tokens[first : seam[0]]]
         window, first = following, seam[1]
-    yield [token for token, _, _ in window.tokens[first:]]
+    yield [token for token, *_ in window.tokens[first:]]
+
+
+@lru_cache(maxsize=16)
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """In characters (bytes, for tokenizers of bytes), the added tokens included."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int) -> _Window:
     read = tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens = [(i, start + a, start + b) for i, (a, b) in zip(read.input_ids, read.offset_mapping, strict=True)]
-    return _Window(start, min(stop, len(text)), tokens)
+    words = read.word_ids()
+    begins = [i == 0 or word is None or word != words[i - 1] for i, word in enumerate(words)]
+    if type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
+        begins = [True] * len(words)
+    places = zip(read.input_ids, read.offset_mapping, begins, strict=True)
+    return _Window(start, min(stop, len(text)), [(i, start + a, start + b, begin) for i, (a, b), begin in places])
 
 
 def _seam(left: _Window, right: _Window) -> tuple[int, int] | None:
@@ -94,10 +107,11 @@ def _seam(left: _Window, right: _Window) -> tuple[int, int] | None:
     """
     margin = (left.stop - right.start) // 4
     low, high = right.start + margin, left.stop - margin
-    mine, theirs = ([i for i, (_, a, b) in enumerate(w.tokens) if low <= a and b <= high] for w in (left, right))
+    mine, theirs = ([i for i, (_, a, b, _) in enumerate(w.tokens) if low <= a and b <= high] for w in (left, right))
     if len(mine) < 2 or len(mine) != len(theirs):
         return None
     if left.tokens[mine[0] : mine[-1] + 1] != right.tokens[theirs[0] : theirs[-1] + 1]:
         return None
-    middle = len(mine) // 2
-    return mine[middle], theirs[middle]
+    places = [n for n in range(1, len(mine)) if left.tokens[mine[n]][3]]
+    middle = min(places, key=lambda n: abs(2 * n - len(mine)), default=None)
+    return None if middle is None else (mine[middle], theirs[middle])

@@ -28,17 +28,22 @@ def max_positions(config: Mapping[str, Any]) -> tuple[str, int] | None:
     if not isinstance(scaling, Mapping):
         scaling = {}
     factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-    stretched = int(factor * original) if isinstance(factor, int | float) and _is_count(original) else 0
+    stretched = int(factor * original) if isinstance(factor, int | float) and isinstance(original, int) else 0
     return key, max(int(config[key]), stretched)
+
+
+def positions_of(model: Path) -> tuple[str, int] | None:
+    """`max_positions` of the model in a folder; None too where the folder has no config.json that can be read."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # whoever opens the model says what is wrong with it
+    return max_positions(config) if isinstance(config, dict) else None
 
 
 def refuse_longer(model: Path, num_tokens: int, flag: str) -> None:
     """ConfigError when rows of `num_tokens`, set by `flag`, are longer than the model in a folder has positions."""
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return  # whoever opens the model says what is wrong with it
-    limit = max_positions(config) if isinstance(config, dict) else None
+    limit = positions_of(model)
     if limit is not None and num_tokens > limit[1]:
         raise ConfigError(
             f"{flag} {num_tokens} is more than {model} has positions ({limit[0]} {limit[1]} in its config.json); "

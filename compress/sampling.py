@@ -16,8 +16,8 @@ from torch import Tensor
 
 from compress.checkpoint import Checkpoint
 from compress.errors import ConfigError
+from compress.long_text import token_ids
 from compress.tell import SILENT, Tell
-from compress.tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

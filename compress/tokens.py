@@ -143,6 +143,11 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
         )
 
 
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    """The text of ids in any shape, in order, without special tokens."""
+    return str(tokenizer.decode(ids.reshape(-1).tolist(), skip_special_tokens=True))
+
+
 def begin_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The begin-of-text token, where the tokenizer puts one before a text by itself."""
     own = tokenizer.bos_token_id
