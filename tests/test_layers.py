@@ -9,8 +9,9 @@ LEVEL = {
     "files": 0, "checkpoint": 0, "shards": 0, "formats": 0, "linear": 0,
     "names": 1, "dense": 1, "texts": 1, "rows": 1, "chat": 1, "long_text": 1, "tokens": 1, "passages": 1,
     "positions": 1, "sampling": 1,
-    "model": 1, "groups": 1, "statistics": 1, "blocks": 1, "calibration": 1, "artifact": 1, "workspace": 1,
-    "devices": 1, "journal": 1, "verify": 1, "assemble": 1, "runtime": 1, "background": 1, "distributed": 1,
+    "model": 1, "groups": 1, "statistics": 1, "block": 1, "blocks": 1, "calibration": 1, "artifact": 1, "workspace": 1,
+    "devices": 1, "doctor": 1,
+    "journal": 1, "verify": 1, "assemble": 1, "runtime": 1, "background": 1, "distributed": 1,
     "quantize": 2, "prune": 2, "distill": 2,
     "cli": 4, "pipeline": 3, "__main__": 4, "__init__": 0,
 }  # fmt: skip
