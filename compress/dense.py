@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from compress.checkpoint import Checkpoint
-from compress.errors import UnsupportedError
+from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import awq_gemm, pack_quantized
 from compress.scheme import Scheme
 
@@ -35,6 +35,46 @@ def read_dense(checkpoint: Checkpoint, names: Sequence[str], *, pinned: bool = F
         else:
             checkpoint.info(name)
     return out
+
+
+def dense_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """The shape of what `read_dense` gives for `name`, from headers; ArtifactError when a layer's tensors deny it.
+
+    Of compressed-tensors' packed layers the file states the shape in a tensor, which is read.
+    """
+    layer = name.removesuffix(".weight")
+    config = quantization_of(checkpoint)
+    if config is not None and f"{layer}.qweight" in checkpoint:
+        return _awq_shape(checkpoint, layer, _awq_scheme(config))
+    if config is not None and f"{layer}.weight_packed" in checkpoint:
+        num_bits = int(pack_quantized.weight_args(config)["num_bits"])
+        shape = tuple(int(n) for n in checkpoint.tensor(f"{layer}.weight_shape").flatten())
+        packed = checkpoint.info(f"{layer}.weight_packed").shape
+        per_word = 32 // max(1, num_bits)
+        if len(shape) != 2 or packed != (shape[0], -(-shape[1] // per_word)):
+            raise ArtifactError(
+                f"{checkpoint.path}: {layer}.weight_packed {packed} cannot hold the {num_bits}-bit weight {shape} that "
+                "weight_shape states; the folder is damaged, fetch it again"
+            )
+        return shape
+    return checkpoint.info(name).shape
+
+
+def _awq_shape(checkpoint: Checkpoint, layer: str, scheme: Scheme) -> tuple[int, ...]:
+    qweight, qzeros, scales = (checkpoint.info(f"{layer}.{s}") for s in awq_gemm.SUFFIXES)
+    if scheme.num_bits != 4:
+        raise UnsupportedError(f"{checkpoint.path}: AWQ with {scheme.num_bits} bits is not read, only with 4")
+    dtypes = qweight.dtype, qzeros.dtype, scales.dtype[:1]
+    in_features, words = qweight.shape if len(qweight.shape) == 2 else (0, 0)
+    num_groups = in_features // scheme.group_size if scheme.group_size > 0 else 1
+    fits = qzeros.shape == (num_groups, words) and scales.shape == (num_groups, words * awq_gemm.PACK)
+    if not in_features or not fits or dtypes not in (("I32", "I32", "F"), ("I32", "I32", "B")):
+        raise ArtifactError(
+            f"{checkpoint.path}: {layer}.qweight {qweight.dtype} {qweight.shape}, qzeros {qzeros.dtype} {qzeros.shape} "
+            f"and scales {scales.dtype} {scales.shape} are not one layer of group_size {scheme.group_size}; "
+            "its config does not match its weights"
+        )
+    return words * awq_gemm.PACK, in_features
 
 
 def quantization_of(checkpoint: Checkpoint) -> dict[str, Any] | None:

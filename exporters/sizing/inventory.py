@@ -19,8 +19,8 @@ from compress.dense import quantization_of
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import read_json
 from compress.formats import awq_gemm, pack_quantized
-from compress.model import meta_model
 from compress.scheme import Scheme
+from compress.skeleton import meta_model
 
 # Names of config.json's figures, in the order in which they are looked for; the first is today's.
 _KEYS = {
