@@ -9,50 +9,46 @@ from torch import nn
 
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
+from compress.formats import Stored
 from compress.weights import same_tensor
 
 # Tensors that old versions of transformers stored and that every version since computes.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.(masked_bias|position_ids)|\.(attn|attention|self_attn)\.bias)$")
 _WEIGHTS = ("weight", "qweight", "weight_packed")
-_WEIGHTS = ("weight", "qweight", "weight_packed")
 _SCALE = re.compile(r"scale|absmax|quant_|qzeros|zero_point|g_idx|SCB$")
 
 
-def source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
+def source_names(folder: Stored, model: nn.Module) -> dict[str, str]:
     """For each of the model's state names, the checkpoint's name for it (`.weight` for a quantized layer).
 
     Folders differ in whether they carry the base model's prefix (GPT-2's often do not), keep names that transformers
     has changed since (GPT-NeoX's `embed_out`), and leave out one of two tied tensors, either. ArtifactError for a
     parameter that is not stored, and for one that is stored twice with different values.
     """
-    stored = _by_state_name(checkpoint, model)
+    stored = _by_state_name(folder, model)
     tied = _tied(model)
     out: dict[str, str] = {}
     for name in model.state_dict(keep_vars=True):
         found = stored.get(name) or next((stored[other] for other in tied.get(name, ()) if other in stored), None)
         if found is None:
-            raise _missing(checkpoint, model, name)
+            raise _missing(folder.checkpoint, model, name)
         out[name] = found
     return out
 
 
-def check_all_read(
-    checkpoint: Checkpoint, model: nn.Module, source: Mapping[str, str], blocks: str, count: int
-) -> None:
+def check_all_read(folder: Stored, model: nn.Module, source: Mapping[str, str], blocks: str, count: int) -> None:
     """Raise ArtifactError for a stored tensor that belongs to a block or a layer of the model and that nothing reads.
 
     transformers ignores it with a warning, and computes another model than the one that was trained: biases that
     config.json denies, blocks beyond its count, scales that it does not mention. blocks: the name of the list of
     `count` blocks. Whole parts that the language model does not run (a vision tower) are not meant.
     """
-    if "quantization_config" in checkpoint.config:
-        return  # what belongs to a quantized layer is for its format to say
-    taken = set(source.values())
+    taken, checkpoint = set(source.values()), folder.checkpoint
     prefix = str(model.base_model_prefix)
     block = re.compile(rf"(?:{re.escape(prefix)}\.)?{re.escape(_bare(blocks, model))}\.(\d+)\.")
     ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     leaves = {n for n, m in model.named_modules() if m._parameters and not m._modules}
-    for today, name in _today(checkpoint, model):
+    for today, name in _today(folder, model):
         if name in taken or _COMPUTED.search(name) or any(p.search(name) or p.search(today) for p in ignored):
             continue
         place = block.match(today)
@@ -118,12 +114,13 @@ def _bare(name: str, model: nn.Module) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def _by_state_name(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
+def _by_state_name(folder: Stored, model: nn.Module) -> dict[str, str]:
     """The model's state name -> the folder's name of what belongs there."""
+    checkpoint = folder.checkpoint
     state = model.state_dict(keep_vars=True)
     prefix = f"{model.base_model_prefix}."
     out: dict[str, str] = {}
-    for today, name in _today(checkpoint, model):
+    for today, name in _today(folder, model):
         options = (today, name, today.removeprefix(prefix), prefix + today)
         place = next((o for o in options if o in state), None)
         if place is None:
@@ -142,27 +139,34 @@ def _same(checkpoint: Checkpoint, a: str, b: str) -> bool:
     return both and same_tensor(checkpoint.path, checkpoint.info(a), checkpoint.info(b))
 
 
-def _today(checkpoint: Checkpoint, model: nn.Module) -> list[tuple[str, str]]:
-    """Today's name of every tensor of the folder, and its name there; both `.weight` for a quantized one."""
+def _today(folder: Stored, model: nn.Module) -> list[tuple[str, str]]:
+    """Today's name of every tensor that the folder can give, and its name there; `.weight` for a quantized layer's."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
+    _check_stated(folder)
     renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
     out: list[tuple[str, str]] = []
-    for name in checkpoint.names():
-        dense = re.sub(r"\.(qweight|weight_packed)$", ".weight", name)
-        if dense != name and dense in checkpoint:
-            raise ArtifactError(
-                f"{checkpoint.path}: holds {name} and {dense}, one layer quantized and not; fetch the model again into "
-                "an empty folder"
-            )
-        if dense != name and "quantization_config" not in checkpoint.config:
-            raise _unstated(checkpoint, name, "quantized")
+    for dense in folder.dense_names():
         today = dense
         for renaming in renamings:
             today = renaming.rename_source_key(today)[0]
         out.append((today, dense))
     return out
+
+
+def _check_stated(folder: Stored) -> None:
+    """Raise ArtifactError for codes that no quantization_config speaks of, and for a layer stored with and without."""
+    checkpoint, taken = folder.checkpoint, folder.taken()
+    for name in checkpoint.names():
+        layer, _, leaf = name.rpartition(".")
+        if leaf in ("qweight", "weight_packed") and name not in taken:
+            raise _unstated(checkpoint, name, "quantized")
+        if leaf == "weight" and layer in folder and name not in taken:
+            raise ArtifactError(
+                f"{checkpoint.path}: holds the layer {layer} quantized and not quantized; fetch the model again into "
+                "an empty folder"
+            )
 
 
 def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:

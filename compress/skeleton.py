@@ -17,8 +17,8 @@ from torch import nn
 
 from compress.checkpoint import Checkpoint
 from compress.decoder import candidates, find_decoder
-from compress.dense import dense_shape, quantization_of
 from compress.errors import ArtifactError, CompressError, UnsupportedError, explained
+from compress.formats import Stored, stored
 from compress.names import source_names
 
 # Layers that are built whatever the weights are: names and shapes are compared then, which tells more.
@@ -43,7 +43,7 @@ def meta_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    quantization_of(checkpoint)
+    folder = stored(checkpoint)
     check_sizes(checkpoint)
     config = _config(checkpoint, trust_remote_code)
     kind = checkpoint.config.get("model_type")
@@ -67,7 +67,7 @@ def meta_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn
     mismatch: CompressError | None = None
     if checkpoint.tensors:
         try:
-            check_shapes(checkpoint, skeleton, source_names(checkpoint, skeleton))
+            check_shapes(folder, skeleton, source_names(folder, skeleton))
         except CompressError as e:
             mismatch = e
     with explained(what, way_out, UnsupportedError), init_empty_weights(include_buffers=False):
@@ -95,22 +95,25 @@ def check_sizes(checkpoint: Checkpoint) -> None:
             )
 
 
-def check_shapes(checkpoint: Checkpoint, model: nn.Module, source: Mapping[str, str]) -> None:
+def check_shapes(folder: Stored, model: nn.Module, source: Mapping[str, str]) -> None:
     """Raise ArtifactError unless every parameter's tensor has its shape and holds floating-point numbers or codes."""
+    checkpoint = folder.checkpoint
     for name, value in model.state_dict(keep_vars=True).items():
-        stored = source[name]
-        found = dense_shape(checkpoint, stored)
+        origin = source[name]
+        layer = origin.removesuffix(".weight")
+        quantized = origin.endswith(".weight") and layer in folder
+        found = folder.shape(layer) if quantized else checkpoint.info(origin).shape
         if found != tuple(value.shape):
             raise ArtifactError(
-                f"{checkpoint.path}: tensor {stored} has shape {found}, but config.json says {tuple(value.shape)}; the "
+                f"{checkpoint.path}: tensor {origin} has shape {found}, but config.json says {tuple(value.shape)}; the "
                 "config belongs to another model, or the weights do"
             )
-        if stored in checkpoint:
-            dtype = checkpoint.info(stored).dtype
-            checkpoint.dtype(stored)
-            if value.is_floating_point() and not dtype.startswith(_FLOATS) and f"{stored}_scale" not in checkpoint:
+        if not quantized:
+            checkpoint.dtype(origin)
+            dtype = checkpoint.info(origin).dtype
+            if value.is_floating_point() and not dtype.startswith(_FLOATS):
                 raise ArtifactError(
-                    f"{checkpoint.path}: tensor {stored} is stored as {dtype}, but the model computes with "
+                    f"{checkpoint.path}: tensor {origin} is stored as {dtype}, but the model computes with "
                     "floating-point numbers; pass the full-precision model"
                 )
 

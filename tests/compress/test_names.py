@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "scaled int8": (
         {Q: torch.ones(64, 64, dtype=torch.int8), f"{Q}_scale": torch.ones(64, 1)},
-        f"{Q} is stored as I8 and scaled by {Q}_scale",
+        f"{Q} is stored as I8, but the model computes with floating-point",
     ),
     "gptq": (
         {
@@ -60,7 +60,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a block that is cut": ({"model.layers.1.mlp.up_proj.weight": None}, "1.mlp.up_proj.weight is missing"),
     "no output matrix": ({"lm_head.weight": None}, "lm_head.weight is missing and config.json does not tie it"),
     "twice": ({"layers.0.mlp.up_proj.weight": torch.ones(128, 64)}, "both are model.layers.0.mlp.up_proj.weight"),
-    "quantized and not": ({Q.replace("weight", "qweight"): torch.ones(64, 8, dtype=torch.int32)}, "quantized and not"),
+    "quantized and not": (
+        {Q.replace("weight", "qweight"): torch.ones(64, 8, dtype=torch.int32)},
+        "qweight is stored as I32 and quantized, but config.json has no",
+    ),
 }
 
 
