@@ -19,7 +19,7 @@ from compress.calibration import CalibrationSet
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError
 from compress.model import StreamedModel
-from compress.tell import Tell
+from compress.tell import SILENT, Tell
 from compress.tokens import ids_sha256, load_tokenizer
 
 # Calibration rows below which a stage that learns from them adds the model's own text, and the largest model it does
@@ -62,60 +62,60 @@ class Rows:
         path = {}
         if source.startswith("file:"):
             path = {"path": os.path.relpath(Path(source.removeprefix("file:")).resolve(), out.resolve())}
-        return {
-            "source": source,
-            **path,
-            "sha256": self.text.sha256,
-            "text_sha256": self.text.text_sha256,
-            "num_samples": self.text.ids_NT.shape[0],
-            "seq_len": self.text.ids_NT.shape[1],
-            "num_documents": self.text.num_documents,
-            "num_tokens_unused": self.text.num_tokens_unused,
-            "num_sampled_from_model": len(self.ids_NT) - len(self.text.ids_NT),
-        }
+        sampled = len(self.ids_NT) - len(self.text.ids_NT)
+        return {**self.text.record(), **path, "num_sampled_from_model": sampled}
 
 
-def read_rows(text: Text, model: StreamedModel, *, is_reference: bool, tell: Tell) -> Rows:
+def read_rows(
+    text: Text, model: StreamedModel, *, is_reference: bool, trust_remote_code: bool = False, tell: Tell = SILENT
+) -> Rows:
     """The calibration rows. ConfigError when the text gives none, or cannot be read."""
-    tokenizer = load_tokenizer(model.checkpoint.path)
+    folder, device = model.checkpoint.path, str(model.device)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     found = calibration.load(
         text.calib,
         tokenizer,
         num_samples=text.samples,
         seq_len=text.seq_len,
         seed=text.seed,
-        model=model.checkpoint.path,
+        model=folder,
         is_reference=is_reference,
         vocab_size=model.vocab_size,
-        device=str(model.device),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        tell=tell,
     )
-    asked, notes = _own_rows(text, len(found.ids_NT), model)
+    asked, notes = _own_rows(text, found, model)
     if not asked:
         return Rows(ids_NT=found.ids_NT, text=found, notes=notes)
-    if text.calib == "self":
-        raise ConfigError("--self-samples adds to a text, but --calib self samples all rows already; raise --samples")
-    tell.say(f"sampling {asked} rows of {found.ids_NT.shape[1]} tokens from the model itself, token by token")
-    own_NT = sampling.sample_from_model(
-        sampling.load_model_float32(model.checkpoint.path, str(model.device)),
+    if found.source == "self":
+        raise ConfigError(
+            "--self-samples adds to a text, but all rows are sampled from the model itself already; raise --samples"
+        )
+    own_NT = sampling.sample_from_folder(
+        folder,
         tokenizer,
         num_samples=asked,
         seq_len=found.ids_NT.shape[1],
         seed=text.seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        tell=tell,
     )
     notes = [f"calibrated on {len(found.ids_NT)} rows of the text and {asked} sampled from the model itself"]
     return Rows(ids_NT=torch.cat([found.ids_NT, own_NT]), text=found, notes=notes)
 
 
-def _own_rows(text: Text, num_rows: int, model: StreamedModel) -> tuple[int, list[str]]:
+def _own_rows(text: Text, found: CalibrationSet, model: StreamedModel) -> tuple[int, list[str]]:
     """How many rows to sample from the model itself, and what to tell the user.
 
     Learning from little text fits that text. What the model writes itself costs no text and is what the model knows, so
     a short calibration set is topped up, unless told otherwise or the model is too large to be sampled from (sampling
     holds all of it in memory).
     """
-    if text.self_samples is not None or not text.top_up:
+    if text.self_samples is not None or not text.top_up or found.source == "self":
         return text.self_samples or 0, []
-    missing = max(0, ENOUGH_ROWS - num_rows)
+    missing = max(0, ENOUGH_ROWS - len(found.ids_NT))
     size = weight_bytes(model.checkpoint)
     if missing and size > SAMPLED_FROM_BYTES:
         note = (

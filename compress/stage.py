@@ -195,7 +195,13 @@ def _prepare(stage: Stage, job: Job, tell: Tell) -> _Prepared:
         stage.format.check(plan, shapes_of(model, plan))
     # One process reads: several that read might find different rows.
     rows = distributed.told_by_first(
-        lambda: read_rows(job.text, model, is_reference=job.source.is_reference, tell=tell)
+        lambda: read_rows(
+            job.text,
+            model,
+            is_reference=job.source.is_reference,
+            trust_remote_code=job.trust_remote_code,
+            tell=tell,
+        )
     )
     chosen = list(stage.blocks(model))
     return _Prepared(

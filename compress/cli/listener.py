@@ -10,12 +10,15 @@ from typing import Any
 from compress.cli.progress import Steps
 from compress.tell import Tell
 
+# Steps of a job that are each worth a line in a log.
+MANY = 200
+
 
 class Listener(Tell):
     """Shows lines, and counted jobs one after the other. Use as a context manager, which ends the last of them.
 
     described: what to say of a step that is done, from what it found. quiet: no progress, as for `--json`; lines stay.
-    notes: what the user must still see at the end. started: when the first counted job began, `time.monotonic`.
+    notes: what the user must still see at the end. started: when the last counted job began, `time.monotonic`.
     """
 
     def __init__(self, described: Callable[[Mapping[str, Any]], str] = lambda found: "done", *, quiet: bool) -> None:
@@ -36,7 +39,7 @@ class Listener(Tell):
 
     def start(self, what: str, total: int) -> None:
         self._end()
-        self.started = self.started or time.monotonic()
+        self.started = time.monotonic()
         self._steps = Steps(what, quiet=self.quiet).__enter__()
         self._steps.start(total)
 
@@ -53,12 +56,23 @@ class Listener(Tell):
         if done is None:
             self._steps.note(doing)
             return
-        self._steps.step("read back" if resumed else doing or self.described(found or {}), computed=not resumed)
+        if self._is_one_of_many():
+            self._steps.done += 1
+            self._steps.computed += not resumed
+        else:
+            said = "read back" if resumed else doing or self.described(found or {})
+            self._steps.step(said, computed=not resumed)
         if self._steps.done == self._steps.total:
             self._end()
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def _is_one_of_many(self) -> bool:
+        """Whether the step to come is not worth a line where lines are printed: of many, each tenth is."""
+        assert self._steps is not None
+        done, total = self._steps.done, self._steps.total
+        return not self._steps.live and total > MANY and (done + 1) * 10 // total == done * 10 // total
 
     def _end(self) -> None:
         if self._steps is not None:
