@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from compress.groups import Group
-from compress.quantized import QuantizedWeight
+from compress.quantized import QuantizedWeight, StaticInput
 from compress.statistics import InputStatistics
 
 
@@ -20,6 +20,7 @@ from compress.statistics import InputStatistics
 class LoadedBlock:
     """A block as a method sees it. `run()` returns its output on `check_input` with the weights as they are now.
 
+    index, prefix: its number in the model that is read, and what the names of its tensors there begin with.
     check_input, check_output: `[B, T, H]`, a few calibration rows as they enter this block, and its output on them with
     its original weights. inputs, targets: with two paths, all rows as they enter this block, batch by batch, and what
     the original model has after it; else empty. forward(hidden, weights): the block's output with some parameters
@@ -43,11 +44,13 @@ class LoadedBlock:
 class BlockResult:
     """What a method made of a block: integer weights by layer name, other tensors (as stored) by parameter name.
 
-    `report` is JSON for the manifest: one entry a layer, one a group.
+    inputs: calibrated quantizers of the inputs of those layers whose plan says so. report: JSON for the manifest: one
+    entry a layer, one a group. Tensors may have other shapes than the block's had.
     """
 
     quantized: dict[str, QuantizedWeight]
     dense: dict[str, Tensor]
+    inputs: dict[str, StaticInput] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -63,9 +66,11 @@ class BlockStore(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDone:
-    """One step of progress. `resumed` blocks were read back, not computed."""
+    """One block is done. index, total: its number in what is made, and how many that has; source: its number in the
+    model that is read. `resumed`: read back, not computed."""
 
     index: int
+    source: int
     total: int
     resumed: bool
     report: dict[str, Any]

@@ -34,6 +34,7 @@ from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_s
 from compress.quantize.tune import TuneOptions
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
+from compress.tell import Tell
 from compress.workspace import Source
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _quantize(
         if journal:  # needs no blocks, so it is done while those are computed
             written_rest = threads.enter_context(meanwhile(partial(write_rest, journal, model, to_stored)))
         done = []
-        for step in stream(model, ids_NT, method, SharedStore(journal), paths=options.paths, on_stage=on_stage):
+        for step in stream(model, ids_NT, method, SharedStore(journal), paths=options.paths, tell=_Stages(on_stage)):
             done.append(step)
             on_block(step)
         if place is None or run is None or journal is None:
@@ -468,6 +469,21 @@ def _outcome_of(out: Path, request: AwqRequest, notes: list[str]) -> AwqOutcome:
         verified=0,
         notes=notes,
     )
+
+
+class _Stages(Tell):
+    def __init__(self, on_stage: Callable[[int, str], None]) -> None:
+        self.on_stage = on_stage
+
+    def step(
+        self,
+        done: int | None = None,
+        doing: str = "",
+        *,
+        found: Mapping[str, Any] | None = None,
+        resumed: bool = False,
+    ) -> None:
+        self.on_stage(0, doing)
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:
