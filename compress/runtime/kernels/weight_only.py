@@ -147,7 +147,9 @@ def tiling(packed: Packed, num_rows: int) -> Tiling:
     if tiles >= 4:
         return Tiling(run, tiles, 8 if tall or not wide else 4, 2)
     if tiles == 2:
-        return Tiling(run, tiles, 16 if tall else 4 if wide else 8, 2)
+        return Tiling(run, tiles, 16 if tall else 4 if wide else 8, 1 if packed.num_bits == 8 else 2)
+    if packed.num_bits == 8 and not packed.group_size:
+        return Tiling(2, tiles, 16, 1)
     if packed.num_bits == 16:
         return Tiling(run, tiles, 16 if tall or wide else 8, 2 if tall or wide else 1)
     if wide:
