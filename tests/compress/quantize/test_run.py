@@ -203,7 +203,7 @@ def test_best_adds_the_models_own_text(build_model: Any, quantize: Any, monkeypa
     large = quantize(folder, "five", **options)
     assert large.record["calibration"]["num_sampled_from_model"] == 0
     assert any("was not sampled from" in note and "--self-samples 2" in note for note in large.notes)
-    with pytest.raises(ConfigError, match="--calib self samples all rows already"):
+    with pytest.raises(ConfigError, match="all rows are sampled from the model itself already"):
         quantize(folder, "six", effort="best", self_samples=3, calib="self")
     with pytest.raises(ConfigError, match="effort 'most' is not one of"):
         quantize(folder, "seven", effort="most")
