@@ -11,6 +11,7 @@ LEVEL = {
     "model": 1, "groups": 1, "statistics": 1, "block": 1, "blocks": 1, "calibration": 1, "artifact": 1, "workspace": 1,
     "devices": 1, "doctor": 1,
     "journal": 1, "verify": 1, "assemble": 1, "runtime": 1, "background": 1, "distributed": 1,
+    "rows": 1, "chat": 1, "long_text": 1, "passages": 1, "positions": 1,
     "quantize": 2, "prune": 2, "distill": 2,
     "cli": 4, "pipeline": 3, "__main__": 4, "__init__": 0,
 }  # fmt: skip
