@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from compress.cli.listener import Listener
-from compress.cli.progress import peak_memory_bytes, seconds_text
+from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 
 
 @click.command("awq")
@@ -93,11 +92,11 @@ def command(
 
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
-    with Listener(_block_text, quiet=as_json) as listener:
-        outcome = quantize_awq(request, listener)
+    with Shown(quiet=as_json, describe=_block_text) as shown:
+        outcome = quantize_awq(request, shown)
     ended = time.monotonic()
     if as_json:
-        print(json.dumps(_as_json(outcome, ended - (listener.started or started), ended - started), indent=2))
+        print(json.dumps(_as_json(outcome, ended - (shown.started or started), ended - started), indent=2))
     else:
         _print_summary(outcome, ended - started)
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.listener import Listener
-from compress.cli.progress import peak_memory_bytes, seconds_text
+from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,10 +93,11 @@ def command(
         force=force,
         options=options,
     )
-    with Listener(lambda found: "quantized", quiet=as_json) as listener:
+    with Shown(quiet=as_json, describe=lambda found: "quantized") as shown:
         try:
-            outcome = export(request, tell=listener)
+            outcome = export(request, tell=shown)
         except DoesNotFit as e:
+            shown.end()
             _print_too_big(e, as_json)
             raise
     if as_json:
