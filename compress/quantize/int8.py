@@ -25,10 +25,8 @@ import torch
 from torch import Tensor
 
 from compress import numerics
-from compress.plan import ActivationScheme
-from compress.quantize.feedback import Prepared, Rounded, inverse_factor
+from compress.quantize.feedback import Prepared, Rounded, group_order, inverse_factor, ordered
 from compress.quantize.feedback_step import round_group
-from compress.quantize.smoothquant import fake_quantized
 from compress.scheme import Scheme
 
 LEVELS = 127.5
@@ -38,7 +36,6 @@ RANGE_STEPS = 10
 RANGE_MIN = 0.75
 # Columns that a step of error feedback settles before it passes their errors on to all others.
 COLUMNS_AT_ONCE = 128
-_ROWS_AT_ONCE = 1024
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,9 +93,8 @@ class InputNoise:
     seen_I: Tensor
 
     @classmethod
-    def of(cls, rows_SI: Tensor, activation: ActivationScheme) -> InputNoise:
-        """Measured on sampled tokens."""
-        quantized_SI = fake_quantized(rows_SI, activation)
+    def of(cls, rows_SI: Tensor, quantized_SI: Tensor) -> InputNoise:
+        """Measured on sampled tokens, as they are and as they are quantized."""
         noise_SI = quantized_SI - rows_SI
         return cls(
             added_I=(quantized_SI.square() - rows_SI.square()).mean(dim=0),
@@ -117,51 +113,63 @@ class InputNoise:
 # ---- error feedback ------------------------------------------------------------------------------------
 
 
-def prepare_columns(hessian_II: Tensor, off_diagonal: float = 1.0, damping: float = DAMPING) -> Prepared:
-    """Columns by falling diag(H), and the factor of H, its off-diagonal part taken `off_diagonal` times."""
+def prepare(hessian_II: Tensor, scheme: Scheme, off_diagonal: float = 1.0, damping: float = DAMPING) -> Prepared:
+    """The factor of H, its off-diagonal part taken `off_diagonal` times, and the order of columns.
+
+    With one scale a row, columns go by falling diag(H); with groups, these do, and columns keep their order inside.
+    hessian_II: float32 `[I, I]`, not changed.
+    """
     importance_I = hessian_II.diagonal().clone()
-    columns_I = torch.sort(importance_I, descending=True, stable=True).indices
-    ordered_II = torch.empty_like(hessian_II)
-    for rows in torch.arange(len(hessian_II), device=hessian_II.device).split(_ROWS_AT_ONCE):
-        ordered_II[rows] = hessian_II[columns_I[rows]].mul_(off_diagonal)[:, columns_I]
-    ordered_II.diagonal().copy_(importance_I[columns_I])
+    if scheme.group_size == -1:
+        order, columns_I = [0], torch.sort(importance_I, descending=True, stable=True).indices
+    else:
+        order = group_order(hessian_II, scheme.group_size)
+        places = torch.arange(len(hessian_II), device=hessian_II.device)
+        columns_I = places.reshape(-1, scheme.group_size)[order].reshape(-1)
     return Prepared(
-        order=[0],
+        order=order,
         columns_I=columns_I,
-        upper_II=inverse_factor(ordered_II, damping),
+        # The matrix in between has no other name, so that it is gone as soon as it is factorised.
+        upper_II=inverse_factor(ordered(hessian_II, columns_I, off_diagonal), damping),
         importance_I=importance_I,
         off_diagonal=off_diagonal,
     )
 
 
-def round_rows(w_OI: Tensor, inputs: Prepared, scale_O: Tensor) -> Tensor:
-    """Codes, uint8 `[O, I]` around 128, of a weight with one scale a row, with error feedback over all its columns.
+def round_with_feedback(w_OI: Tensor, inputs: Prepared, scheme: Scheme, dtype: torch.dtype) -> Rounded:
+    """Codes around 128 of a weight, with error feedback over all its columns. w_OI: float32, not changed.
 
-    w_OI: float32, not changed. scale_O: float32, as it will be stored.
+    The scale of a whole row is fitted beforehand, that of a group when its turn comes. Rows do not depend on each
+    other, so linears that share an input may be stacked.
     """
-    num_columns = w_OI.shape[1]
+    num_groups = scheme.groups(w_OI.shape[1])
+    size = w_OI.shape[1] // num_groups
     left_OI = w_OI[:, inputs.columns_I]  # a copy, in processing order
     codes_OI = torch.empty(w_OI.shape, dtype=torch.uint8, device=w_OI.device)
-    middle_O = torch.full_like(scale_O, 128.0)
-    for first in range(0, num_columns, COLUMNS_AT_ONCE):
-        last = min(first + COLUMNS_AT_ONCE, num_columns)
-        upper_gR = inputs.rows(first, last)
-        codes_Og, error_Og = round_group(
-            left_OI[:, first:last], upper_gR[:, : last - first].contiguous(), scale_O, middle_O, 255
-        )
-        codes_OI[:, inputs.columns_I[first:last]] = codes_Og
-        if last < num_columns:
-            left_OI[:, last:].addmm_(error_Og, upper_gR[:, last - first :], alpha=-1)
-    return codes_OI
-
-
-def round_with_feedback(w_OI: Tensor, inputs: Prepared, dtype: torch.dtype) -> Rounded:
-    """One scale a row, fitted beforehand, then `round_rows`."""
-    scale_OG, factor_OG = fit_scale(w_OI.unsqueeze(1), inputs.importance_I, dtype)
+    scale_OG = torch.empty(len(w_OI), num_groups, device=w_OI.device)
+    factor_OG = torch.empty_like(scale_OG)
+    for turn, group in enumerate(inputs.order):
+        first, last = turn * size, (turn + 1) * size
+        importance_g = inputs.importance_I[inputs.columns_I[first:last]]
+        scale_O1, factor_O1 = fit_scale(left_OI[:, first:last].unsqueeze(1), importance_g, dtype)
+        scale_OG[:, group], factor_OG[:, group] = scale_O1[:, 0], factor_O1[:, 0]
+        for start in range(first, last, COLUMNS_AT_ONCE):
+            _round_columns(left_OI, codes_OI, inputs, scale_O1[:, 0], start, min(start + COLUMNS_AT_ONCE, last))
     return Rounded(
-        codes_OI=round_rows(w_OI, inputs, scale_OG[:, 0]),
+        codes_OI=codes_OI,
         scale_OG=scale_OG,
         zero_point_OG=torch.full_like(scale_OG, 128.0),
         factor_OG=factor_OG,
         wanted_OI=None,
     )
+
+
+def _round_columns(left_OI: Tensor, codes_OI: Tensor, inputs: Prepared, scale_O: Tensor, first: int, last: int) -> None:
+    """Settle columns `first` to `last` of the processing order, and pass their errors on to those behind them."""
+    upper_gR = inputs.rows(first, last)
+    upper_gg = upper_gR[:, : last - first].contiguous()
+    middle_O = torch.full_like(scale_O, 128.0)
+    codes_Og, error_Og = round_group(left_OI[:, first:last], upper_gg, scale_O, middle_O, 255)
+    codes_OI[:, inputs.columns_I[first:last]] = codes_Og
+    if last < left_OI.shape[1]:
+        left_OI[:, last:].addmm_(error_Og, upper_gR[:, last - first :], alpha=-1)

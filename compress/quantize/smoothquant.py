@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress import activations
+from compress import activations, numerics
 from compress.plan import ActivationScheme
 from compress.quantize.awq import output_error, sampled_rows
 
@@ -71,7 +71,7 @@ RoundWeight = Callable[[Tensor], Tensor]
 def search_smoothing(
     weights: Sequence[Tensor],
     inputs: SampledInputs,
-    activation: ActivationScheme,
+    activation: ActivationScheme | None,
     round_weight: RoundWeight,
     *,
     weight_share: float = 1.0,
@@ -82,8 +82,9 @@ def search_smoothing(
     """The scale s_I of a group of linears `[O, I]` that loses least, among the identity, the formula and its descent.
 
     weight_share: how much of the error of `round_weight` counts, because error feedback takes the rest away. shared:
-    int64 `[I]`, channels that must have one scale (grouped-query attention). activation: a static one is taken with the
-    range of the sampled tokens. strengths: one alone is taken as it is, whatever its error.
+    int64 `[I]`, channels that must have one scale (grouped-query attention). activation: None for inputs that stay
+    floats; a static one is taken with the range of the sampled tokens. strengths: one alone is taken as it is, whatever
+    its error.
     """
     w_OI = torch.cat(list(weights))
     rows_OI = sampled_rows(w_OI, SEARCH_ROWS)
@@ -120,20 +121,25 @@ def smoothed_error(
     w_OI: Tensor,
     s_I: Tensor,
     inputs: SampledInputs,
-    activation: ActivationScheme,
+    activation: ActivationScheme | None,
     round_weight: RoundWeight,
     weight_share: float = 1.0,
 ) -> float:
     """Mean squared output error with scale s, summed over rows: of the weights' rounding and of the inputs'."""
     w_s = w_OI * s_I
     delta_OI = (round_weight(w_s) / s_I).sub_(w_OI)
-    return weight_share * output_error(delta_OI, inputs.gram_II) + input_error(w_s, inputs.rows_SI / s_I, activation)
+    error = weight_share * output_error(delta_OI, inputs.gram_II)
+    if activation is None:
+        return error
+    rows_SI = inputs.rows_SI / s_I
+    return error + input_error(w_s, rows_SI, fake_quantized(rows_SI, activation))
 
 
-def input_error(w_OI: Tensor, rows_SI: Tensor, activation: ActivationScheme) -> float:
+def input_error(w_OI: Tensor, rows_SI: Tensor, quantized_SI: Tensor) -> float:
     """Mean over tokens of the squared output error that quantizing the inputs causes, summed over rows of W."""
-    change_SI = fake_quantized(rows_SI, activation) - rows_SI
-    return float((change_SI @ w_OI.t()).square().sum(dtype=torch.float64)) / max(1, len(rows_SI))
+    with numerics.tensor_float32():  # ranks candidates; see numerics for what that costs
+        change_SO = (quantized_SI - rows_SI) @ w_OI.t()
+    return float(change_SO.square_().sum(dtype=torch.float64)) / max(1, len(rows_SI))
 
 
 def fake_quantized(rows_SI: Tensor, activation: ActivationScheme) -> Tensor:
@@ -166,7 +172,7 @@ def descended(
     start_I: Tensor,
     w_OI: Tensor,
     inputs: SampledInputs,
-    activation: ActivationScheme,
+    activation: ActivationScheme | None,
     weight_share: float,
     shared: Tensor | None,
     steps: int = DESCENT_STEPS,
@@ -195,68 +201,51 @@ def descended(
 
 @dataclass(frozen=True, kw_only=True)
 class _Noise:
-    """E(s) of the module docstring and its gradient. x_SI, w_OI: magnitudes; sign_SI only of asymmetric inputs."""
+    """E(s) of the module docstring and its gradient. w_OI: magnitudes. norm_I: of its columns, squared."""
 
     x_SI: Tensor
     w_OI: Tensor
     norm_I: Tensor
     power_I: Tensor
     weight_share: float
-    signed: Tensor | None
-    by_tensor: bool
+    activation: ActivationScheme | None
 
     @classmethod
-    def of(cls, w_OI: Tensor, inputs: SampledInputs, activation: ActivationScheme, weight_share: float) -> _Noise:
+    def of(
+        cls, w_OI: Tensor, inputs: SampledInputs, activation: ActivationScheme | None, weight_share: float
+    ) -> _Noise:
         return cls(
-            x_SI=inputs.rows_SI.abs(),
+            x_SI=inputs.rows_SI,
             w_OI=w_OI.abs(),
             norm_I=w_OI.square().sum(dim=0),
             power_I=inputs.gram_II.diagonal(),
             weight_share=weight_share,
-            signed=None if activation.symmetric else inputs.rows_SI,
-            by_tensor=not activation.dynamic,
+            activation=activation,
         )
 
     def error_and_gradient(self, s_I: Tensor) -> tuple[float, Tensor]:
         """E(s), and the derivative of its logarithm by log s, `[I]`."""
-        inputs, inputs_I = self._of_inputs(s_I)
-        weights, weights_I = self._of_weights(s_I)
-        total = inputs + weights
-        return float(total), (inputs_I + weights_I) / total.clamp(min=1e-30)
+        total, gradient_I = self._of_weights(s_I)
+        if self.activation is not None:
+            inputs, inputs_I = self._of_inputs(s_I, self.activation)
+            total, gradient_I = total + inputs, gradient_I + inputs_I
+        return float(total), gradient_I / total.clamp(min=1e-30)
 
-    def _of_inputs(self, s_I: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_inputs(self, s_I: Tensor, activation: ActivationScheme) -> tuple[Tensor, Tensor]:
         num_tokens = len(self.x_SI)
-        gradient_I = torch.zeros_like(s_I)
-        step_S, ends = self._steps(s_I)
+        step_S, ends = _steps(self.x_SI / s_I, activation)
         rounded_SI = (step_S.square() / 12).unsqueeze(1) * (s_I.square() * self.norm_I)
         lost_SI = self.x_SI.square() * self.norm_I
         # A value that is lost costs the same under every scale that loses it.
         rounded_SI = torch.where(rounded_SI < lost_SI, rounded_SI, 0.0)
-        error = (torch.where(rounded_SI > 0, rounded_SI, lost_SI)).sum() / num_tokens
-        gradient_I += 2 * rounded_SI.sum(dim=0) / num_tokens
+        error = torch.where(rounded_SI > 0, rounded_SI, lost_SI).sum() / num_tokens
+        gradient_I = 2 * rounded_SI.sum(dim=0) / num_tokens
         slope_S = 2 * rounded_SI.sum(dim=1) / num_tokens
-        if self.by_tensor:
+        if not activation.dynamic:
             slope_S = slope_S.sum().reshape(1)
         for share_S, channel_S in ends:
             gradient_I.index_add_(0, channel_S, -slope_S * share_S)
         return error, gradient_I
-
-    def _steps(self, s_I: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Each token's step, and which channels set it, each with its share of it."""
-        if self.signed is None:
-            top_S, channel_S = (self.x_SI / s_I).max(dim=1)
-            if self.by_tensor:
-                at = top_S.argmax()
-                top_S, channel_S = top_S[at].reshape(1), channel_S[at].reshape(1)
-            return top_S / 127, [(torch.ones_like(top_S), channel_S)]
-        x_SI = self.signed / s_I
-        (high_S, high_at), (low_S, low_at) = x_SI.max(dim=1), x_SI.min(dim=1)
-        if self.by_tensor:
-            at, below = high_S.argmax(), low_S.argmin()
-            high_S, high_at = high_S[at].reshape(1), high_at[at].reshape(1)
-            low_S, low_at = low_S[below].reshape(1), low_at[below].reshape(1)
-        range_S = (high_S - low_S).clamp(min=1e-30)
-        return range_S / 255, [(high_S / range_S, high_at), (-low_S / range_S, low_at)]
 
     def _of_weights(self, s_I: Tensor) -> tuple[Tensor, Tensor]:
         top_O, channel_O = (self.w_OI * s_I).max(dim=1)
@@ -266,3 +255,19 @@ class _Noise:
         gradient_I = -2 * (self.weight_share / 12) * steps.sum() * passed_I
         gradient_I.index_add_(0, channel_O, 2 * (self.weight_share / 12) * passed_I.sum() * steps)
         return error, gradient_I
+
+
+def _steps(x_SI: Tensor, activation: ActivationScheme) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The step between codes, of each token or `[1]` of all, and which channels set it, each with its share of it."""
+    (high_S, high_at), (low_S, low_at) = x_SI.max(dim=1), x_SI.min(dim=1)
+    if activation.symmetric:
+        low_is_more = -low_S > high_S
+        high_S, high_at = torch.where(low_is_more, -low_S, high_S), torch.where(low_is_more, low_at, high_at)
+    if not activation.dynamic:
+        top, bottom = high_S.argmax(), low_S.argmin()
+        high_S, high_at = high_S[top].reshape(1), high_at[top].reshape(1)
+        low_S, low_at = low_S[bottom].reshape(1), low_at[bottom].reshape(1)
+    if activation.symmetric:
+        return high_S / 127, [(torch.ones_like(high_S), high_at)]
+    range_S = (high_S - low_S).clamp(min=1e-30)
+    return range_S / 255, [(high_S / range_S, high_at), (-low_S / range_S, low_at)]

@@ -61,8 +61,8 @@ def test_feedback_over_all_columns_is_the_long_way_round() -> None:
     """After each column, in float64, the best answer of all columns still open is solved for; no factor, no chunks."""
     w_OI, x = problem(num_rows=6, size=140)
     gram_II = x.t() @ x / len(x)
-    inputs = int8.prepare_columns(gram_II)
-    scale_O = int8.full_scale(w_OI.unsqueeze(1), torch.float16)[:, 0]
+    inputs = int8.prepare(gram_II, CHANNEL)
+    scale_O = int8.fit_scale(w_OI.unsqueeze(1), inputs.importance_I, torch.float16)[0][:, 0]
     damped = gram_II.double() + int8.DAMPING * float(gram_II.diagonal().mean()) * torch.eye(140).double()
     columns = gram_II.diagonal().argsort(descending=True).tolist()
     left, codes = w_OI.double().clone(), torch.zeros(w_OI.shape, dtype=torch.int64)
@@ -73,19 +73,23 @@ def test_feedback_over_all_columns_is_the_long_way_round() -> None:
         if rest:
             answer = torch.linalg.solve(damped[rest][:, rest], damped[rest, column])
             left[:, rest] -= (q * scale_O - left[:, column])[:, None] * answer
-    found = int8.round_rows(w_OI, inputs, scale_O).long()
+    rounded = int8.round_with_feedback(w_OI, inputs, CHANNEL, torch.float16)
+    assert torch.equal(rounded.scale_OG[:, 0], scale_O)
+    found = rounded.codes_OI.long()
     assert int((found - codes).abs().max()) <= 1  # float32 may fall on the other side of a tie
     assert float((found != codes).float().mean()) < 0.01
 
 
-def test_feedback_loses_less_than_rounding_to_nearest() -> None:
+@pytest.mark.parametrize("scheme", [CHANNEL, Scheme(num_bits=8, group_size=40, symmetric=True)], ids=Scheme.label)
+def test_feedback_loses_less_than_rounding_to_nearest(scheme: Scheme) -> None:
     w_OI, x = problem()
     gram_II = x.t() @ x / len(x)
-    found = int8.round_with_feedback(w_OI, int8.prepare_columns(gram_II), torch.float16)
-    nearest = int8.round_to_nearest(w_OI, CHANNEL, torch.float16)
-    with_feedback = awq.output_error(found.dequantize(CHANNEL) - w_OI, gram_II)
+    found = int8.round_with_feedback(w_OI, int8.prepare(gram_II, scheme), scheme, torch.float16)
+    nearest = int8.round_to_nearest(w_OI, scheme, torch.float16)
+    with_feedback = awq.output_error(found.dequantize(scheme) - w_OI, gram_II)
     assert with_feedback < 0.5 * awq.output_error(nearest - w_OI, gram_II)
     assert bool((found.zero_point_OG == 128).all()) and found.codes_OI.dtype == torch.uint8
+    assert torch.equal(found.scale_OG, found.scale_OG.half().float())
 
 
 @pytest.mark.parametrize("activation", [ActivationScheme(), ActivationScheme(symmetric=False)])
@@ -94,9 +98,9 @@ def test_the_weight_for_rounded_inputs_takes_back_much_of_what_can_be(activation
     w_OI, x = problem(tokens=3000)
     x[:, ::50] *= 20  # steps so coarse that rounding them is felt
     seen = fake_quantized(x, activation)
-    noise = int8.InputNoise.of(x, activation)
+    noise = int8.InputNoise.of(x, seen)
     gram_II = x.t() @ x / len(x)
-    inputs = int8.prepare_columns(noise.with_noise(gram_II))
+    inputs = int8.prepare(noise.with_noise(gram_II), CHANNEL)
     aimed = retarget(w_OI, -w_OI * noise.seen_I, inputs, 1.0)
     best = torch.linalg.lstsq(seen.double(), (x @ w_OI.t()).double()).solution.t().float()
 
