@@ -115,6 +115,7 @@ def int8_block(loaded: LoadedBlock, plan: LayerPlan, options: Int8Options) -> Bl
     work = _Work(loaded=loaded, options=options, current=loaded.check_output)
     if any(scheme.input is not None and not scheme.input.dynamic for scheme in plan.groups()):
         _add_check_rows(loaded)
+    cache = {"kv_cache": loaded.cache_errors()} if plan.kv else {}
     groups, reports = [], []
     for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
         members = _members(loaded, group, statistics, plan)
@@ -131,7 +132,7 @@ def int8_block(loaded: LoadedBlock, plan: LayerPlan, options: Int8Options) -> Bl
         quantized={name: work.quantized[name] for name in in_order},
         dense=dense_tensors(loaded.module, loaded.prefix, work.quantized, options.dtype),
         inputs={name: work.inputs[name] for name in in_order if name in work.inputs},
-        report={"layers": [work.layers[name] for name in in_order], "groups": reports},
+        report={"layers": [work.layers[name] for name in in_order], "groups": reports, **cache},
     )
 
 

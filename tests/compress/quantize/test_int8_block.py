@@ -12,7 +12,7 @@ from compress.block import BlockResult, LoadedBlock
 from compress.errors import ConfigError
 from compress.linear import linears
 from compress.model import StreamedModel
-from compress.plan import DENSE, ActivationScheme, LayerPlan, LayerScheme
+from compress.plan import DENSE, ActivationScheme, KvScheme, LayerPlan, LayerScheme
 from compress.quantize.int8_block import Int8Options, int8_block
 from compress.scheme import Scheme
 
@@ -27,12 +27,16 @@ Build = Callable[..., Path]
 
 
 def quantized(
-    folder: Path, scheme: LayerScheme, options: Int8Options, changed: dict[str, LayerScheme] | None = None
+    folder: Path,
+    scheme: LayerScheme,
+    options: Int8Options,
+    changed: dict[str, LayerScheme] | None = None,
+    kv: KvScheme | None = None,
 ) -> tuple[list[BlockResult], float]:
     """Every block's result, and the relative error of the last block's output on the calibration rows."""
     model = StreamedModel.open(folder)
     names = [model.block_prefix(i) + n for i in range(model.num_blocks) for n in linears(model.blocks[i])]
-    plan = LayerPlan.uniform(names, scheme)
+    plan = LayerPlan.uniform(names, scheme, kv=kv)
     for pattern, other in (changed or {}).items():
         plan = plan.with_layers(pattern, other)
     ids = torch.randint(5, 4000, (6, 64), generator=torch.Generator().manual_seed(0))
@@ -127,6 +131,13 @@ def test_a_scale_is_held_in_the_dtype_of_the_model(loud_model: Path) -> None:
     results, _ = quantized(loud_model, DYNAMIC, Int8Options(effort="fast", dtype=torch.bfloat16))
     assert results[0].quantized["mlp.down_proj"].scale_OG.dtype == torch.bfloat16
     assert results[0].dense["input_layernorm.weight"].dtype == torch.bfloat16
+
+
+def test_an_int8_cache_is_reported_by_keys_and_by_values(loud_model: Path) -> None:
+    reports = [r.report["kv_cache"] for r in quantized(loud_model, DYNAMIC, Int8Options(), kv=KvScheme())[0]]
+    assert all(set(r) == {"keys", "values", "both"} and 0 < r["both"] < 1e-2 for r in reports)
+    without = quantized(loud_model, DYNAMIC, Int8Options(effort="fast"))[0]
+    assert all("kv_cache" not in r.report for r in without)
 
 
 def test_options_out_of_range_are_refused_before_any_work() -> None:
