@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from compress import activations, distributed
 from compress.background import BackgroundStore
 from compress.block import BlockDone, BlockResult, BlockStore, LoadedBlock
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ArtifactError, ConfigError, resumable
 from compress.groups import Group, find_groups
 from compress.kv_cache import relative_errors
 from compress.linear import is_conv1d, linears
@@ -76,7 +76,8 @@ def stream(
     visited = list(range(model.num_blocks)) if paths == 2 else chosen
     with torch.no_grad():
         walk = _Walk(model, ids_NT, method, plan or LayerPlan(), paths, wanted or Wanted(), num_parts, tell)
-    with BackgroundStore(store) if on_gpu and store else nullcontext(store) as kept:
+    keeping = resumable() if store else nullcontext()
+    with BackgroundStore(store) if on_gpu and store else nullcontext(store) as kept, keeping:
         for index, following in zip(visited, [*visited[1:], None], strict=True):
             with torch.no_grad():
                 if index not in chosen:
