@@ -26,6 +26,7 @@ from compress.background import BackgroundStore
 from compress.block import BlockDone, BlockResult, BlockStore, LoadedBlock
 from compress.errors import ArtifactError, ConfigError, resumable
 from compress.groups import Group, find_groups
+from compress.kv_cache import relative_errors
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
 from compress.plan import LayerPlan
@@ -61,10 +62,11 @@ def stream(
     """Hand every block to `method` in order; yields after each. The caller's grad mode is its own between blocks.
 
     ids_NT: int64 `[N, T]` calibration tokens. method: a result of None leaves the block as it was, which is all that a
-    pass that only measures does; it needs no `store`. plan: says whose inputs are quantized once the method is done.
-    paths: 1 when every block is measured on the original model's hidden states (one pass over the tokens), 2 when it is
-    measured on those of the model compressed so far and told the difference (three passes). wanted: of the statistics.
-    blocks: those that go on, ascending; the others are bypassed on the only path, or on that of the compressed model.
+    pass that only measures does; it needs no `store`. plan: says whose inputs are quantized once the method is done,
+    and how keys and values are then held on the path of the compressed model. paths: 1 when every block is measured on
+    the original model's hidden states (one pass over the tokens), 2 when it is measured on those of the model
+    compressed so far and told the difference (three passes). wanted: of the statistics. blocks: those that go on,
+    ascending; the others are bypassed on the only path, or on that of the compressed model.
     num_parts: how many runs of batches the statistics are summed in, in this process, before the sums are added. Of
     several processes (`distributed`) each runs its part of the rows, and all must call this alike. Deterministic: the
     same model, ids and method give the same bytes, also when some blocks come from the store.
@@ -146,7 +148,9 @@ class _Walk:
             self.tell.step(doing="running the compressed block")
             if result is not None:
                 install(module, result, self.plan, prefix)
+            held, model.kv = model.kv, self.plan.kv
             _advance(model, index, self.compressed)
+            model.kv = held
         self._leave(index)
         return result, resumed
 
@@ -191,6 +195,7 @@ class _Walk:
             inputs=self.compressed if self.paths == 2 else [],
             targets=self.original if self.paths == 2 else [],
             forward=partial(self.model.run_with, index),
+            cache_errors=partial(relative_errors, partial(self.model.run_cached, index, check_input), check_input),
         )
 
     def _collect(self, index: int, groups: list[Group]) -> tuple[list[InputStatistics], Tensor, Tensor]:
