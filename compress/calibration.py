@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calibration_data import default_calibration
 from compress.sampling import load_model_float32, sample_from_model
-from compress.texts import DEFAULT_DATASET, TEXT_SUFFIXES, Tally, documents
+from compress.texts import DEFAULT_DATASET, TEXT_SUFFIXES, Tally, documents, text_suffix
 from compress.tokens import PackedTokens, cut, ids_sha256, pack, pack_lines
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def load(
     else:
         source = spec if spec.startswith("hf:") else f"file:{spec}"
         tally = Tally(documents(spec))
-    if source.startswith("file:") and Path(source).suffix.lower() in TEXT_SUFFIXES:
+    if source.startswith("file:") and text_suffix(Path(source)) in TEXT_SUFFIXES:
         packed = pack_lines("".join(tally), tokenizer, **sizes)
     else:
         packed = pack(tally, tokenizer, **sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +68,13 @@ class Scheme:
             "strategy": self.strategy,
             "group_size": self.group_size,
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Scheme:
+        """The inverse of `to_json`. Raises ConfigError for a value that is none."""
+        found = [value.get(key) for key in ("num_bits", "group_size", "symmetric")]
+        if [type(v) for v in found] != [int, int, bool] or value.get("type", "int") != "int":
+            raise ConfigError(
+                f"{dict(value)} is not a scheme: num_bits, group_size and symmetric of type int are needed"
+            )
+        return cls(num_bits=value["num_bits"], group_size=value["group_size"], symmetric=value["symmetric"])

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
-
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".raw")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+PACKED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open}  # both read bytes unless told
 DEFAULT_DATASET = "hf:mit-han-lab/pile-val-backup:validation:text"  # the calibration set of the AWQ paper
 WAYS_OUT = "pass --calib FILE.txt (or .jsonl, .parquet), --calib hf:DATASET:SPLIT:COLUMN or --calib self"
 NEEDS_EXTRA = 'install it with: pip install "compress-toolkit[datasets]"'
@@ -24,8 +24,9 @@ NEEDS_EXTRA = 'install it with: pip install "compress-toolkit[datasets]"'
 def documents(spec: str) -> Iterator[str]:
     """The texts that `spec` names, one at a time, in order.
 
-    spec is a text file (UTF-8; the whole file is one document), a .jsonl or .json file of one object a line,
-    a .parquet file, or hf:DATASET[@CONFIG][:SPLIT[:COLUMN]] read as a stream (SPLIT is train unless given).
+    spec is a text file (UTF-8; the whole file is one document), a .jsonl or .json file of one object a line, either of
+    them packed (.gz, .xz) or not, a .parquet file, or hf:DATASET[@CONFIG][:SPLIT[:COLUMN]] read as a stream (SPLIT is
+    train unless given).
     The column is `text`, or else the only one that holds strings. ConfigError for whatever cannot be read.
     """
     if spec.startswith("hf:"):
@@ -34,7 +35,7 @@ def documents(spec: str) -> Iterator[str]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError(f"calibration file {spec} {what}; {WAYS_OUT}")
-    suffix = path.suffix.lower()
+    suffix = text_suffix(path)
     if suffix in TEXT_SUFFIXES:
         return iter([_read_text(path)])
     if suffix in JSON_SUFFIXES:
@@ -43,12 +44,31 @@ def documents(spec: str) -> Iterator[str]:
         return _parquet_documents(path)
     raise ConfigError(
         f"calibration file {path} ends in {suffix or 'nothing'}, and the kinds that can be read are "
-        f"{', '.join((*TEXT_SUFFIXES, *JSON_SUFFIXES, '.parquet'))}; rename or convert the file"
+        f"{', '.join((*TEXT_SUFFIXES, *JSON_SUFFIXES))}, each also as {' or '.join(PACKED)}, and .parquet; rename or "
+        "convert the file"
     )
 
 
+def text_suffix(path: Path) -> str:
+    """The ending that says what a file holds, in lower case: that before .gz or .xz, if it is packed."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in PACKED else suffix
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """A file's lines, unpacked if it is packed."""
+    suffix = path.suffix.lower()
+    try:
+        with PACKED[suffix](path) if suffix in PACKED else open(path, "rb") as file:
+            yield from file
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise ConfigError(
+            f"calibration file {path} cannot be unpacked ({error}); it is cut off or damaged, fetch it again"
+        ) from error
+
+
 def _read_text(path: Path) -> str:
-    text = _decode(path.read_bytes(), str(path)).replace("\r\n", "\n").replace("\r", "\n")
+    text = _decode(b"".join(_lines(path)), str(path)).replace("\r\n", "\n").replace("\r", "\n")
     if "\0" in text:
         raise ConfigError(
             f"calibration file {path} has a zero byte at character {text.index(chr(0))}, so it is not text; {WAYS_OUT}"
@@ -70,16 +90,15 @@ def _decode(raw: bytes, where: str) -> str:
 
 def _json_documents(path: Path) -> Iterator[str]:
     column = None
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            line = _decode(raw, f"{path}, line {number},").strip()
-            if not line:
-                continue
-            row = _json_row(line, where=f"{path}, line {number},")
-            if column is None:
-                strings = [name for name in row if isinstance(row[name], str)]
-                column = _text_column(strings, list(row), str(path))
-            yield _text_of(row, column, where=f"{path}, line {number},")
+    for number, raw in enumerate(_lines(path), start=1):
+        line = _decode(raw, f"{path}, line {number},").strip()
+        if not line:
+            continue
+        row = _json_row(line, where=f"{path}, line {number},")
+        if column is None:
+            strings = [name for name in row if isinstance(row[name], str)]
+            column = _text_column(strings, list(row), str(path))
+        yield _text_of(row, column, where=f"{path}, line {number},")
     if column is None:
         raise ConfigError(f"calibration file {path} has no rows; {WAYS_OUT}")
 

@@ -1,6 +1,8 @@
 """Reading calibration text, packing it into rows, and refusing what cannot be used."""
 
+import gzip
 import json
+import lzma
 import shutil
 import subprocess
 import sys
@@ -137,6 +139,22 @@ def test_documents(tmp_path: Path, name: str, content: str, expected: list[str])
     assert list(texts.documents(str(tmp_path / name))) == expected
 
 
+@pytest.mark.parametrize(("suffix", "packer"), [(".gz", gzip), (".xz", lzma)])
+def test_packed_documents(tmp_path: Path, suffix: str, packer: Any) -> None:
+    """Read as the file inside them; one that is cut off or damaged is refused."""
+    rows = tmp_path / f"a.jsonl{suffix}"
+    rows.write_bytes(packer.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    assert list(texts.documents(str(rows))) == ["one", "two"]
+    text = tmp_path / f"A.TXT{suffix.upper()}"
+    text.write_bytes(packer.compress(b"one\r\ntwo\n"))
+    assert list(texts.documents(str(text))) == ["one\ntwo\n"]
+    whole = rows.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"plain", whole[:-8] + bytes(8)):
+        rows.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="cannot be unpacked"):
+            list(texts.documents(str(rows)))
+
+
 def test_parquet_documents(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"id": [1, 2], "text": ["one", "two"], "title": ["x", "y"]})
     assert list(texts.documents(str(path))) == ["one", "two"]
@@ -151,6 +169,7 @@ def test_parquet_documents(tmp_path: Path) -> None:
         ("a.txt", b"ab\0c", "zero byte at character 2"),
         ("a.pdf", b"text", r"ends in \.pdf, and the kinds that can be read are \.txt"),
         ("a", b"text", "ends in nothing"),
+        ("a.gz", b"text", "ends in nothing"),
         ("a.jsonl", b"\n", "has no rows"),
         ("a.jsonl", b"[1]\n", "line 1, holds a JSON list and not an object"),
         ("a.jsonl", b"{'text'}\n", "line 1, is not a JSON object on one line"),

@@ -1,0 +1,85 @@
+"""Where a model's logits come from, kept apart from the logits themselves: last hidden states and an output matrix.
+
+Shapes: P tokens (positions), V vocabulary, H hidden size, K entries of a sparse teacher
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Head:
+    """From a model's last hidden state to its logits: `z = scale * (W h + b)`, then `cap * tanh(z / cap)` if capped."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden_PH: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Logits `[P, columns]` in float32 (float64 of float64 hidden states), computed in the dtype of `hidden_PH`."""
+        z_PV = product(hidden_PH, self.weight_VH[columns].to(hidden_PH.dtype).t())
+        if self.bias_V is not None:
+            z_PV += self.bias_V[columns]
+        if self.scale != 1:
+            z_PV *= self.scale
+        return z_PV if self.cap is None else z_PV.div_(self.cap).tanh_().mul_(self.cap)
+
+    def through(self, grad_PV: Tensor, logits_PV: Tensor) -> Tensor:
+        """The gradient with respect to `W h + b`, from that with respect to the logits."""
+        if self.cap is not None:
+            grad_PV = grad_PV * (1 - (logits_PV / self.cap).square())
+        return grad_PV if self.scale == 1 else grad_PV * self.scale
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DenseTeacher:
+    """The teacher's last hidden states `[P, H]` and its head, whose vocabulary may be padded further."""
+
+    hidden_PH: Tensor
+    head: Head
+
+    def rows(self, rows: slice) -> DenseTeacher:
+        return DenseTeacher(hidden_PH=self.hidden_PH[rows], head=self.head)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SparseTeacher:
+    """An estimate of the teacher's distribution: tokens `ids_PK` (int64) have mass `mass_PK` (float32), 1 a row.
+
+    A token may occur several times. entropy_P: of the distribution that the estimate stands for, in nats.
+    """
+
+    ids_PK: Tensor
+    mass_PK: Tensor
+    entropy_P: Tensor
+
+    def rows(self, rows: slice) -> SparseTeacher:
+        return SparseTeacher(ids_PK=self.ids_PK[rows], mass_PK=self.mass_PK[rows], entropy_P=self.entropy_P[rows])
+
+    def within(self, columns: slice) -> tuple[Tensor, Tensor]:
+        """For a block of the vocabulary: index in the block `[P, K]`, and the mass there, zero for tokens outside."""
+        inside = (self.ids_PK >= columns.start) & (self.ids_PK < columns.stop)
+        index_PK = (self.ids_PK - columns.start).clamp(0, columns.stop - columns.start - 1)
+        return index_PK, self.mass_PK * inside
+
+
+Teacher = DenseTeacher | SparseTeacher
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` with a wide result: a 16-bit one would round logits of 20 to sixteenths."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        out: Tensor = torch.mm(a, b, out_dtype=torch.float32)
+        return out
+    return a.float() @ b.float()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
