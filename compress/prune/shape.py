@@ -1,8 +1,7 @@
-"""The five numbers that pruning changes, where a config keeps them, and which dimension of which tensor each one is.
+"""The five numbers that pruning changes, where a config keeps them, and how many parameters a shape has.
 
-Uniform shapes only: one width for all blocks. transformers, vLLM and SGLang build a model from one config, and refuse or
-silently ignore widths by layer. Which tensors a number cuts is not known by name: the model is built twice on the meta
-device, with and without the change, and what differs is what is cut.
+Uniform shapes only: one width for all blocks. transformers, vLLM and SGLang build a model from one config, and refuse
+or silently ignore widths by layer.
 """
 
 from __future__ import annotations
@@ -83,6 +82,11 @@ def head_dim_of(model: StreamedModel) -> int:
     return int(stated) if stated else shape.hidden // shape.heads
 
 
+def _config(model: StreamedModel) -> Any:
+    """The model's transformers config."""
+    return model.model.config
+
+
 def _figure(config: Any, name: str) -> int | None:
     value = next((getattr(config, key) for key in _KEYS[name] if getattr(config, key, None)), None)
     return int(value) if isinstance(value, int) else None
@@ -99,7 +103,7 @@ def config_of(model: StreamedModel, shape: Shape, kept: Sequence[int]) -> dict[s
     """
     config = dict(model.checkpoint.config)
     old = shape_of(model)
-    whole = model.model.config.to_dict()
+    whole = _config(model).to_dict()
     for key, value in whole.items():
         if isinstance(value, list) and len(value) == old.blocks and old.blocks != len(kept) and key != "architectures":
             config[key] = [value[i] for i in kept]
@@ -113,7 +117,7 @@ def config_of(model: StreamedModel, shape: Shape, kept: Sequence[int]) -> dict[s
 
 
 def _key(model: StreamedModel, name: str) -> str:
-    config = model.model.config
+    config = _config(model)
     for where in (model.checkpoint.config, config.to_dict()):
         for key in _KEYS[name]:
             if where.get(key) is not None:
@@ -128,8 +132,7 @@ def skeleton(model: StreamedModel, config: Mapping[str, Any]) -> nn.Module:
     """The model that `config` describes, parameters on the meta device."""
     from accelerate import init_empty_weights
 
-    kind = type(model.model.config)
-    made = kind.from_dict({key: value for key, value in config.items() if key != "quantization_config"})
+    made = type(_config(model)).from_dict({key: value for key, value in config.items() if key != "quantization_config"})
     with init_empty_weights(include_buffers=False):
         module: nn.Module = type(model.model)(made)
     return module.eval()
@@ -231,7 +234,7 @@ def asked_shape(
 
 
 def multiple_of(name: str, width: int) -> int:
-    """What a smaller width must be a multiple of: the quantizers' number, halved while the original has less than three."""
+    """What a smaller width must be a multiple of: the quantizers' number, halved while the original has few of it."""
     step = MULTIPLE[name]
     while step > SMALLEST_MULTIPLE and width < 3 * step:
         step //= 2

@@ -244,4 +244,5 @@ def _groups(feeds: list[Tensor], num_units: int) -> Tensor:
         units = run_U.nonzero().flatten().tolist()
         joined = {label[u] for u in units}
         label = [min(joined) if one in joined else one for one in label]
-    return torch.unique(torch.tensor(label), return_inverse=True)[1]
+    group_U: Tensor = torch.unique(torch.tensor(label), return_inverse=True)[1]
+    return group_U
