@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from compress import activations, distributed
 from compress.background import BackgroundStore
 from compress.block import BlockDone, BlockResult, BlockStore, LoadedBlock
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ArtifactError, ConfigError, resumable
 from compress.groups import Group, find_groups
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
@@ -78,7 +78,8 @@ def stream(
         walk = _Walk(model, ids_NT, method, plan or LayerPlan(), paths, wanted or Wanted(), num_parts, tell)
         if paths == 2:
             walk.enter(reshaping or Reshaping(), range(chosen[0]))
-    with BackgroundStore(store) if on_gpu and store else nullcontext(store) as kept:
+    keeping = resumable() if store else nullcontext()
+    with BackgroundStore(store) if on_gpu and store else nullcontext(store) as kept, keeping:
         for position, (index, following) in enumerate(zip(chosen, [*chosen[1:], None], strict=True)):
             with torch.no_grad():
                 result, resumed = walk.visit(index, position, following, kept)

@@ -7,6 +7,7 @@ from typing import Any
 
 # before any library of Hugging Face is imported, because they read it once
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["COMPRESS_DEBUG"] = "1"  # a bug shows its traceback
 
 import pytest
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from compress.cli.progress import Steps, peak_memory_bytes, seconds_text
+from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 
 
 @click.command("awq")
@@ -92,19 +93,19 @@ def command(
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
     loaded = [time.monotonic()]
-    with Steps("block", quiet=as_json) as steps:
+    with Shown(quiet=as_json, describe=_block_text) as shown:
 
         def begin(total: int, text: str) -> None:
-            print(f"calibration: {text}, {request.samples} x {request.seq_len} tokens at most", file=sys.stderr)
-            steps.start(total)
+            shown.say(f"calibration: {text}, {request.samples} x {request.seq_len} tokens at most")
+            shown.start("block", total)
             loaded.append(time.monotonic())
 
         outcome = quantize_awq(
             request,
             on_start=begin,
-            on_stage=lambda index, stage: steps.note(stage),
-            on_block=lambda done: steps.step(_block_text(done.report, done.resumed), computed=not done.resumed),
-            say=lambda text: print(text, file=sys.stderr, flush=True),
+            on_stage=lambda index, stage: shown.step(doing=stage),
+            on_block=lambda done: shown.step(done.index + 1, found=done.report, resumed=done.resumed),
+            say=shown.say,
         )
     ended = time.monotonic()
     if as_json:
@@ -113,9 +114,7 @@ def command(
         _print_summary(outcome, ended - started)
 
 
-def _block_text(report: dict[str, Any], resumed: bool) -> str:
-    if resumed:
-        return "read back"
+def _block_text(report: Mapping[str, Any]) -> str:
     worst = max(report["layers"], key=lambda layer: layer["error"], default=None)
     if worst is None:
         return "nothing to quantize"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.progress import Steps, peak_memory_bytes, seconds_text
+from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,56 +94,23 @@ def command(
         force=force,
         options=options,
     )
-    with _Blocks(quiet=as_json) as blocks:
+    with Shown(quiet=as_json, describe=lambda found: "quantized") as shown:
         report = Report(
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-            on_blocks=blocks.start,
-            on_stage=lambda index, stage: blocks.note(stage),
-            on_block=lambda done: blocks.step("read back" if done.resumed else "quantized", not done.resumed),
+            say=shown.say,
+            on_blocks=lambda total: shown.start("block", total),
+            on_stage=lambda index, stage: shown.step(doing=stage),
+            on_block=lambda done: shown.step(done.index + 1, found=done.report, resumed=done.resumed),
         )
         try:
             outcome = export(request, report=report)
         except DoesNotFit as e:
-            blocks.end()
+            shown.end()
             _print_too_big(e, as_json)
             raise
     if as_json:
         print(json.dumps(_as_json(outcome, time.monotonic() - started), indent=2))
     else:
         _print(outcome, time.monotonic() - started)
-
-
-class _Blocks:
-    """Progress of a re-quantization, if there is one."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.steps: Steps | None = None
-
-    def __enter__(self) -> _Blocks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def start(self, total: int) -> None:
-        self.steps = Steps("block", quiet=self.quiet).__enter__()
-        self.steps.start(total)
-
-    def step(self, text: str, computed: bool) -> None:
-        assert self.steps is not None
-        self.steps.step(text, computed=computed)
-        if self.steps.done == self.steps.total:
-            self.end()
-
-    def note(self, text: str) -> None:
-        if self.steps is not None:
-            self.steps.note(text)
-
-    def end(self) -> None:
-        if self.steps is not None:
-            self.steps.__exit__(None, None, None)
-            self.steps = None
 
 
 def _as_json(outcome: ExportOutcome, seconds: float) -> dict[str, Any]:

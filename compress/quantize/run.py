@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
@@ -14,18 +15,21 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import calibration, distributed, sampling, tokens
-from compress.artifact import BUNDLED, Manifest, read_manifest, rebased
-from compress.assemble import assemble, was_published, write_rest
+from compress import calibration, distributed, output, sampling, tokens
+from compress.artifact import BUNDLED, Manifest, check_files, read_manifest, rebased
+from compress.assemble import assemble, write_rest
 from compress.background import meanwhile
-from compress.block import BlockDone, BlockResult
+from compress.block import BlockDone
 from compress.blocks import stream
-from compress.checkpoint import Checkpoint
+from compress.calibration import CalibrationSet
+from compress.checkpoint import Checkpoint, content_of
+from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import awq_gemm
-from compress.journal import Journal, check_free_space
+from compress.journal import Journal, SharedStore
 from compress.linear import is_conv1d, linears, skipped, weight_OI
 from compress.model import StreamedModel
+from compress.output import Place, Run
 from compress.plan import DENSE, LayerPlan, LayerScheme
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
 from compress.quantize.tune import TuneOptions
@@ -113,34 +117,29 @@ def quantize_awq(
     Under `torchrun`, the processes share the calibration set and the first one writes; all return the outcome. Raises
     CompressError subclasses, each before anything is at `request.out`.
     """
-    with distributed.joined(request.device) as device:
-        outcome = _quantize(replace(request, device=device), on_start, on_block, on_stage, say)
+    with distributed.joined(request.device) as device, ExitStack() as held:
+        request = replace(request, device=device)
+        reads = {"the model": request.source.path, **output.file_read(request.calib)}
+
+        def reserve() -> Place:
+            return held.enter_context(output.reserved(request.out, reads, force=request.force))
+
+        place = distributed.first_does(reserve)
+        outcome = _quantize(request, place, on_start, on_block, on_stage, say)
         distributed.wait_for_all()
         return outcome or _outcome_of(request.out, request, [])
 
 
 def _quantize(
     request: AwqRequest,
+    place: Place | None,
     on_start: Callable[[int, str], None],
     on_block: Callable[[BlockDone], None],
     on_stage: Callable[[int, str], None],
     say: Callable[[str], None],
 ) -> AwqOutcome | None:
-    """See `quantize_awq`. None in a process that does not write."""
+    """See `quantize_awq`. None, as `place` is, in a process that does not write."""
     out = request.out
-    partial_folder = out.with_name(out.name + ".partial")
-    journal = Journal(partial_folder, request.scheme, awq_gemm.tensors, _read, awq_gemm.LEAVES)
-    finished = was_published(partial_folder, out)
-    distributed.wait_for_all()
-    writes = distributed.rank() == 0
-    if finished:
-        if writes:
-            journal.close()
-        return _outcome_of(out, request, ["an earlier run had finished this artifact; nothing was left to do"])
-    if out.exists() and not request.force:
-        raise ConfigError(f"{out} exists already; pass --force to replace it, or -o for another place")
-    if out.resolve() == request.source.path.resolve():
-        raise ConfigError(f"{out} is the model itself; pass another folder with -o")
     model = StreamedModel.open(
         request.source.path,
         dtype=DTYPES[request.dtype],
@@ -153,32 +152,31 @@ def _quantize(
             f"--effort best tunes each block on all rows in one process, and {distributed.num_processes()} were "
             "started; start one, or use --effort balanced"
         )
-    tokenizer = tokens.load_tokenizer(request.source.path)
-    texts = calibration.load(
-        request.calib,
-        tokenizer,
-        num_samples=request.samples,
-        seq_len=request.seq_len,
-        seed=request.seed,
-        model=request.source.path,
-        is_reference=request.source.is_reference,
-        vocab_size=model.vocab_size,
-        device=request.device,
-    )
-    ids_NT, notes = with_own_text(request, model.checkpoint, tokenizer, texts.ids_NT, say)
-    # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
-    check_free_space(out.parent, 2 * estimated_bytes(model, request) + 64_000_000)
-    identity = {
-        "stage": "awq",
-        "model": str(request.source.path.resolve()),
-        "content": model.checkpoint.identity(),
-        **request.options(),
-        "calibration": tokens.ids_sha256(ids_NT),
-        "versions": versions(),
-    }
-    if writes:
-        journal.start(identity, resume=request.resume)
-    distributed.wait_for_all()
+    # One process reads: several that read might find different rows.
+    texts, ids_NT, notes = distributed.told_by_first(lambda: calibration_rows(request, model, say))
+    stamp = model.checkpoint.stamp()
+
+    def begin() -> tuple[Run, str]:
+        assert place is not None
+        # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
+        check_free_space(place.real.parent, 2 * estimated_bytes(model, request) + 64_000_000)
+        checked = check_files(model.checkpoint.path)
+        notes.extend(filter(None, [checked.note]))
+        parent_sha256 = content_of(checked.hashes, model.checkpoint.content_files())
+        identity = {
+            "stage": "awq",
+            "content": parent_sha256,
+            **request.options(),
+            "calibration": tokens.ids_sha256(ids_NT),
+            "versions": versions(),
+        }
+        return place.start(identity, resume=request.resume), parent_sha256
+
+    run, parent_sha256 = distributed.first_does(begin) or (None, "")
+    if distributed.told_by_first(lambda: run is not None and run.is_published()):
+        if run:
+            run.close()
+        return _outcome_of(out, request, ["an earlier run had finished this artifact; nothing was left to do"])
     on_start(model.num_blocks, texts.source)
     options = AwqOptions(
         scheme=request.scheme,
@@ -189,33 +187,25 @@ def _quantize(
         tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
     )
     method = partial(awq_block, options=options)
-    store = journal if writes else _ReadOnly(journal)
+    journal = Journal(run.folder, run.id, request.scheme, awq_gemm.tensors, _read, awq_gemm.LEAVES) if run else None
     with ExitStack() as threads:
-        if writes:  # neither needs the blocks, so both are done while those are computed
-            parent_hash = threads.enter_context(meanwhile(model.checkpoint.content_sha256))
+        if journal:  # needs no blocks, so it is done while those are computed
             written_rest = threads.enter_context(meanwhile(partial(write_rest, journal, model, to_stored)))
         done = []
-        for step in stream(model, ids_NT, method, store, paths=options.paths, tell=_Stages(on_stage)):
+        for step in stream(model, ids_NT, method, SharedStore(journal), paths=options.paths, tell=_Stages(on_stage)):
             done.append(step)
             on_block(step)
-        if not writes:
+        if place is None or run is None or journal is None:
             return None
         rest = written_rest()
-        parent_sha256 = parent_hash()
     record = {
         "stage": "awq",
         "format": "awq-gemm",
         "options": request.options(),
         "parent": {"path": _parent_path(request), "sha256": parent_sha256},
         "calibration": {
-            "source": texts.source,
+            **texts.record(),
             **_calibration_path(texts.source, out),
-            "sha256": texts.sha256,
-            "text_sha256": texts.text_sha256,
-            "num_samples": texts.ids_NT.shape[0],
-            "seq_len": texts.ids_NT.shape[1],
-            "num_documents": texts.num_documents,
-            "num_tokens_unused": texts.num_tokens_unused,
             "num_sampled_from_model": len(ids_NT) - len(texts.ids_NT),
         },
         "versions": versions(),
@@ -229,7 +219,11 @@ def _quantize(
     before = rebased(earlier.lineage, request.source.path, out) if earlier else []
     manifest = Manifest(lineage=[record, *before], reports=[])
     config = out_config(model.checkpoint, request, left_dense(model, request))
-    verified = assemble(journal, model, out, rest=rest, config=config, manifest=manifest)
+    verified = assemble(journal, model, run.new_staged(), rest=rest, config=config, manifest=manifest)
+    if model.checkpoint.stamp() != stamp:
+        run.discard()
+        raise ArtifactError(f"{request.source.path} was changed while it was read; run the same command again")
+    run.publish()
     return AwqOutcome(
         out=out,
         record=record,
@@ -237,7 +231,7 @@ def _quantize(
         out_bytes=_weight_bytes(Checkpoint.open(out)),
         verified=verified,
         resumed=sum(step.resumed for step in done),
-        notes=notes,
+        notes=[*notes, *place.notes],
     )
 
 
@@ -290,11 +284,32 @@ def _recorded_calibration(record: Mapping[str, Any], folder: Path) -> str | None
     return str(path)
 
 
+def calibration_rows(
+    request: AwqRequest, model: StreamedModel, say: Callable[[str], None]
+) -> tuple[CalibrationSet, Tensor, list[str]]:
+    """What the text gives, all rows to calibrate on (`with_own_text`), and notes."""
+    tokenizer = tokens.load_tokenizer(request.source.path, trust_remote_code=request.trust_remote_code)
+    texts = calibration.load(
+        request.calib,
+        tokenizer,
+        num_samples=request.samples,
+        seq_len=request.seq_len,
+        seed=request.seed,
+        model=request.source.path,
+        is_reference=request.source.is_reference,
+        vocab_size=model.vocab_size,
+        device=request.device,
+        trust_remote_code=request.trust_remote_code,
+        tell=_Said(say),
+    )
+    return texts, *with_own_text(request, model.checkpoint, tokenizer, texts, say)
+
+
 def with_own_text(
     request: AwqRequest,
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
-    ids_NT: Tensor,
+    texts: calibration.CalibrationSet,
     say: Callable[[str], None],
 ) -> tuple[Tensor, list[str]]:
     """The calibration rows and, behind them, rows sampled from the model itself; and what to tell the user.
@@ -303,9 +318,10 @@ def with_own_text(
     knows, so effort `best` tops a short calibration set up to `ENOUGH_ROWS`, unless told otherwise or the model is too
     large to be sampled from (sampling holds all of it in memory).
     """
-    asked = request.self_samples
+    asked, ids_NT = request.self_samples, texts.ids_NT
     if asked is None:
-        asked = max(0, ENOUGH_ROWS - len(ids_NT)) if request.effort == "best" else 0
+        wants_more = request.effort == "best" and texts.source != "self"
+        asked = max(0, ENOUGH_ROWS - len(ids_NT)) if wants_more else 0
         size = _weight_bytes(checkpoint)
         if asked and size > SAMPLED_FROM_BYTES:
             note = (
@@ -315,8 +331,10 @@ def with_own_text(
             return ids_NT, [note]
     if not asked:
         return ids_NT, []
-    if request.calib == "self":
-        raise ConfigError("--self-samples adds to a text, but --calib self samples all rows already; raise --samples")
+    if texts.source == "self":
+        raise ConfigError(
+            "--self-samples adds to a text, but all rows are sampled from the model itself already; raise --samples"
+        )
     say(f"sampling {asked} rows of {ids_NT.shape[1]} tokens from the model itself, token by token")
     own_NT = sampling.sample_from_model(
         sampling.load_model_float32(request.source.path, request.device),
@@ -453,6 +471,22 @@ def _outcome_of(out: Path, request: AwqRequest, notes: list[str]) -> AwqOutcome:
     )
 
 
+class _Said(Tell):
+    """Tells of what goes on before the blocks in lines, a tenth of it at a time."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say  # type: ignore[method-assign,assignment]
+        self.total = 0
+
+    def start(self, what: str, total: int) -> None:
+        self.what, self.total, self.started = what, total, time.monotonic()
+
+    def step(self, done: int | None = None, doing: str = "", **_: Any) -> None:
+        if done and self.total and done * 10 // self.total > (done - 1) * 10 // self.total:
+            left = (time.monotonic() - self.started) / done * (self.total - done)
+            self.say(f"{self.what} {done}/{self.total}, about {left:.0f} s left")
+
+
 class _Stages(Tell):
     def __init__(self, on_stage: Callable[[int, str], None]) -> None:
         self.on_stage = on_stage
@@ -466,19 +500,6 @@ class _Stages(Tell):
         resumed: bool = False,
     ) -> None:
         self.on_stage(0, doing)
-
-
-@dataclass(frozen=True)
-class _ReadOnly:
-    """The journal as a process sees it that does not write: all processes come to the same blocks."""
-
-    journal: Journal
-
-    def load(self, index: int) -> BlockResult | None:
-        return self.journal.load(index)
-
-    def save(self, index: int, prefix: str, result: BlockResult) -> None:
-        pass
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:
