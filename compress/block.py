@@ -25,7 +25,8 @@ class LoadedBlock:
     its original weights. inputs, targets: with two paths, all rows as they enter this block, batch by batch, and what
     the original model has where the next block that goes on begins (or, behind the last, its final hidden states); else
     empty. sources: all rows as they enter this block in the original model, if wanted. forward(hidden, weights): the
-    block's output with some parameters replaced, by name; differentiable.
+    block's output with some parameters replaced, by name; differentiable. cache_errors(): what an INT8 KV cache costs
+    the block as its weights are now, see `kv_cache.relative_errors`.
     """
 
     index: int
@@ -40,6 +41,7 @@ class LoadedBlock:
     targets: list[Tensor]
     sources: list[Tensor]
     forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    cache_errors: Callable[[], dict[str, float]]
 
 
 @dataclass(kw_only=True)

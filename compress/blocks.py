@@ -27,6 +27,7 @@ from compress.background import BackgroundStore
 from compress.block import BlockDone, BlockResult, BlockStore, LoadedBlock
 from compress.errors import ArtifactError, ConfigError, resumable
 from compress.groups import Group, find_groups
+from compress.kv_cache import relative_errors
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
 from compress.plan import LayerPlan
@@ -63,11 +64,12 @@ def stream(
     """Hand every block to `method` in order; yields after each. The caller's grad mode is its own between blocks.
 
     ids_NT: int64 `[N, T]` calibration tokens. method: a result of None leaves the block as it was, which is all that a
-    pass that only measures does; it needs no `store`. plan: says whose inputs are quantized once the method is done.
-    paths: 1 when every block is measured on the original model's hidden states (one pass over the tokens), 2 when it is
-    measured on those of the model compressed so far and told the difference (three passes). wanted: of the statistics.
-    blocks: those that go on, ascending; the others are bypassed on the only path, or on that of the compressed model.
-    reshaping: with two paths, what else changes where blocks become smaller.
+    pass that only measures does; it needs no `store`. plan: says whose inputs are quantized once the method is done,
+    and how keys and values are then held on the path of the compressed model. paths: 1 when every block is measured on
+    the original model's hidden states (one pass over the tokens), 2 when it is measured on those of the model
+    compressed so far and told the difference (three passes). wanted: of the statistics. blocks: those that go on,
+    ascending; the others are bypassed on the only path, or on that of the compressed model. reshaping: with two paths,
+    what else changes where blocks become smaller.
     num_parts: how many runs of batches the statistics are summed in, in this process, before the sums are added. Of
     several processes (`distributed`) each runs its part of the rows, and all must call this alike. Deterministic: the
     same model, ids and method give the same bytes, also when some blocks come from the store.
@@ -96,6 +98,9 @@ class Reshaping:
 
     enter: Callable[[Tensor], Tensor] | None = None
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+_Collected = tuple[list[InputStatistics], Tensor, Tensor, list[Tensor]]
 
 
 class _Walk:
@@ -157,40 +162,29 @@ class _Walk:
         result = store.load(position) if store else None
         resumed = result is not None
         self._part_ways()
-        sources = list(self.original) if self.wanted.sources else []
+        collected = None
         if result is None:
-            statistics, check_input, check_output = self._collect(index, groups)
+            collected = self._collect(index, groups)
         else:
             _advance(model, index, self.original)
         if self.paths == 2:
             for bypassed in range(index + 1, model.num_blocks if following is None else following):
                 self._bypass(bypassed)
-        if result is None:
-            loaded = LoadedBlock(
-                index=index,
-                prefix=prefix,
-                module=module,
-                groups=groups,
-                statistics=statistics,
-                run=partial(model.run_exact, index, check_input),
-                check_input=check_input,
-                check_output=check_output,
-                inputs=self.compressed if self.paths == 2 else [],
-                targets=self.original if self.paths == 2 else [],
-                sources=sources,
-                forward=partial(model.run_with, index),
-            )
+        if collected is not None:
+            loaded = self._shown(index, prefix, module, groups, collected)
             self.tell.step(doing="searching")
             result = self.method(loaded)
             if store and result is not None:
                 store.save(position, _renumbered(prefix, index, position), result)
-        del sources
+            del loaded, collected
         if self.paths == 2 and following is not None:  # nobody needs the last block's outputs
             self.tell.step(doing="running the compressed block")
             if result is not None:
                 install(module, result, self.plan, prefix)
+            held, model.kv = model.kv, self.plan.kv
             with with_attributes(module, self.attributes):
                 _advance(model, index, self.compressed)
+            model.kv = held
         self._leave(index)
         return result, resumed
 
@@ -218,17 +212,40 @@ class _Walk:
             self.known[structure] = find_groups(module, partial(self.model.run_exact, index, self.probe))
         return self.known[structure]
 
-    def _collect(self, index: int, groups: list[Group]) -> tuple[list[InputStatistics], Tensor, Tensor]:
+    def _shown(
+        self, index: int, prefix: str, module: nn.Module, groups: list[Group], collected: _Collected
+    ) -> LoadedBlock:
+        """The block as the method sees it."""
+        statistics, check_input, check_output, sources = collected
+        return LoadedBlock(
+            index=index,
+            prefix=prefix,
+            module=module,
+            groups=groups,
+            statistics=statistics,
+            run=partial(self.model.run_exact, index, check_input),
+            check_input=check_input,
+            check_output=check_output,
+            inputs=self.compressed if self.paths == 2 else [],
+            targets=self.original if self.paths == 2 else [],
+            sources=sources,
+            forward=partial(self.model.run_with, index),
+            cache_errors=partial(relative_errors, partial(self.model.run_cached, index, check_input), check_input),
+        )
+
+    def _collect(self, index: int, groups: list[Group]) -> _Collected:
         """Run every batch through the loaded block, on both paths where they differ; `original` becomes its outputs.
 
-        Returns the statistics of the compressed path's inputs, the first rows of that path, and the block's output on
-        them. Rows of the original path instead where the other enters the blocks in another width.
+        Returns the statistics of the compressed path's inputs, the first rows of that path, the block's output on
+        them, and, if wanted, all rows of the original path. Where the compressed path has another width, the first rows
+        are of the original one.
         """
         self.tell.step(doing="collecting statistics")
         model, original, wanted = self.model, self.original, self.wanted.statistics
         compressed = original if self.narrow else self.compressed
         check_input = compressed[0][: _check_rows(compressed)]
         check_output = check_input
+        sources = list(original) if self.wanted.sources else []
         ends = list(accumulate(len(part) for part in distributed.parts(original, self.num_parts)))[:-1]
         collected = groups if wanted else []
         with collecting(model.blocks[index], collected, model.device, self.wanted, self.positions) as collector:
@@ -248,7 +265,7 @@ class _Walk:
         if model.dtype != torch.float32:
             check_input = check_input.float()
             check_output = model.run_exact(index, check_input)
-        return collector.statistics, check_input, check_output
+        return collector.statistics, check_input, check_output, sources
 
 
 def _renumbered(prefix: str, index: int, position: int) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LEVEL = {
     "errors": 0, "siblings": 0, "tell": 0, "scheme": 0, "plan": 0, "numerics": 0, "quantized": 0, "activations": 0,
+    "kv_cache": 0,
     "files": 0, "checkpoint": 0, "shards": 0, "formats": 0, "linear": 0, "headers": 0, "weights": 0, "folders": 0,
     "lock": 0, "disk": 0,
     "names": 1, "dense": 1, "skeleton": 1, "decoder": 1, "texts": 1, "tokens": 1, "sampling": 1,
