@@ -7,8 +7,9 @@ from torch import Tensor
 
 from compress.block import BlockResult, LoadedBlock
 from compress.blocks import Reshaping, install, stream
-from compress.linear import weight_OI
+from compress.linear import linears, weight_OI
 from compress.model import StreamedModel
+from compress.plan import LayerPlan, LayerScheme
 from compress.quantize.awq_block import AwqOptions, awq_block
 from compress.scheme import Scheme
 from compress.statistics import Wanted
@@ -46,7 +47,8 @@ def run(folder: Any, store: Kept, paths: int = 2) -> dict[int, dict[str, Any]]:
             "targets": [h.clone() for h in loaded.targets],
             "check": (loaded.check_input.clone(), loaded.check_output.clone()),
         }
-        return awq_block(loaded, options)
+        plan = {loaded.prefix + name: LayerScheme(weight=options.scheme) for name in linears(loaded.module)}
+        return awq_block(loaded, LayerPlan(plan), options)
 
     for _ in stream(model, IDS, method, store, paths=paths):
         pass
