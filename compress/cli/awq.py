@@ -1,4 +1,4 @@
-"""`compress awq`: options, progress and the closing summary. The work is in `compress.quantize.run`."""
+"""`compress awq`: options, progress and the closing summary. The work is in `compress.quantize.awq_stage`."""
 
 from __future__ import annotations
 
@@ -88,28 +88,15 @@ def command(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
-    from compress.quantize.run import AwqRequest, quantize_awq
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq
 
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
-    loaded = [time.monotonic()]
     with Shown(quiet=as_json, describe=_block_text) as shown:
-
-        def begin(total: int, text: str) -> None:
-            shown.say(f"calibration: {text}, {request.samples} x {request.seq_len} tokens at most")
-            shown.start("block", total)
-            loaded.append(time.monotonic())
-
-        outcome = quantize_awq(
-            request,
-            on_start=begin,
-            on_stage=lambda index, stage: shown.step(doing=stage),
-            on_block=lambda done: shown.step(done.index + 1, found=done.report, resumed=done.resumed),
-            say=shown.say,
-        )
+        outcome = quantize_awq(request, shown)
     ended = time.monotonic()
     if as_json:
-        print(json.dumps(_as_json(outcome, ended - loaded[-1], ended - started), indent=2))
+        print(json.dumps(_as_json(outcome, ended - (shown.started or started), ended - started), indent=2))
     else:
         _print_summary(outcome, ended - started)
 
