@@ -16,7 +16,7 @@ LEVEL = {
     "journal": 1, "verify": 1, "assemble": 1, "runtime": 1, "background": 1, "distributed": 1,
     "rows": 1, "chat": 1, "long_text": 1, "passages": 1, "positions": 1,
     "quantize": 2, "prune": 2, "distill": 2,
-    "cli": 4, "pipeline": 3, "__main__": 4, "__init__": 0,
+    "cli": 4, "pipeline": 3, "__main__": 4, "__init__": 4, "api": 4,
 }  # fmt: skip
 
 
