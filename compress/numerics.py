@@ -57,6 +57,13 @@ def round_scale(scale: Tensor) -> Tensor:
     return scale.clamp(MIN_SCALE, MAX_SCALE).to(torch.float16).to(torch.float32)
 
 
+def wanted_scale(lo: Tensor, hi: Tensor, scheme: Scheme) -> Tensor:
+    """The scale that covers `[lo, hi]` as it would be without the file's limits; see `scale_and_zero`."""
+    if scheme.symmetric:
+        return torch.maximum(-lo, hi) / scheme.symmetric_zero_point
+    return (hi - lo) / scheme.max_code
+
+
 def scale_and_zero(lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Scale and zero point that cover `[lo, hi]` (which contains 0); float32, zero points integral.
 
@@ -65,10 +72,9 @@ def scale_and_zero(lo: Tensor, hi: Tensor, scheme: Scheme) -> tuple[Tensor, Tens
     `amax / 2**(b-1)`, which clips one code of one side and is measurably better (10.55 against 11.73 %
     relative error on Gaussian weights), and a searched range decides the rest.
     """
+    scale = round_scale(wanted_scale(lo, hi, scheme))
     if scheme.symmetric:
-        scale = round_scale(torch.maximum(-lo, hi) / scheme.symmetric_zero_point)
         return scale, torch.full_like(scale, scheme.symmetric_zero_point)
-    scale = round_scale((hi - lo) / scheme.max_code)
     return scale, (-lo / scale).round().clamp(0, scheme.max_code)
 
 

@@ -51,6 +51,7 @@ from compress.cli.progress import Steps, peak_memory_bytes, seconds_text
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling from the model and of tuning.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Layers to leave in float16, such as '*.down_proj'.")
+@click.option("--allow-damage", is_flag=True, help="Go on when a layer's output would be mostly error, and list it.")
 @click.option(
     "-o",
     "--out",

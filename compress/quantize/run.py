@@ -61,6 +61,7 @@ class AwqRequest:
     clip: bool = True
     tune_steps: int = 200
     self_samples: int | None = None
+    allow_damage: bool = False
     force: bool = False
     resume: bool = True
     trust_remote_code: bool = False
@@ -182,6 +183,7 @@ def _quantize(
         skip=request.skip,
         smooth=request.smooth,
         clip=request.clip,
+        allow_damage=request.allow_damage,
         tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
     )
     method = partial(awq_block, options=options)
