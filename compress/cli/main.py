@@ -38,6 +38,10 @@ _COMMANDS = {
         "compress.cli.evaluate",
         "Judge an artifact against its original; the accuracy gate for CI.",
     ),
+    "doctor": (
+        "compress.cli.doctor",
+        "Check this machine and installation; each lack comes with the command that mends it.",
+    ),
     "inspect": (
         "compress.cli.inspect",
         "Show a model or artifact: parameters, bytes, scheme, lineage, reports.",
