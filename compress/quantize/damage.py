@@ -6,6 +6,8 @@ Errors are squared: 1 means an error as large as the output itself, which is wha
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from compress.errors import ArtifactError
 
@@ -34,3 +36,8 @@ def refuse_damage(layer: str, error: float, rtn_error: float) -> None:
             f"{rtn_error:.2g}), so the layer would be destroyed; leave it as it is with --skip {layer}, or pass "
             "--allow-damage to go on all the same"
         )
+
+
+def damaged(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The layers that `refuse_damage` would have stopped at, from the blocks' reports; for the manifest."""
+    return [report["layer"] for report in reports if report["error"] >= DAMAGED]

@@ -28,6 +28,7 @@ from compress.linear import is_conv1d, linears, skipped, weight_OI
 from compress.model import StreamedModel
 from compress.plan import DENSE, LayerPlan, LayerScheme
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
+from compress.quantize.damage import damaged
 from compress.quantize.tune import TuneOptions
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
@@ -224,6 +225,7 @@ def _quantize(
         "layers": [layer for step in done for layer in step.report["layers"]],
         "groups": [{"block": step.index, **group} for step in done for group in step.report["groups"]],
         "tuning": [{"block": step.index, **step.report["tuning"]} for step in done if "tuning" in step.report],
+        "damaged": damaged(layer for step in done for layer in step.report["layers"]),
         "left_in_float16": left_dense(model, request),
         "files_not_carried": not_carried(model.checkpoint.path),
     }
@@ -262,7 +264,8 @@ def request_from_record(
             f"{record['parent']['path']} yourself with `compress awq`"
         )
     calib = _recorded_calibration(record, folder)
-    return AwqRequest(source=source, out=out, scheme=scheme, calib=calib, **options)
+    allowed = bool(record.get("damaged"))  # who asked for that once asks for the same recipe again
+    return AwqRequest(source=source, out=out, scheme=scheme, calib=calib, allow_damage=allowed, **options)
 
 
 def _calibration_path(source: str, out: Path) -> dict[str, str]:
