@@ -150,6 +150,26 @@ class StreamedModel:
             owner, _, leaf = name.rpartition(".")
             block.get_submodule(owner)._parameters[leaf] = p
 
+    def load_whole(self) -> None:
+        """Load every block and everything around them, for good: the transformers model then runs by itself.
+
+        An output matrix that is tied to the input embedding is the same tensor.
+        """
+        whole: Any = self.model
+        for index in range(self.num_blocks):
+            self.load_block(index)
+        for name, module in self.model.named_modules():
+            own = [p for p in module._parameters.values() if p is not None]
+            if any(p.is_meta for p in own) and not name.startswith(self.blocks_name + "."):
+                self._load(module, f"{name}." if name else "")
+        embedding, output = self.base.get_input_embeddings(), whole.get_output_embeddings()  # type: ignore[operator]
+        if output is not None and self._source[f"{self._names[id(output)]}.weight"] == self._embedding_source():
+            output.weight = embedding.weight
+        for _, module in self.model.named_modules():
+            for key, buffer in list(module._buffers.items()):
+                if buffer is not None and buffer.device != self.device:
+                    module._buffers[key] = buffer.to(self.device)
+
     def _load(
         self,
         module: nn.Module,

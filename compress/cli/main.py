@@ -42,6 +42,10 @@ _COMMANDS = {
         "compress.cli.doctor",
         "Check this machine and installation; each lack comes with the command that mends it.",
     ),
+    "generate": (
+        "compress.cli.generate",
+        "Continue a prompt with a model, an artifact or an export.",
+    ),
     "inspect": (
         "compress.cli.inspect",
         "Show a model or artifact: parameters, bytes, scheme, lineage, reports.",

@@ -140,8 +140,19 @@ class GpuDecoder:
             self._run()
         return out.t()
 
-    def reset(self) -> None:
-        self.position_B.zero_()
+    def advance(self) -> Tensor:
+        """The greedy next ids `[B]` (on the GPU), which the step then takes in."""
+        ids = self.ids_B.clone()
+        self._run()
+        return ids
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.weights.embedding)
+
+    @property
+    def bytes_a_token(self) -> int:
+        return self.weights.bytes_a_token()
 
     # ---- the prompt ----------------------------------------------------------------------------------
 
@@ -150,23 +161,17 @@ class GpuDecoder:
         """Logits `[B, V]` after the prompts; the caches hold them, `ids_B` the greedy next ids."""
         w, heads = self.weights, self.weights.heads
         batch, length = ids_BT.shape
-        start = int(self.position_B[0])
-        hidden = w.embedding[ids_BT].float()
-        at = torch.arange(start, start + length, device=hidden.device)
+        hidden = w.embedding[ids_BT.to(w.embedding.device)].float()
+        at = torch.arange(length, device=hidden.device)
         cosines, sines = w.cosines[at][None, None], w.sines[at][None, None]
         for index, layer in enumerate(w.layers):
             x = _norm(hidden, layer.input_norm, w.eps).half()
             q, k, v = _heads(_many(x, layer.qkv, layer.qkv_bias), heads)
             q = _turned(q if layer.q_norm is None else _norm(q, layer.q_norm, w.eps), cosines, sines)
             k = _turned(k if layer.k_norm is None else _norm(k, layer.k_norm, w.eps), cosines, sines)
-            self.keys[index][:, :, start : start + length] = k
-            self.values[index][:, :, start : start + length] = v
-            every = slice(0, start + length)
-            mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
-            out = F.scaled_dot_product_attention(
-                q, self.keys[index][:, :, every], self.values[index][:, :, every],
-                attn_mask=None if not start else mask, is_causal=not start, scale=heads.scale, enable_gqa=True,
-            )  # fmt: skip
+            self.keys[index][:, :, :length] = k
+            self.values[index][:, :, :length] = v
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=heads.scale, enable_gqa=True)
             hidden += _many(out.transpose(1, 2).reshape(batch, length, -1), layer.o, layer.o_bias)
             x = _norm(hidden, layer.post_norm, w.eps).half()
             both = _many(x, layer.gate_up).unflatten(-1, (-1, 2, 8))
@@ -174,7 +179,7 @@ class GpuDecoder:
             hidden += _many(gated, layer.down)
         last = _norm(hidden[:, -1], w.norm, w.eps).half()
         self.logits_BV.copy_(_many(last[:, None], w.head)[:, 0])
-        self.position_B.fill_(start + length)
+        self.position_B.fill_(length)
         self.ids_B.copy_(self.logits_BV.argmax(-1))
         return self.logits_BV
 

@@ -269,7 +269,6 @@ def step(
             decoder = GpuDecoder(weights, capacity=capacity, batch=batch, graphs=graphs)
             decoder.prefill(ids)
             decoder.greedy(4)
-            decoder.reset()
             decoder.prefill(ids)
             torch.cuda.synchronize()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
