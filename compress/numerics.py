@@ -5,6 +5,7 @@ Shapes: O out_features, I in_features, G groups along I, g = I / G.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,11 @@ def tensor_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def mean_of(x: Tensor) -> float:
+    """Mean of all values, the same for any number of threads: those share out a sum over everything, not one a row."""
+    return math.fsum(x.reshape(-1, x.shape[-1]).sum(-1, dtype=torch.float64).tolist()) / max(1, x.numel())
 
 
 def to_groups(w_OI: Tensor, scheme: Scheme) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from compress import __version__
+from compress import __version__, threads
 from compress.errors import CompressError
 from compress.siblings import check_siblings
 
@@ -70,6 +70,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         # The one place where our errors become exit codes; anything else is a bug and keeps its traceback.
         try:
+            threads.configure()  # before any command loads torch
             check_siblings()
             return super().invoke(ctx)
         except CompressError as e:

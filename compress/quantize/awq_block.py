@@ -106,7 +106,7 @@ def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
             "layer": loaded.prefix + name,
             **relative[name],
             "ratio": ratio_of[name],
-            "clip": round(float(rounded[name].factor_OG.mean()), 4),
+            "clip": round(numerics.mean_of(rounded[name].factor_OG), 4),
         }
         for name in chosen
     ]
@@ -233,7 +233,7 @@ def _forward_prefers(
     for s in (s_I, torch.ones_like(s_I)):
         for module, w_OI in zip(modules, weights, strict=True):
             set_weight_OI(module, numerics.round_to_nearest(w_OI * s, scheme) / s)
-        errors.append(float((loaded.run() - loaded.check_output).square().mean()))
+        errors.append(numerics.mean_of((loaded.run() - loaded.check_output).square()))
     for module, w_OI in zip(modules, weights, strict=True):
         set_weight_OI(module, w_OI)
     return errors[0] < errors[1]
