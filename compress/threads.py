@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # libgomp: turns of the loop before a thread sleeps. LLVM's and Intel's libomp: milliseconds.
 WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
@@ -69,3 +70,15 @@ def pinned() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def calm(options: Any) -> None:
+    """Give an ONNX Runtime session's options torch's number of threads, that sleep while they wait.
+
+    Its own default also ties each thread to a core, which another process may hold.
+    """
+    import torch
+
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
