@@ -1,84 +1,109 @@
 """From finished blocks to a finished artifact: the tensors around the blocks, shards, config, manifest, verification.
 
-Everything is made inside the working folder, read back and compared, and only then renamed to its final place.
+Everything is made inside the scratch folder, read back and compared; `compress.output` then gives it its place.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from compress.artifact import Manifest, carried_files, write_manifest
-from compress.files import file_sha256, json_bytes, read_json, write_bytes_atomically
-from compress.journal import Journal, publish
+from compress.artifact import Manifest, carried_files, file_hashes, names_in, write_manifest
+from compress.background import meanwhile
+from compress.errors import ArtifactError
+from compress.files import file_sha256, json_bytes, write_bytes_atomically
+from compress.journal import Journal, read_record, write_record
 from compress.model import StreamedModel
 from compress.shards import link_shards, merge_shards, save_atomically, save_in_parts, tensor_sha256
 from compress.verify import verify_written
 
 MAX_SHARD_BYTES = 5_000_000_000
-PUBLISHING = "publishing"
-
 
 # Tensors around the blocks that are converted and written at once: the embedding and the output matrix, gigabytes each.
 REST_THREADS = 2
 PART_BYTES = 32 << 20
 
 
-def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor, str], Tensor]) -> list[Path]:
-    """Store every tensor that belongs to no block, converted; one file each, a part of it in memory at a time."""
+Cut = tuple[Tensor | None, ...]
+
+
+def nothing_cut(name: str, shape: tuple[int, ...]) -> Cut:
+    """Keep every index of every axis."""
+    return (None,) * len(shape)
+
+
+def write_rest(
+    journal: Journal,
+    model: StreamedModel,
+    convert: Callable[[Tensor, str], Tensor],
+    cut: Callable[[str, tuple[int, ...]], Cut] = nothing_cut,
+) -> list[Path]:
+    """Store every tensor that belongs to no block, cut and converted; one file each, a part of it in memory at a time.
+
+    cut: for each axis of a tensor the indices that are kept (int64, ascending), None for all.
+    """
     prefixes = tuple(model.block_prefix(i) for i in range(model.num_blocks))
     names = [n for n in model.checkpoint.names() if not n.startswith(prefixes)]
     paths = [journal.folder / f"rest-{number:05d}.safetensors" for number in range(len(names))]
 
     def write(name: str, path: Path) -> None:
-        record = path.with_suffix(".json")
-        if record.exists() and path.exists() and file_sha256(path) == read_json(record)["sha256"]:
+        done = read_record(path.with_suffix(".json"), journal.run, path)
+        if done is not None and done["name"] == name:
             return
         info = model.checkpoint.info(name)
         rows = max(1, info.shape[0] * PART_BYTES // max(1, info.num_bytes)) if info.shape else 1
         if info.shape and info.shape[0]:
+            kept = cut(name, info.shape)
+            shape = tuple(size if axis is None else len(axis) for size, axis in zip(info.shape, kept, strict=True))
             parts = (
-                convert(model.checkpoint.slice(name, start, min(start + rows, info.shape[0])), name)
+                convert(_kept(model.checkpoint.slice(name, start, min(start + rows, info.shape[0])), start, kept), name)
                 for start in range(0, info.shape[0], rows)
             )
             first = next(parts)
-            stored, content = save_in_parts(path, name, first.dtype, info.shape, chain([first], parts))
+            stored, content = save_in_parts(path, name, first.dtype, shape, chain([first], parts))
         else:  # a scalar, or nothing at all
             value = convert(model.checkpoint.tensor(name), name)
             save_atomically(path, {name: value})
             stored, content = file_sha256(path), tensor_sha256(value)
-        write_bytes_atomically(record, json_bytes({"sha256": stored, "meant": {name: content}}))
+        write_record(path.with_suffix(".json"), journal.run, {"name": name, "sha256": stored, "meant": {name: content}})
 
     with ThreadPoolExecutor(REST_THREADS) as pool:
         list(pool.map(write, names, paths))
     return paths
 
 
+def _kept(part: Tensor, start: int, kept: Cut) -> Tensor:
+    """The kept indices of rows `start` and on of a tensor."""
+    rows = kept[0]
+    if rows is not None:
+        part = part[rows[(rows >= start) & (rows < start + len(part))] - start]
+    for axis, indices in enumerate(kept[1:], 1):
+        if indices is not None:
+            part = part.index_select(axis, indices)
+    return part
+
+
 def assemble(
     journal: Journal,
     model: StreamedModel,
-    out: Path,
+    staged: Path,
     *,
     rest: list[Path],
+    num_blocks: int,
     config: Mapping[str, Any],
     manifest: Manifest,
 ) -> int:
-    """Merge the journal's tensors into `out`, write what goes with them, verify, publish.
+    """Merge the journal's tensors into the empty folder `staged`, write what goes with them, verify, sign.
 
-    Returns how many tensors were read back and compared. Raises ArtifactError, leaving `out` as it was, when one
-    differs.
+    Returns how many tensors were read back and compared. Raises ArtifactError when one differs.
     """
-    staged = journal.folder / "final"
-    if staged.exists():
-        shutil.rmtree(staged)
-    staged.mkdir()
-    parts = rest + [journal.tensors_path(i) for i in range(model.num_blocks)]
+    parts = rest + [journal.tensors_path(i) for i in range(num_blocks)]
     if sum(part.stat().st_size for part in parts) > MAX_SHARD_BYTES:
         link_shards(parts, staged)  # what would be several shards anyhow becomes one a block, without a copy
     else:
@@ -86,20 +111,14 @@ def assemble(
     write_bytes_atomically(staged / "config.json", json_bytes(config))
     for path in carried_files(model.checkpoint.path):
         write_bytes_atomically(staged / path.name, path.read_bytes())
-    write_manifest(staged, manifest)
     meant: dict[str, str] = {}
-    for record in [
-        *(journal.record_path(i) for i in range(model.num_blocks)),
-        *(p.with_suffix(".json") for p in rest),
-    ]:
-        meant.update(read_json(record)["meant"])
-    compared = verify_written(staged, meant)
-    write_bytes_atomically(journal.folder / PUBLISHING, b"")
-    publish(staged, out)
-    journal.close()
+    for part in parts:
+        record = read_record(part.with_suffix(".json"), journal.run)
+        if record is None:
+            raise ArtifactError(f"{part}: its record was lost while the run worked; run the same command again")
+        meant.update(record["meant"])
+    # The manifest's hashes and the comparison read the same bytes side by side, so that the disk gives them once.
+    with meanwhile(partial(file_hashes, staged, names_in(staged))) as hashed:
+        compared = verify_written(staged, meant)
+    write_manifest(staged, manifest, hashed())
     return compared
-
-
-def was_published(folder: Path, out: Path) -> bool:
-    """Whether an earlier run was killed after its artifact was in place but before its working folder was removed."""
-    return out.exists() and (folder / PUBLISHING).exists() and not (folder / "final").exists()

@@ -11,6 +11,7 @@ from compress.artifact import BUNDLED, MANIFEST, parent_path, read_manifest
 from compress.checkpoint import INDEX, SINGLE
 from compress.errors import ArtifactError, ConfigError
 from compress.files import read_json
+from compress.folders import check_model_file
 
 WORKSPACE = Path("artifacts")
 
@@ -78,7 +79,7 @@ def resolve(
     if path.is_dir():
         return Source(path=path, name=_short(path.resolve().name), said=str(path), is_reference=is_reference(path))
     if path.exists():
-        raise ConfigError(f"{model} is a file; pass the model's folder")
+        check_model_file(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
         return Source(path=_download(model), name=_short(model.split("/")[1]), said=f"{model} from the hub")
     raise ConfigError(f"{model}: no such folder, and not a hub id such as org/name")

@@ -23,7 +23,8 @@ from compress import numerics
 from compress.block import BlockResult, LoadedBlock
 from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, apply_fold, output_unchanged, restore, scale_columns
-from compress.linear import is_linear, linears, parameter, set_weight_OI, skipped, weight_OI
+from compress.linear import is_linear, linears, parameter, set_weight_OI, weight_OI
+from compress.plan import LayerPlan
 from compress.quantize import awq
 from compress.quantize.damage import refuse_damage, relative_error
 from compress.quantize.feedback import Prepared, Rounded, kept_share, prepare, round_with_feedback
@@ -46,14 +47,13 @@ CONFIRM_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class AwqOptions:
-    """Choices of the method. skip: glob patterns of layers to leave in float16. clip: of effort `fast` only.
+    """Choices of the method. clip: of effort `fast` only.
 
     allow_damage: go on when a layer's output is mostly error (`damage`), instead of stopping.
     """
 
     scheme: Scheme
     effort: str = "balanced"
-    skip: tuple[str, ...] = ()
     smooth: bool = True
     clip: bool = True
     allow_damage: bool = False
@@ -73,11 +73,11 @@ class AwqOptions:
         return 2 if self.feedback else 1
 
 
-def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
-    """Quantize one block; see the module docstring. Changes the loaded weights."""
+def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> BlockResult:
+    """Quantize the block's layers that the plan quantizes; see the module docstring. Changes the loaded weights."""
     scheme = options.scheme
     layers = linears(loaded.module)
-    chosen = [name for name in layers if not skipped(loaded.prefix + name, options.skip)]
+    chosen = [name for name in layers if plan[loaded.prefix + name].weight is not None]
     signals = {
         name: awq.output_error(weight_OI(layers[name]).float(), statistics.gram_II)
         for name, statistics in _inputs(loaded, chosen)

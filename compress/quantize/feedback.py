@@ -179,13 +179,13 @@ def prepare(hessian_II: Tensor, scheme: Scheme, off_diagonal: float = 1.0) -> Pr
         order=order,
         columns_I=columns_I,
         # The matrix in between has no other name, so that it is gone as soon as it is factorised.
-        upper_II=inverse_factor(_ordered(hessian_II, columns_I, off_diagonal)),
+        upper_II=inverse_factor(ordered(hessian_II, columns_I, off_diagonal)),
         importance_I=hessian_II.diagonal().clone(),
         off_diagonal=off_diagonal,
     )
 
 
-def _ordered(hessian_II: Tensor, columns_I: Tensor, off_diagonal: float) -> Tensor:
+def ordered(hessian_II: Tensor, columns_I: Tensor, off_diagonal: float) -> Tensor:
     """Rows and columns in processing order, the off-diagonal part scaled."""
     out = torch.empty_like(hessian_II)
     for rows in torch.arange(len(hessian_II), device=hessian_II.device).split(_ROWS_AT_ONCE):

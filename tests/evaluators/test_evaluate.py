@@ -16,7 +16,7 @@ import torch
 
 from compress.artifact import read_manifest
 from compress.errors import ArtifactError, ConfigError
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
 from evaluators import cache, evaluate, memory

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from compress.artifact import parent_path, read_manifest
+from compress.artifact import Manifest, parent_path, read_manifest, write_manifest
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256, read_json
 from compress.formats import awq_gemm, stored
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
+from compress.tell import SILENT, Heard
 from compress.workspace import is_judgeable, is_model, resolve
 from exporters.export import FORMATS, ExportOutcome, ExportRequest, export, load_format
 from exporters.reader import Layout
-from exporters.requantize import Report
 from exporters.sizing.predict import DoesNotFit
 from exporters.sizing.targets import TARGETS
 
@@ -70,13 +70,19 @@ def artifact(build_model: Any, calib_text: Path, tmp_path: Path) -> Path:
 
 
 def run(artifact: Path, out: str, target: str = "a100", **changes: Any) -> ExportOutcome:
-    formats, report = changes.pop("formats", FORMATS), changes.pop("report", None)
+    formats, tell = changes.pop("formats", FORMATS), changes.pop("tell", SILENT)
     request = ExportRequest(source=resolve(str(artifact)), target=TARGETS[target], out=artifact.parent / out, **changes)
-    return export(request, formats=formats, report=report)
+    return export(request, formats=formats, tell=tell)
 
 
 def contents(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rewritten(path: Path, old: str, new: str) -> None:
+    """A manifest with other words, signed as our own code signs it."""
+    value = json.loads(path.read_text().replace(old, new))
+    write_manifest(path.parent, Manifest(lineage=value["lineage"], reports=[]))
 
 
 def test_hf_export_is_the_artifact_with_a_manifest(artifact: Path) -> None:
@@ -94,7 +100,7 @@ def test_hf_export_is_the_artifact_with_a_manifest(artifact: Path) -> None:
     assert record["parent"] == {"path": "../small", "sha256": Checkpoint.open(artifact).content_sha256()}
     assert [r["stage"] for r in manifest.lineage] == ["export", "awq"]
     assert record["requantized_from"] is None
-    assert not list(artifact.parent.glob("*.partial"))
+    assert not list(artifact.parent.glob(".*"))
     # size honesty: the parts are the files' bytes, and the ratio is to what the parameters would take
     size = sum((outcome.out / n).stat().st_size for n in made if "/" not in n and n != "compress.json")
     assert abs(outcome.total_bytes - size) < 20_000, "all but safetensors headers"
@@ -126,13 +132,11 @@ def codes_of(folder: Path) -> Scheme | None:
 
 
 def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: dict[str, str]) -> None:
-    said: list[str] = []
-    blocks: list[bool] = []
-    report = Report(say=said.append, on_block=lambda done: blocks.append(done.resumed))
-    outcome = run(artifact, "small-orin", "orin", formats=symmetric, report=report)
+    tell = Heard()
+    outcome = run(artifact, "small-orin", "orin", formats=symmetric, tell=tell)
     again = artifact.parent / "for-export" / "small-sym"
-    assert outcome.requantized == again and len(blocks) == 2
-    assert any("needs w4g32-sym codes" in line and "its recipe runs again" in line for line in said)
+    assert outcome.requantized == again and len(tell.finished) == 2
+    assert any("needs w4g32-sym codes" in line and "its recipe runs again" in line for line in tell.said)
     assert codes_of(artifact) == G32
     assert codes_of(outcome.out) == Scheme(group_size=32, symmetric=True)
     first, second = read_manifest(artifact), read_manifest(again)
@@ -152,10 +156,9 @@ def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: d
     # the layer that the user left in float16 stays so
     assert "model.layers.0.mlp.down_proj.weight" in Checkpoint.open(outcome.out)
     # once made it is used again, and the same codes come from a direct run
-    said.clear()
-    blocks.clear()
-    assert run(artifact, "second", "orin", formats=symmetric, report=report).requantized == again
-    assert not blocks and any("used as it is" in line for line in said)
+    tell = Heard()
+    assert run(artifact, "second", "orin", formats=symmetric, tell=tell).requantized == again
+    assert not tell.finished and any("used as it is" in line for line in tell.said)
     direct = contents(again)
     shutil.rmtree(again)
     run(artifact, "third", "orin", formats=symmetric)
@@ -170,13 +173,13 @@ def test_a_recipe_recorded_on_a_gpu_runs_without_one(artifact: Path, symmetric: 
     again = artifact.parent / "for-export" / "small-sym"
     made_here = contents(again)
     path = artifact / "compress.json"
-    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
-    said: list[str] = []
-    run(artifact, "reused", "orin", formats=symmetric, report=Report(say=said.append))
-    assert any("used as it is" in line for line in said), "sums in another order make no other recipe"
+    rewritten(path, '"device": "cpu"', '"device": "cuda"')
+    tell = Heard()
+    run(artifact, "reused", "orin", formats=symmetric, tell=tell)
+    assert any("used as it is" in line for line in tell.said), "sums in another order make no other recipe"
     shutil.rmtree(again)
-    found = contents(run(artifact, "there", "orin", formats=symmetric, report=Report(say=said.append)).out)
-    assert any("was run on cuda, which is not there; it runs on cpu" in line for line in said)
+    found = contents(run(artifact, "there", "orin", formats=symmetric, tell=tell).out)
+    assert any("was run on cuda, which is not there; it runs on cpu" in line for line in tell.said)
     assert contents(again) == made_here and found["model.safetensors"] == expected["model.safetensors"]
 
 
@@ -184,15 +187,17 @@ def test_a_killed_requantization_goes_on(artifact: Path, symmetric: dict[str, st
     class Killed(Exception):
         pass
 
-    def stop(done: Any) -> None:
-        raise Killed
+    class Stop(Heard):
+        def step(self, done: int | None = None, *args: Any, **kwargs: Any) -> None:
+            if done is not None:
+                raise Killed
 
     with pytest.raises(Killed):
-        run(artifact, "out", "orin", formats=symmetric, report=Report(on_block=stop))
+        run(artifact, "out", "orin", formats=symmetric, tell=Stop())
     assert not (artifact.parent / "out").exists() and not (artifact.parent / "for-export" / "small-sym").exists()
-    resumed: list[bool] = []
-    run(artifact, "out", "orin", formats=symmetric, report=Report(on_block=lambda d: resumed.append(d.resumed)))
-    assert resumed == [True, False]
+    tell = Heard()
+    run(artifact, "out", "orin", formats=symmetric, tell=tell)
+    assert [step["resumed"] for step in tell.finished] == [True, False]
 
 
 def test_requantization_is_refused_with_the_command_that_helps(
@@ -218,8 +223,7 @@ def test_requantization_is_refused_with_the_command_that_helps(
     model.rename(tmp_path / "moved")
     refused(ArtifactError, "its parent ../../model is gone; fetch that model and run: compress awq MODEL --bits 4")
     (tmp_path / "moved").rename(model)
-    manifest = (artifact / "compress.json").read_text()
-    (artifact / "compress.json").write_text(manifest.replace('"effort"', '"unheard_of"'))
+    rewritten(artifact / "compress.json", '"effort"', '"unheard_of"')
     refused(ArtifactError, "records option unheard_of, which this version cannot run again")
     (artifact / "compress.json").unlink()
     refused(ArtifactError, "has no compress.json that says how to make them; quantize its original")
@@ -235,7 +239,7 @@ def test_an_artifact_of_another_recipe_in_the_way(artifact: Path, symmetric: dic
     path = artifact.parent / "for-export" / "small-sym" / "compress.json"
     manifest = read_manifest(artifact)
     assert manifest is not None
-    path.write_text(path.read_text().replace(manifest.record["calibration"]["sha256"], "0" * 64))
+    rewritten(path, manifest.record["calibration"]["sha256"], "0" * 64)
     with pytest.raises(ConfigError, match="small-sym exists and was made by another recipe"):
         run(artifact, "again", "orin", formats=symmetric)
 
@@ -245,7 +249,7 @@ def test_a_failed_write_leaves_nothing(artifact: Path, symmetric: dict[str, str]
     before = contents(made)
     with pytest.raises(ArtifactError, match="does not compute what the artifact says"):
         run(artifact, "out", "orin", formats=symmetric, force=True, options={"fail": True})
-    assert contents(made) == before and not list(artifact.parent.glob("*.partial"))
+    assert contents(made) == before and not list(artifact.parent.glob(".*"))
     with pytest.raises(ArtifactError):
         run(artifact, "new", "orin", formats=symmetric, options={"fail": True})
     with pytest.raises(ArtifactError, match="does not say what it verified"):
@@ -256,6 +260,7 @@ def test_a_failed_write_leaves_nothing(artifact: Path, symmetric: dict[str, str]
 KILLED = """
 import sys
 from pathlib import Path
+from compress.tell import SILENT, Heard
 from compress.workspace import resolve
 from exporters.export import ExportRequest, FORMATS, export
 from exporters.sizing.targets import TARGETS
@@ -271,10 +276,15 @@ def test_a_kill_in_the_middle_leaves_no_out(artifact: Path, symmetric: dict[str,
     command = [sys.executable, "-c", KILLED, str(artifact), str(out)]
     code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120).returncode
     assert code == -9
-    assert not out.exists() and (artifact.parent / "out.partial" / "staged" / "half").exists()
-    assert not is_model(artifact.parent / "out.partial")
+    (scratch,) = artifact.parent.glob(".out.*.partial")
+    assert not out.exists() and (scratch / "final" / "half").exists()
+    assert not is_model(scratch)
     made = run(artifact, "out", "orin", formats=symmetric)
-    assert not (artifact.parent / "out.partial").exists() and not (made.out / "half").exists()
+    assert any(str(scratch) in note for note in made.notes), "an export with other options is not this one's to remove"
+    assert not (made.out / "half").exists()
+    shutil.rmtree(made.out)
+    code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120).returncode
+    assert code == -9 and [*artifact.parent.glob(".out.*.partial")] == [scratch], "the same command finds it again"
 
 
 # ---- refusals ----------------------------------------------------------------------------------------
