@@ -52,6 +52,7 @@ from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling from the model and of tuning.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Layers to leave in float16, such as '*.down_proj'.")
+@click.option("--allow-damage", is_flag=True, help="Go on when a layer's output would be mostly error, and list it.")
 @click.option(
     "-o",
     "--out",
@@ -151,6 +152,15 @@ def _print_summary(outcome: Any, seconds: float) -> None:
         console.print(
             f"no smoothing for {len(unfolded)} of {len(record['groups'])} groups ({names}): see compress.json"
         )
+    lifted = [g for g in record["groups"] if g.get("lift")]
+    if lifted:
+        names = ", ".join(f"block {g['block']} {g['layers'][0]}" for g in lifted[:3])
+        console.print(
+            f"the weights of {len(lifted)} groups lay below what float16 scales hold; a power of two was moved there "
+            f"from what comes before them ({names}{', ...' if len(lifted) > 3 else ''})"
+        )
+    if record["damaged"]:
+        console.print(f"DAMAGED, as you allowed: {', '.join(record['damaged'])}", soft_wrap=True)
     calibration = record["calibration"]
     if calibration["num_samples"] < record["options"]["samples"]:
         console.print(

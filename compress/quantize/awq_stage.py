@@ -19,6 +19,7 @@ from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
 from compress.plan import LayerPlan, LayerScheme
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
+from compress.quantize.damage import damaged
 from compress.quantize.tune import TuneOptions
 from compress.scheme import Scheme
 from compress.stage import Job, Outcome, Stage
@@ -36,6 +37,7 @@ class AwqRequest:
     """Everything that decides the artifact. samples and seq_len count calibration rows and tokens a row.
 
     self_samples: rows sampled from the model itself and added to the text; None leaves it to the effort.
+    allow_damage: see `AwqOptions`; it decides no byte of a model that is not damaged, so a run may go on with it.
     """
 
     source: Source
@@ -53,6 +55,7 @@ class AwqRequest:
     clip: bool = True
     tune_steps: int = 200
     self_samples: int | None = None
+    allow_damage: bool = False
     force: bool = False
     resume: bool = True
     trust_remote_code: bool = False
@@ -99,6 +102,7 @@ def awq_stage(request: AwqRequest) -> Stage:
         effort=request.effort,
         smooth=request.smooth,
         clip=request.clip,
+        allow_damage=request.allow_damage,
         tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
     )
     return Stage(
@@ -158,8 +162,10 @@ def float16_config(model: StreamedModel, plan: LayerPlan) -> dict[str, Any]:
 
 def record_of(done: Sequence[BlockDone], plan: LayerPlan) -> dict[str, Any]:
     """Errors of all layers, what was found of all groups, what tuning gained, and what was left in float16."""
+    layers = [layer for step in done for layer in step.report["layers"]]
     return {
-        "layers": [layer for step in done for layer in step.report["layers"]],
+        "layers": layers,
+        "damaged": damaged(layers),
         "groups": [{"block": step.index, **group} for step in done for group in step.report["groups"]],
         "tuning": [{"block": step.index, **step.report["tuning"]} for step in done if "tuning" in step.report],
         "left_in_float16": list(plan.left_dense),
@@ -185,4 +191,5 @@ def request_from_record(
             f"{record['parent']['path']} yourself with `compress awq`"
         )
     calib = recorded_calib(record, folder)
-    return AwqRequest(source=source, out=out, scheme=scheme, calib=calib, **options)
+    allowed = bool(record.get("damaged"))  # who asked for that once asks for the same recipe again
+    return AwqRequest(source=source, out=out, scheme=scheme, calib=calib, allow_damage=allowed, **options)

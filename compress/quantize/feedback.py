@@ -20,12 +20,13 @@ Shapes: O out_features, I in_features, G groups along I, g group size, R columns
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compress import numerics
+from compress import numerics, threads
 from compress.errors import ArtifactError
 from compress.quantize.feedback_step import kernels, round_group
 from compress.scheme import Scheme
@@ -92,7 +93,8 @@ def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
     del hessian_II
     reversed_II.diagonal().add_(max(damping * mean, 1e-30))
     while True:
-        factor, failed = torch.linalg.cholesky_ex(reversed_II)
+        with nullcontext() if reversed_II.is_cuda else threads.pinned():
+            factor, failed = torch.linalg.cholesky_ex(reversed_II)
         if not int(failed):
             break
         reversed_II.diagonal().add_(9 * max(damping * mean, 1e-30))
