@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import BUNDLED, Checked, Manifest, check_files, read_manifest, rebased, write_manifest
-from compress.checkpoint import Checkpoint, content_of
+from compress.artifact import BUNDLED, Manifest, read_manifest, rebased, write_manifest
+from compress.checkpoint import Checkpoint
+from compress.contents import SMALL_BYTES, Checked, check_files
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import stored
@@ -102,6 +103,7 @@ def export(
 def _export(request: ExportRequest, name: str, module: Format, place: Place, report: Report) -> ExportOutcome:
     """See `export`; the output is ours."""
     target, artifact = request.target, request.source.path
+    checked = check_files(artifact, below=SMALL_BYTES)
     model = read_model(artifact)
     plan = Plan(
         format=name,
@@ -110,8 +112,8 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, rep
         kv_bits=native_kv_bits(name),
     )
     sizing = check(model, plan, target)
+    checked = check_files(artifact, known=checked.hashes)
     wanted = wanted_codes(module.LAYOUT, artifact)
-    checked = check_files(artifact)
     requantized = None
     if wanted is not None:
         requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", place.out, report)
@@ -128,6 +130,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, rep
         staged=run.new_staged(),
         options=request.options,
         say=report.say,
+        hashes=checked.hashes,
     )
     try:
         written = module.write(job)
@@ -136,7 +139,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, rep
                 f"format {name} does not say what it verified, or what it wrote; the export was not kept"
             )
         record = _record(request, plan, sizing, checked, model, requantized, place.out, written)
-        record = write_manifest(job.staged, _manifest(record, artifact, place.out)).record
+        record = write_manifest(job.staged, _manifest(record, artifact, place.out), written.hashes).record
     except Exception:
         run.discard()  # what was not verified is not kept
         raise
@@ -243,7 +246,7 @@ def _record(
     """The export's record: what was asked, what was made of it, how large, how verified."""
     total = sum(written.parts.values())
     artifact = requantized or request.source.path
-    content = content_of(checked.hashes, Checkpoint.open(artifact).content_files())
+    content = checked.content_sha256(Checkpoint.open(artifact))
     return {
         "stage": "export",
         "format": plan.format,

@@ -16,13 +16,14 @@ from torch import Tensor
 
 import compress
 from compress import calibration, distributed, output, sampling, tokens
-from compress.artifact import BUNDLED, Manifest, check_files, read_manifest, rebased
+from compress.artifact import BUNDLED, Manifest, read_manifest, rebased
 from compress.assemble import assemble, write_rest
 from compress.background import meanwhile
 from compress.block import BlockDone
 from compress.blocks import stream
 from compress.calibration import CalibrationSet
-from compress.checkpoint import Checkpoint, content_of
+from compress.checkpoint import Checkpoint
+from compress.contents import check_files
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import awq_gemm
@@ -162,7 +163,7 @@ def _quantize(
         check_free_space(place.real.parent, 2 * estimated_bytes(model, request) + 64_000_000)
         checked = check_files(model.checkpoint.path)
         notes.extend(filter(None, [checked.note]))
-        parent_sha256 = content_of(checked.hashes, model.checkpoint.content_files())
+        parent_sha256 = checked.content_sha256(model.checkpoint)
         identity = {
             "stage": "awq",
             "content": parent_sha256,
