@@ -36,6 +36,19 @@ class GateFailed(CompressError):
         self.exit_code = exit_code
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run that keeps what it has finished; the message says what the same command does then."""
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """For the part of a run that a later one takes up: Ctrl-C in it says so."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        raise Interrupted("the same command goes on from the last finished block") from e
+
+
 # What of a foreign message is shown: some libraries print a whole file.
 REASON_CHARS = 200
 

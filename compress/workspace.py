@@ -12,6 +12,7 @@ from compress.checkpoint import INDEX, SINGLE, Checkpoint
 from compress.contents import check_files
 from compress.errors import ArtifactError, CompressError, ConfigError
 from compress.files import is_file, read_json
+from compress.folders import check_model_file
 from compress.output import is_scratch
 
 WORKSPACE = Path("artifacts")
@@ -92,7 +93,7 @@ def resolve(
     if path.is_dir():
         return Source(path=path, name=_short(path.resolve().name), said=str(path), is_reference=is_reference(path))
     if path.exists():
-        raise ConfigError(f"{model} is a file; pass the model's folder")
+        check_model_file(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
         return Source(path=_download(model), name=_short(model.split("/")[1]), said=f"{model} from the hub")
     raise ConfigError(f"{model}: no such folder, and not a hub id such as org/name")

@@ -22,9 +22,10 @@ from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import stored
 from compress.output import Place, reserved
 from compress.scheme import Scheme
+from compress.tell import SILENT, Tell
 from compress.workspace import WORKSPACE, Source
 from exporters.reader import Job, Layout, Written
-from exporters.requantize import Report, requantize
+from exporters.requantize import requantize
 from exporters.sizing.inventory import Model, read_model
 from exporters.sizing.predict import Plan, Sizing, check, native_kv_bits
 from exporters.sizing.targets import TARGETS, Target
@@ -82,25 +83,22 @@ class ExportOutcome:
     notes: list[str]
 
 
-def export(
-    request: ExportRequest, *, formats: Mapping[str, str] = FORMATS, report: Report | None = None
-) -> ExportOutcome:
+def export(request: ExportRequest, *, formats: Mapping[str, str] = FORMATS, tell: Tell = SILENT) -> ExportOutcome:
     """Write, verify and publish one export.
 
     Raises UnsupportedError for a format that the target or this installation cannot take, DoesNotFit when it is too
     big, and whatever the format raises; in every case nothing is left at the output folder.
     """
-    report = report or Report()
     name = format_of(request.format, request.target, formats)
     module = load_format(name, formats)
     artifact = request.source.path
     refuse_exports(artifact)
     out = request.out or WORKSPACE / f"{request.source.name}-{request.target.name}-{name}"
     with reserved(out, {"the artifact": artifact}, force=request.force) as place:
-        return _export(request, name, module, place, report)
+        return _export(request, name, module, place, tell)
 
 
-def _export(request: ExportRequest, name: str, module: Format, place: Place, report: Report) -> ExportOutcome:
+def _export(request: ExportRequest, name: str, module: Format, place: Place, tell: Tell) -> ExportOutcome:
     """See `export`; the output is ours."""
     target, artifact = request.target, request.source.path
     checked = check_files(artifact, below=SMALL_BYTES)
@@ -116,11 +114,11 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, rep
     wanted = wanted_codes(module.LAYOUT, artifact)
     requantized = None
     if wanted is not None:
-        requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", place.out, report)
+        requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", place.out, tell)
         artifact, model = requantized, read_model(requantized)
         sizing, checked = check(model, plan, target), check_files(artifact)
     check_free_space(place.real.parent, 2 * sizing.weights + 64_000_000)
-    report.say(f"writing {name} for {target.name}: context {plan.context}, batch {plan.batch}")
+    tell.say(f"writing {name} for {target.name}: context {plan.context}, batch {plan.batch}")
     run = place.start(_identity(request, name, plan), resume=False)
     job = Job(
         artifact=artifact,
@@ -129,8 +127,8 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, rep
         batch=plan.batch,
         staged=run.new_staged(),
         options=request.options,
-        say=report.say,
         hashes=checked.hashes,
+        tell=tell,
     )
     try:
         written = module.write(job)

@@ -13,12 +13,13 @@ that, adds the manifest, and renames the staged folder into place: a format neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress.scheme import Scheme
+from compress.tell import SILENT, Tell
 from exporters.sizing.targets import Target
 
 
@@ -56,7 +57,11 @@ class Job:
     staged: Path
     options: Mapping[str, Any] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
-    say: Callable[[str], None] = lambda text: None
+    tell: Tell = SILENT
+
+    def say(self, text: str) -> None:
+        """One line, now."""
+        self.tell.say(text)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.progress import Steps
+from compress.cli.progress import Shown
 from compress.errors import ConfigError, GateFailed
 
 if TYPE_CHECKING:
@@ -147,31 +146,19 @@ class _Shown:
     """Progress of each model in turn; see `evaluators.evaluate.Progress`."""
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.steps: Steps | None = None
+        self.shown = Shown(quiet=quiet)
 
     def __enter__(self) -> _Shown:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self.steps is not None:
-            self.steps.__exit__(None, None, None)
-            self.steps = None
+        self.shown.end()
 
     def stage(self, what: str) -> None:
-        self._end()
+        self.shown.end()
         self.what = what
-        self.started = time.monotonic()
-        if what == "comparing" and not self.quiet:
-            print("comparing the two models' predictions", file=sys.stderr)
 
     def block(self, done: int, total: int) -> None:
-        if self.steps is None:
-            self.steps = Steps(f"{self.what} block", quiet=self.quiet).__enter__()
-            self.steps.start(total)
-            self.steps.done = done - 1
-            self.steps.started = self.started
-        self.steps.step("done")
+        if self.shown.pace is None:
+            self.shown.start(f"{self.what} block", total)
+        self.shown.step(done)

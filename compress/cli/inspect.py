@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, UnsupportedError
 
 MANIFEST = "compress.json"
 
@@ -21,7 +21,8 @@ MANIFEST = "compress.json"
 def command(model: str | None, verify: bool, as_json: bool) -> None:
     """Show MODEL's parameters, bytes by dtype, quantization scheme, lineage and reports. Loads no weights.
 
-    With --verify the exit code is 1 unless every file is as it was published.
+    Names and shapes of all tensors are compared with what config.json describes. With --verify the exit code is 1
+    unless every file is as it was published.
     """
     from compress.workspace import resolve
 
@@ -92,6 +93,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": sum(by_dtype.values()),
         "bytes_by_dtype": dict(sorted(by_dtype.items())),
         "tensors": len(checkpoint.tensors),
+        "not_streamed": _not_streamed(path),
         "quantized_layers": len(folder.layers),
         "quantization_config": checkpoint.config.get("quantization_config"),
         "lineage": manifest.lineage if manifest else [],
@@ -99,9 +101,21 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
+def _not_streamed(path: Path) -> str | None:
+    """Why the other commands cannot take this folder, sound as it may be; None when they can. Damage is an error."""
+    from compress.model import StreamedModel
+
+    try:
+        StreamedModel.open(path)
+    except UnsupportedError as e:
+        return str(e).removeprefix(f"{path}: ")
+    return None
+
+
 def _print(facts: dict[str, Any], said: str) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -112,6 +126,8 @@ def _print(facts: dict[str, Any], said: str) -> None:
     table.add_row("parameters", f"{facts['parameters'] / 1e6:.2f} M in {facts['tensors']} tensors")
     parts = ", ".join(f"{dtype} {size / 1e6:.2f} MB" for dtype, size in facts["bytes_by_dtype"].items())
     table.add_row("weights", f"{facts['bytes'] / 1e6:.2f} MB: {parts}")
+    if facts["not_streamed"]:
+        table.add_row("not taken", Text(facts["not_streamed"]))
     q = facts["quantization_config"]
     if q:
         detail = ", ".join(f"{k} {v}" for k, v in q.items() if not isinstance(v, (dict, list)))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from compress.errors import ArtifactError, ConfigError
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
 from evaluators import cache, evaluate, memory
