@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import calibration_data
 from compress.artifact import BUNDLED, MANIFEST, parent_path, read_manifest
 from compress.checkpoint import INDEX, SINGLE, Checkpoint
 from compress.contents import check_files
 from compress.errors import ArtifactError, CompressError, ConfigError
-from compress.files import is_file, read_json
+from compress.files import file_sha256, is_file, read_json
 from compress.folders import check_model_file
 from compress.output import is_scratch
 
@@ -144,17 +145,11 @@ def _newest(accept: Accept, workspace: Path) -> tuple[Path | None, str]:
 
 
 def _bundled(said: str) -> Source:
-    import calibration_data
-
     return Source(path=calibration_data.reference_model(), name="reference-lm", said=said, is_reference=True)
 
 
 def is_reference(path: Path) -> bool:
     """Whether a folder's weights are the bundled reference model's (or quantized from them), byte for byte."""
-    import calibration_data
-    from compress.checkpoint import SINGLE
-    from compress.files import file_sha256
-
     bundled = calibration_data.reference_model()
     if path.resolve() == bundled.resolve():
         return True
