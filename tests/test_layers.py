@@ -35,6 +35,7 @@ ROOMS = """
     decoder
     dense
     devices
+    contents
     distributed
     groups
     long_text
