@@ -241,3 +241,8 @@ def _read_index(path: Path) -> dict[str, TensorInfo]:
 def dtype_name(dtype: torch.dtype) -> str:
     """The safetensors name of a torch dtype."""
     return _DTYPE_NAMES[dtype]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors name."""
+    return _TORCH_DTYPES[name]
