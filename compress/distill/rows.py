@@ -1,7 +1,7 @@
 """Rows of token ids on disk, in the order in which they were made, with where documents begin.
 
 A folder, read through a memory map, holds `rows.bin` (int32, little-endian, row by row), `starts.bin` (int64, the
-places in it at which a document begins) and `rows.json`, written last, with the hashes of both: without it, it is unfinished.
+places in it at which a document begins) and, written last, `rows.json` with the hashes of both.
 
 Shapes: N rows, T tokens in a row, B rows of a batch
 """
@@ -30,12 +30,20 @@ SCHEMA = 1
 class Batch:
     """ids_BT, labels_BT: int64. labels: the token that follows, `IGNORED` where none of the same text does.
 
-    positions_BT: int64, counted from each document's beginning; None when a row is read as one text.
+    positions_BT: int64, counted from each document's beginning; None when a row is read as one text. rows: which rows
+    of the data these are.
     """
 
     ids_BT: Tensor
     labels_BT: Tensor
-    positions_BT: Tensor | None
+    positions_BT: Tensor | None = None
+    rows: tuple[int, ...] = ()
+
+    def to(self, device: torch.device | str) -> Batch:
+        positions = None if self.positions_BT is None else self.positions_BT.to(device)
+        return Batch(
+            ids_BT=self.ids_BT.to(device), labels_BT=self.labels_BT.to(device), positions_BT=positions, rows=self.rows
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,10 +80,10 @@ class Rows:
         labels_BT = torch.full_like(ids_BT, IGNORED)
         labels_BT[:, :-1] = ids_BT[:, 1:]
         if not isolate:
-            return Batch(ids_BT=ids_BT, labels_BT=labels_BT, positions_BT=None)
+            return Batch(ids_BT=ids_BT, labels_BT=labels_BT, rows=tuple(indices))
         positions_BT = torch.from_numpy(np.stack([self.positions(i) for i in indices]))
         labels_BT[:, :-1][positions_BT[:, 1:] == 0] = IGNORED
-        return Batch(ids_BT=ids_BT, labels_BT=labels_BT, positions_BT=positions_BT)
+        return Batch(ids_BT=ids_BT, labels_BT=labels_BT, positions_BT=positions_BT, rows=tuple(indices))
 
 
 class RowsWriter:
