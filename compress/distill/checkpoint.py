@@ -85,7 +85,8 @@ class Checkpoints:
 
     def _damaged(self, step: int) -> str | None:
         try:
-            for name, expected in read_json(self.path(step) / FACTS)["files"].items():
+            files: dict[str, str] = read_json(self.path(step) / FACTS)["files"]
+            for name, expected in files.items():
                 path = self.path(step) / name
                 if not path.exists() or file_sha256(path) != expected:
                     return name
@@ -93,11 +94,14 @@ class Checkpoints:
             return FACTS
         return None
 
-    def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-        """(tensors, own, state) as `save` was given them. ConfigError when the run is another one."""
+    def load(self, step: int, rank: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        """(tensors, own, state) as `save` was given them, by this process or by `rank`.
+
+        ConfigError when the run is another one.
+        """
         facts = read_json(self.path(step) / FACTS)
         self._compare(self.path(step), facts["what"])
-        part = self.path(step) / f"rank-{distributed.rank():05d}.safetensors"
+        part = self.path(step) / f"rank-{distributed.rank() if rank is None else rank:05d}.safetensors"
         return load_file(part), read_json(part.with_suffix(".json")), facts["state"]
 
     def _compare(self, path: Path, theirs: Mapping[str, Any]) -> None:
@@ -136,7 +140,7 @@ def _sync(folder: Path) -> None:
 
 
 def training_tensors(
-    named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, *, writes: bool
+    named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer | None, *, writes: bool
 ) -> dict[str, Tensor]:
     """This process's shares of the trained parameters and of the optimizer's state; nothing unless it `writes`."""
     if not writes:
@@ -144,7 +148,7 @@ def training_tensors(
     out: dict[str, Tensor] = {}
     for name, parameter in named:
         out[f"param.{name}"] = local(parameter)
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in ({} if optimizer is None else optimizer.state.get(parameter, {})).items():
             out[f"optim.{name}.{key}"] = local(value)
     return out
 
@@ -175,7 +179,7 @@ def local(value: Tensor) -> Tensor:
     return part
 
 
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
+def _like(value: Tensor, parameter: Any) -> Tensor:
     value = value.to(local(parameter).device)
     if not hasattr(parameter, "device_mesh"):
         return value
@@ -194,7 +198,7 @@ def _counter(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer)
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, JSON) of every generator of this process: PyTorch's, its GPU's, numpy's and Python's."""
-    _, numpy_keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
+    _, numpy_keys, position, has_gauss, gauss = np.random.get_state()
     version, python, next_gauss = random.getstate()
     tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(np.array(numpy_keys, dtype=np.int64))}
     if torch.cuda.is_available():

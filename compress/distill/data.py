@@ -63,10 +63,12 @@ def build(
     seq_len: int,
     vocab_size: int,
     sample: Sample | None = None,
+    fewer: bool = False,
 ) -> Rows:
     """Write the rows of a mix into `folder`: `num_rows` of them, or, with None, all that one source gives.
 
-    Raises ConfigError when a source gives fewer rows than its share, naming how many tokens there are.
+    Raises ConfigError when a source gives fewer rows than its share (unless `fewer` will do), naming how many tokens
+    there are.
     """
     if num_rows is None and (len(mix.sources) > 1 or mix.sources[0] == SELF or mix.sources[0].startswith("hf:")):
         raise ConfigError("--tokens is needed with several sources, with hf:... and with self; pass --tokens 1000000")
@@ -81,7 +83,7 @@ def build(
         else:
             found = _read(writer, source, tokenizer, None if count is None else before + count, vocab_size)
         rows = writer.num_rows - before
-        if rows == 0 or (count is not None and rows < count):
+        if rows == 0 or (count is not None and rows < count and not fewer):
             _refuse_short(source, rows, count, seq_len, found["num_tokens_total"], len(mix.sources))
         facts.append({**found, "weight": weight, "num_rows": rows})
     return writer.finish(facts)

@@ -133,7 +133,7 @@ class Engine:
     def clip(self, most: float) -> float:
         """Scale gradients down to norm `most`; returns the norm before, the same in every process."""
         if self.kind == "deepspeed":  # clips inside its own step
-            return float("nan")
+            return 0.0
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.named_parameters()], most)
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return float(whole)

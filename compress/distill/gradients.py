@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
 
@@ -41,11 +41,11 @@ class GradientCompression:
             for memory in _MEMORIES
             for bucket, value in getattr(self.state, memory).items()
         }
-        out["powersgd.rng"] = torch.from_numpy(np.array(self.state.rng.get_state()[1], dtype=np.int64))
-        return out
+        _, keys, *_ = self.state.rng.get_state(legacy=True)
+        return {**out, "powersgd.rng": torch.from_numpy(np.array(keys, dtype=np.int64))}
 
     def numbers(self) -> dict[str, Any]:
-        _, _, position, has_gauss, gauss = self.state.rng.get_state()
+        _, _, position, has_gauss, gauss = self.state.rng.get_state(legacy=True)
         return {
             "rng": [position, has_gauss, gauss],
             "iter": self.state.iter,
@@ -74,13 +74,17 @@ class GradientCompression:
         return {"sent": 4 * (self.plain_elements + after), "uncompressed": 4 * (self.plain_elements + before)}
 
 
-def _hook(mine: GradientCompression, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _hook(mine: GradientCompression, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     if not mine.on:
         return default_hooks.allreduce_hook(None, bucket)  # type: ignore[arg-type]
     if mine.state.iter < mine.state.start_powerSGD_iter:
         mine.plain_elements += bucket.buffer().numel()
-    return powersgd.powerSGD_hook(mine.state, bucket)
+    future = powersgd.powerSGD_hook(mine.state, bucket)
+    if not bucket.buffer().is_cuda:
+        # gloo runs the hook's later all-reduces from threads of its own, where those of two buckets would change places
+        future.wait()
+    return future
 
 
 # DDP looks at the annotations themselves, which are text in this file
-_hook.__annotations__.update({"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]})
+_hook.__annotations__.update({"bucket": GradBucket, "return": torch.futures.Future[torch.Tensor]})

@@ -161,6 +161,11 @@ def num_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
 def stored_state(loaded: LoadedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model's state by the folder's names, tied tensors once, in the dtypes that the folder stores."""
     out: dict[str, Tensor] = {}
