@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.plan import ActivationScheme
 from compress.quantized import QuantizedWeight, StaticInput
@@ -27,6 +27,7 @@ from compress.quantized import QuantizedWeight, StaticInput
 EXACT_INPUTS = 2**24 // (128 * 128)
 # What `torch._int_mm` asks of a GPU's operands: more rows than this, and sizes that are multiples of 8.
 _INT_MM_ROWS = 17
+_INSTALLED = "_compress_quantizes_inputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +135,36 @@ def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, inputs: Quan
     if bias is not None:
         y_TO = y_TO + bias.float()
     return y_TO.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+
+# ---- in a model ----------------------------------------------------------------------------------------
+
+
+def install(
+    module: nn.Module, weight: QuantizedWeight, scheme: ActivationScheme, static: StaticInput | None = None
+) -> None:
+    """Let a linear quantize its inputs, and multiply codes, as long as it holds the weight that it holds now.
+
+    With another weight (`torch.func.functional_call`) it multiplies that with the inputs as their codes have them, and
+    gradients pass the rounding as if it were not there. A weight that is changed in place goes unseen.
+    """
+    held = module._parameters["weight"]
+
+    def forward(x: Tensor) -> Tensor:
+        bias = module._parameters.get("bias")
+        now = module._parameters["weight"]
+        if now is held:
+            return linear(x, weight, bias, quantize_inputs(x.detach().reshape(-1, x.shape[-1]), scheme, static))
+        seen = x + (fake_quantize(x.detach(), scheme, static) - x.detach())
+        assert now is not None
+        return torch.nn.functional.linear(seen, now, bias)
+
+    uninstall(module)
+    module.forward = forward
+    setattr(module, _INSTALLED, True)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Undo `install`; does nothing to a module that it was not done to."""
+    if module.__dict__.pop(_INSTALLED, False):
+        del module.forward

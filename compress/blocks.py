@@ -12,24 +12,25 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress import distributed
+from compress import activations, distributed
 from compress.background import BackgroundStore
+from compress.block import BlockDone, BlockResult, BlockStore, LoadedBlock
 from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, find_groups
-from compress.linear import linears, set_weight_OI
+from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
-from compress.quantized import QuantizedWeight
-from compress.statistics import InputStatistics, collecting
+from compress.plan import LayerPlan
+from compress.statistics import InputStatistics, Wanted, collecting
+from compress.tell import SILENT, Tell
 
 # Tokens run through a block at once: large enough for fast matrix products, small enough that a block's
 # activations stay below its weights.
@@ -44,176 +45,187 @@ CHECK_TOKENS = (512, 2048)
 CHECK_SHARE = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedBlock:
-    """A block as a method sees it. `run()` returns its output on `check_input` with the weights as they are now.
-
-    check_input, check_output: `[B, T, H]`, a few calibration rows as they enter this block, and its output on them with
-    its original weights. inputs, targets: with two paths, all rows as they enter this block, batch by batch, and what
-    the original model has after it; else empty. forward(hidden, weights): the block's output with some parameters
-    replaced, by name; differentiable.
-    """
-
-    index: int
-    prefix: str
-    module: nn.Module
-    groups: list[Group]
-    statistics: list[InputStatistics]
-    run: Callable[[], Tensor]
-    check_input: Tensor
-    check_output: Tensor
-    inputs: list[Tensor]
-    targets: list[Tensor]
-    forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-
-
-@dataclass(kw_only=True)
-class BlockResult:
-    """What a method made of a block: integer weights by layer name, other tensors (as stored) by parameter name.
-
-    `report` is JSON for the manifest: one entry a layer, one a group.
-    """
-
-    quantized: dict[str, QuantizedWeight]
-    dense: dict[str, Tensor]
-    report: dict[str, Any] = field(default_factory=dict)
-
-
-class BlockStore(Protocol):
-    """Where finished blocks go, and come back from when a run is resumed."""
-
-    def load(self, index: int) -> BlockResult | None:
-        """The block if it was finished before, else None."""
-
-    def save(self, index: int, prefix: str, result: BlockResult) -> None:
-        """Keep the block durably; it must survive a crash once this returns."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockDone:
-    """One step of progress. `resumed` blocks were read back, not computed."""
-
-    index: int
-    total: int
-    resumed: bool
-    report: dict[str, Any]
-
-
 def stream(
     model: StreamedModel,
     ids_NT: Tensor,
-    method: Callable[[LoadedBlock], BlockResult],
-    store: BlockStore,
+    method: Callable[[LoadedBlock], BlockResult | None],
+    store: BlockStore | None = None,
     *,
+    plan: LayerPlan | None = None,
     paths: int = 1,
+    wanted: Wanted | None = None,
+    blocks: Sequence[int] | None = None,
     num_parts: int = 1,
-    on_stage: Callable[[int, str], None] = lambda index, stage: None,
+    tell: Tell = SILENT,
 ) -> Iterator[BlockDone]:
-    """Compress every block in order; yields after each.
+    """Hand every block to `method` in order; yields after each. The caller's grad mode is its own between blocks.
 
-    ids_NT: int64 `[N, T]` calibration tokens. paths: 1 when every block is measured on the original model's hidden
-    states (one pass over the tokens), 2 when it is measured on those of the model compressed so far and told the
-    difference (three passes). num_parts: how many runs of batches the statistics are summed in, in this process, before
-    the sums are added. Of several processes (`distributed`) each runs its part of the rows, and all must call this
-    alike. Deterministic: the same model, ids and method give the same bytes, also when some blocks come from the store.
+    ids_NT: int64 `[N, T]` calibration tokens. method: a result of None leaves the block as it was, which is all that a
+    pass that only measures does; it needs no `store`. plan: says whose inputs are quantized once the method is done.
+    paths: 1 when every block is measured on the original model's hidden states (one pass over the tokens), 2 when it is
+    measured on those of the model compressed so far and told the difference (three passes). wanted: of the statistics.
+    blocks: those that go on, ascending; the others are bypassed on the only path, or on that of the compressed model.
+    num_parts: how many runs of batches the statistics are summed in, in this process, before the sums are added. Of
+    several processes (`distributed`) each runs its part of the rows, and all must call this alike. Deterministic: the
+    same model, ids and method give the same bytes, also when some blocks come from the store.
     """
     on_gpu = model.device.type == "cuda"
-    batch = max(1, (GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS) // ids_NT.shape[1])
-    batches = distributed.parts(ids_NT.split(batch), distributed.num_processes())[distributed.rank()]
-    if not batches:
-        raise ConfigError(
-            f"{ids_NT.shape[0]} calibration rows make fewer batches of {batch} rows than there are processes "
-            f"({distributed.num_processes()}); start fewer, or pass more --samples"
+    chosen = list(range(model.num_blocks) if blocks is None else blocks)
+    visited = list(range(model.num_blocks)) if paths == 2 else chosen
+    with torch.no_grad():
+        walk = _Walk(model, ids_NT, method, plan or LayerPlan(), paths, wanted or Wanted(), num_parts, tell)
+    with BackgroundStore(store) if on_gpu and store else nullcontext(store) as kept:
+        for index, following in zip(visited, [*visited[1:], None], strict=True):
+            with torch.no_grad():
+                if index not in chosen:
+                    walk.bypass(index)
+                    continue
+                position = chosen.index(index)
+                result, resumed = walk.visit(index, position, following, kept)
+            report = {} if result is None else result.report
+            yield BlockDone(index=position, source=index, total=len(chosen), resumed=resumed, report=report)
+
+
+class _Walk:
+    """The calibration batches on their way through the blocks, on one path or two, and what was found so far."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        ids_NT: Tensor,
+        method: Callable[[LoadedBlock], BlockResult | None],
+        plan: LayerPlan,
+        paths: int,
+        wanted: Wanted,
+        num_parts: int,
+        tell: Tell,
+    ) -> None:
+        self.model, self.method, self.plan, self.paths, self.wanted = model, method, plan, paths, wanted
+        self.num_parts, self.tell = num_parts, tell
+        tokens = GPU_BATCH_TOKENS if model.device.type == "cuda" else BATCH_TOKENS
+        batch = max(1, tokens // ids_NT.shape[1])
+        parts = distributed.parts(ids_NT.split(batch), distributed.num_processes())
+        mine = parts[distributed.rank()]
+        if not mine:
+            raise ConfigError(
+                f"{ids_NT.shape[0]} calibration rows make fewer batches of {batch} rows than there are processes "
+                f"({distributed.num_processes()}); start fewer, or pass more --samples"
+            )
+        before = sum(rows.numel() for part in parts[: distributed.rank()] for rows in part)
+        # Behind its own tokens a process finds no position, before them none of its count.
+        self.positions = wanted.positions(ids_NT.numel()) - before
+        self.original = model.embed_batches(torch.cat(mine), batch)
+        # One list while the two paths are equal, that is, up to the first block; then, with two paths, a list each.
+        self.compressed = self.original
+        self.probe = model.embed(ids_NT[:1, :PROBE_TOKENS])
+        self.known: dict[tuple[Any, ...], list[Group]] = {}
+
+    def visit(
+        self, index: int, position: int, following: int | None, store: BlockStore | None
+    ) -> tuple[BlockResult | None, bool]:
+        """Block `index`, which is number `position` of those that go on; its result, and whether it was read back."""
+        model, prefix = self.model, self.model.block_prefix(index)
+        # Weights are searched and folds proven in float32; only the passes over the tokens may be coarser.
+        module = model.load_block(index, torch.float32)
+        if model.device.type == "cuda" and following is not None:
+            model.prefetch_block(following)
+        groups = self._groups(index, module)
+        result = store.load(position) if store else None
+        resumed = result is not None
+        self._part_ways()
+        if result is None:
+            loaded = self._loaded(index, prefix, module, groups)
+            self.tell.step(doing="searching")
+            result = self.method(loaded)
+            if store and result is not None:
+                store.save(position, _renumbered(prefix, index, position), result)
+        else:
+            _advance(model, index, self.original)
+        if self.paths == 2 and following is not None:  # nobody needs the last block's outputs
+            self.tell.step(doing="running the compressed block")
+            if result is not None:
+                install(module, result, self.plan, prefix)
+            _advance(model, index, self.compressed)
+        self._leave(index)
+        return result, resumed
+
+    def bypass(self, index: int) -> None:
+        """A block that does not go on: only the original model, whose path is another, runs it."""
+        self._part_ways()
+        self.model.load_block(index, torch.float32)
+        _advance(self.model, index, self.original)
+        self._leave(index)
+
+    def _part_ways(self) -> None:
+        if self.paths == 2 and self.original is self.compressed:
+            self.original = list(self.original)  # from here on each path has its own batches
+
+    def _leave(self, index: int) -> None:
+        self.probe = distributed.from_first(self.original[0][:1, :PROBE_TOKENS])
+        _check_finite(self.original, self.model.block_prefix(index))
+        self.model.release_block(index)
+        return_freed_memory()
+
+    def _groups(self, index: int, module: nn.Module) -> list[Group]:
+        structure = _structure(module)
+        if structure not in self.known:
+            self.tell.step(doing="finding groups")
+            # Always from the original weights of the first such block, so that a resumed run finds the same.
+            self.known[structure] = find_groups(module, partial(self.model.run_exact, index, self.probe))
+        return self.known[structure]
+
+    def _loaded(self, index: int, prefix: str, module: nn.Module, groups: list[Group]) -> LoadedBlock:
+        """The block with its statistics; the original path moves on to its outputs."""
+        self.tell.step(doing="collecting statistics")
+        statistics, check_input, check_output = self._collect(index, groups)
+        return LoadedBlock(
+            index=index,
+            prefix=prefix,
+            module=module,
+            groups=groups,
+            statistics=statistics,
+            run=partial(self.model.run_exact, index, check_input),
+            check_input=check_input,
+            check_output=check_output,
+            inputs=self.compressed if self.paths == 2 else [],
+            targets=self.original if self.paths == 2 else [],
+            forward=partial(self.model.run_with, index),
         )
-    original = model.embed_batches(torch.cat(batches), batch)
-    # One list while the two paths are equal, that is, up to the first block; then, with two paths, a list each.
-    compressed = original
-    probe = model.embed(ids_NT[:1, :PROBE_TOKENS])
-    known: dict[tuple[Any, ...], list[Group]] = {}
-    with torch.no_grad(), BackgroundStore(store) if on_gpu else nullcontext(store) as store:
-        for index in range(model.num_blocks):
-            # Weights are searched and folds proven in float32; only the passes over the tokens may be coarser.
-            module = model.load_block(index, torch.float32)
-            if on_gpu and index + 1 < model.num_blocks:
-                model.prefetch_block(index + 1)
-            prefix = model.block_prefix(index)
-            structure = _structure(module)
-            if structure not in known:
-                on_stage(index, "finding groups")
-                # Always from the original weights of the first such block, so that a resumed run finds the same.
-                known[structure] = find_groups(module, partial(model.run_exact, index, probe))
-            result = store.load(index)
-            resumed = result is not None
-            if paths == 2 and original is compressed:
-                original = list(original)  # from here on each path has its own batches
-            if result is None:
-                on_stage(index, "collecting statistics")
-                statistics, check_input, check_output = _collect(
-                    model, index, known[structure], original, compressed, num_parts
-                )
-                on_stage(index, "searching")
-                result = method(
-                    LoadedBlock(
-                        index=index,
-                        prefix=prefix,
-                        module=module,
-                        groups=known[structure],
-                        statistics=statistics,
-                        run=partial(model.run_exact, index, check_input),
-                        check_input=check_input,
-                        check_output=check_output,
-                        inputs=compressed if paths == 2 else [],
-                        targets=original if paths == 2 else [],
-                        forward=partial(model.run_with, index),
-                    )
-                )
-                store.save(index, prefix, result)
-            else:
-                _advance(model, index, original)
-            if paths == 2 and index + 1 < model.num_blocks:  # nobody needs the last block's outputs
-                on_stage(index, "running the compressed block")
-                install(module, result)
-                _advance(model, index, compressed)
-            probe = distributed.from_first(original[0][:1, :PROBE_TOKENS])
-            _check_finite(original, prefix)
-            model.release_block(index)
-            return_freed_memory()
-            yield BlockDone(index=index, total=model.num_blocks, resumed=resumed, report=result.report)
+
+    def _collect(self, index: int, groups: list[Group]) -> tuple[list[InputStatistics], Tensor, Tensor]:
+        """Run every batch through the loaded block, on both paths where they differ; `original` becomes its outputs.
+
+        Returns the statistics of the compressed path's inputs, the first rows of that path, and the block's output on
+        them.
+        """
+        model, original, compressed = self.model, self.original, self.compressed
+        check_input = compressed[0][: _check_rows(compressed)]
+        check_output = check_input
+        ends = list(accumulate(len(part) for part in distributed.parts(original, self.num_parts)))[:-1]
+        with collecting(model.blocks[index], groups, model.device, self.wanted, self.positions) as collector:
+            for i in range(len(original)):
+                before, other = original[i], compressed[i]
+                collector.keeping = before is not other
+                original[i] = out = model.run_block(index, before)
+                if collector.keeping:
+                    collector.keeping = False
+                    out = model.run_block(index, other)
+                if i == 0:
+                    check_output = out[: len(check_input)]
+                if i + 1 in ends:
+                    for statistics in collector.statistics:
+                        statistics.close_part()
+        check_input, check_output = distributed.from_first(check_input), distributed.from_first(check_output)
+        if model.dtype != torch.float32:
+            check_input = check_input.float()
+            check_output = model.run_exact(index, check_input)
+        return collector.statistics, check_input, check_output
 
 
-def _collect(
-    model: StreamedModel,
-    index: int,
-    groups: list[Group],
-    original: list[Tensor],
-    compressed: list[Tensor],
-    num_parts: int = 1,
-) -> tuple[list[InputStatistics], Tensor, Tensor]:
-    """Run every batch through the loaded block, on both paths where they differ; `original` becomes its outputs.
-
-    Returns the statistics of the compressed path's inputs, the first rows of that path, and the block's output on them.
-    """
-    check_input = compressed[0][: _check_rows(compressed)]
-    check_output = check_input
-    ends = list(accumulate(len(part) for part in distributed.parts(original, num_parts)))[:-1]
-    with collecting(model.blocks[index], groups, model.device) as collector:
-        for i in range(len(original)):
-            before, other = original[i], compressed[i]
-            collector.keeping = before is not other
-            original[i] = out = model.run_block(index, before)
-            if collector.keeping:
-                collector.keeping = False
-                out = model.run_block(index, other)
-            if i == 0:
-                check_output = out[: len(check_input)]
-            if i + 1 in ends:
-                for statistics in collector.statistics:
-                    statistics.close_part()
-    check_input, check_output = distributed.from_first(check_input), distributed.from_first(check_output)
-    if model.dtype != torch.float32:
-        check_input = check_input.float()
-        check_output = model.run_exact(index, check_input)
-    return collector.statistics, check_input, check_output
+def _renumbered(prefix: str, index: int, position: int) -> str:
+    """What names of a block's tensors begin with once it is number `position` of the model."""
+    assert prefix.endswith(f".{index}.") or prefix == f"{index}."
+    return f"{prefix.removesuffix(f'{index}.')}{position}."
 
 
 def _advance(model: StreamedModel, index: int, hidden: list[Tensor]) -> None:
@@ -229,14 +241,35 @@ def _check_rows(hidden: list[Tensor]) -> int:
     return min(hidden[0].shape[0], max(1, tokens // seq_len))
 
 
-def install(module: nn.Module, result: BlockResult) -> None:
-    """Give a loaded block the weights as they were stored: dequantized integers and rounded tensors."""
+def install(module: nn.Module, result: BlockResult, plan: LayerPlan | None = None, prefix: str = "") -> None:
+    """Give a loaded block the weights as they were stored: dequantized integers and rounded tensors, of any shape.
+
+    plan: whose layers, called by `prefix` and their name in the block, quantize their inputs from now on.
+    """
     layers = linears(module)
     for name, q in result.quantized.items():
-        set_weight_OI(layers[name], q.dequantize())
-    state = module.state_dict()
+        layer = layers[name]
+        weight_OI = q.dequantize()
+        _put(layer, "weight", weight_OI.t() if is_conv1d(layer) else weight_OI)
+        scheme = None if plan is None else plan.get(prefix + name)
+        if scheme is not None and scheme.input is not None:
+            activations.install(layer, q, scheme.input, result.inputs.get(name))
     for name, value in result.dense.items():
-        state[name].copy_(value)
+        owner, _, leaf = name.rpartition(".")
+        _put(module.get_submodule(owner), leaf, value)
+
+
+def _put(owner: nn.Module, leaf: str, value: Tensor) -> None:
+    """Overwrite a parameter or buffer in place, or, where the shape changes, put another there."""
+    held = owner._parameters.get(leaf)
+    old = owner._buffers[leaf] if held is None else held.data
+    assert old is not None
+    if old.shape == value.shape:
+        old.copy_(value)
+    elif held is None:
+        owner._buffers[leaf] = value.to(old.device, old.dtype)
+    else:
+        owner._parameters[leaf] = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)
 
 
 def return_freed_memory() -> None:

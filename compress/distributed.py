@@ -86,6 +86,27 @@ def add_up_count(count: int, device: torch.device) -> int:
     return int(total)
 
 
+def largest(value: Tensor) -> Tensor:
+    """Element by element the largest over processes; in whatever order, for it does not matter."""
+    if running():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
+def joined_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, one process's behind the other's, in their order; numbers of rows may differ."""
+    if not running():
+        return rows
+    out = []
+    for source in range(num_processes()):
+        count = torch.tensor([len(rows)], dtype=torch.int64, device=rows.device)
+        dist.broadcast(count, source)
+        part = rows.contiguous() if source == rank() else rows.new_empty(int(count), *rows.shape[1:])
+        dist.broadcast(part, source)
+        out.append(part)
+    return torch.cat(out)
+
+
 def from_first(value: Tensor) -> Tensor:
     """What the first process holds; `value` elsewhere gives the number of dimensions, the dtype and the device only."""
     if not running():

@@ -194,14 +194,18 @@ def _with_fold(block: nn.Module, run: Callable[[], Tensor], trace: _Trace, layer
     ran = [name for name in reversed(before) if name in trace.outputs]
     # The direct producer first: it is nearly always the right one, and then one probe settles the matter.
     direct = [n for n in ran if trace.outputs[n].data_ptr() == x.data_ptr()]
+    disproven = []
     for name in direct + [n for n in ran if n not in direct]:
         fold = _probe(block, run, name, layers[0], x)
         if fold is None:
             continue
         if not _proven(block, run, fold, layers):
+            disproven.append(name)
             continue
         return Group(layers=layers, in_features=size, fold=fold, reason="")
     reason = "no norm or linear upstream can absorb a scale" if ran else "its input enters the block from outside"
+    if disproven:
+        reason = f"its input follows {' and '.join(disproven)}, but a scale folded there changed the block's output"
     return Group(layers=layers, in_features=size, fold=None, reason=reason)
 
 
@@ -265,18 +269,17 @@ def _match(
 ) -> Tensor | None:
     """For each channel of x the row of `segment` that it is proportional to, or -1; None when x changes otherwise.
 
-    Two independent draws of factors tell rows apart that one draw would confuse.
+    Two draws of factors tell the rows apart (`_factors`); of the rows within the tolerance of a channel's two ratios
+    the nearest is taken.
     """
     num_rows = (weight_OI(module) if is_linear(module) else parameter(module, "weight")).shape[0]
     size = x.shape[-1]
     flat = x.detach().reshape(-1, size).double()
     energy = flat.square().sum(0)
     alive = energy > 1e-12 * energy.max()
-    generator = torch.Generator().manual_seed(len(segment) * 1009 + int(segment[0]))
-    candidates = torch.ones(size, len(segment), dtype=torch.bool, device=x.device)
-    constant = torch.ones(size, dtype=torch.bool)
-    for _ in range(2):
-        drawn = torch.rand(len(segment), generator=generator, dtype=torch.float64) * 1.5 + 0.5
+    factors = _factors(segment)
+    ratios = []
+    for drawn in factors:
         factor = torch.ones(num_rows, dtype=torch.float64)
         factor[segment] = drawn
         with _scaled(module, factor, offset):
@@ -289,31 +292,40 @@ def _match(
         proportional = residual <= _PROPORTIONAL**2 * energy
         if not bool(proportional[alive].all()):
             return None
-        constant &= (ratio.cpu() - 1).abs() < _PROPORTIONAL
-        drawn = drawn.to(x.device)
-        # Chunked: channels x rows distances would be gigabytes for a wide layer.
-        for start in range(0, size, 1024):
-            part = slice(start, start + 1024)
-            candidates[part] &= (ratio[part, None] - drawn[None]).abs() < _PROPORTIONAL
-    candidates = candidates.cpu()
-    rows = torch.full((size,), -1, dtype=torch.int64)
-    for start in range(0, size, 1024):
-        part = slice(start, start + 1024)
-        hits = candidates[part]
-        several = hits.sum(1) > 1
-        first = hits.to(torch.int8).argmax(1)
-        # With several rows as close, the row in the channel's own place is the likely one; the proof decides.
-        place = torch.arange(start, start + hits.shape[0])
-        own = torch.where(place < len(segment), place, 0)
-        choose = torch.where(several & hits.gather(1, own[:, None]).squeeze(1), own, first)
-        rows[part] = torch.where(hits.any(1), segment[choose], -1)
-    unexplained = alive.cpu() & (rows < 0) & ~constant
-    if bool(unexplained.any()):
+        ratios.append(ratio)
+    rows = _nearest(torch.stack(ratios), factors.to(x.device), segment.to(x.device)).cpu()
+    constant = torch.stack([(ratio - 1).abs() < _PROPORTIONAL for ratio in ratios]).all(0).cpu()
+    alive = alive.cpu()
+    if bool((alive & (rows < 0) & ~constant).any()):
         return None
-    dead = ~alive.cpu()
-    if bool(dead.any()) and len(segment) == size:
-        rows[dead] = segment[dead]  # a channel that is zero on the probe: its own row; the proof decides
+    if not bool(alive.all()) and len(segment) == size:
+        rows[~alive] = segment[~alive]  # a channel that is zero on the probe: its own row; the proof decides
     return rows
+
+
+def _factors(segment: Tensor) -> Tensor:
+    """Two factors for each row of a segment, float64 `[2, rows]`: places of a square grid, dealt at random.
+
+    Any two rows differ by a step of the grid in one of the draws, which for 16384 rows is still ten times the
+    tolerance; factors drawn independently collide from a thousand rows on. None is near 1, what an unaffected channel
+    shows.
+    """
+    side = math.isqrt(max(0, len(segment) - 1)) + 1
+    generator = torch.Generator().manual_seed(len(segment) * 1009 + int(segment[0]))
+    place = torch.randperm(side * side, generator=generator)[: len(segment)]
+    grid = torch.linspace(1.25, 2.75, side, dtype=torch.float64)
+    return torch.stack([grid[place // side], grid[place % side]])
+
+
+def _nearest(ratios_DI: Tensor, factors_DR: Tensor, segment: Tensor) -> Tensor:
+    """For each channel the row of `segment` with the nearest factors (the worst of the draws counts), or -1."""
+    rows = []
+    # In parts: the distances of all channels to all rows would be gigabytes for a wide layer.
+    for part_DI in ratios_DI.split(max(1, 2**22 // len(segment)), dim=1):
+        distance_IR = (part_DI[:, :, None] - factors_DR[:, None]).abs().amax(0)
+        nearest, index = distance_IR.min(dim=1)
+        rows.append(torch.where(nearest < _PROPORTIONAL, segment[index], -1))
+    return torch.cat(rows)
 
 
 def _input_of(block: nn.Module, run: Callable[[], Tensor], layer: str) -> Tensor:

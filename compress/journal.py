@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.blocks import BlockResult
+from compress.block import BlockResult
 from compress.errors import ArtifactError, ConfigError
 from compress.files import IO_THREADS, file_sha256, fsync_dir, json_bytes, read_json, write_bytes_atomically
 from compress.quantized import QuantizedWeight

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress import activations
 from compress.checkpoint import Checkpoint
 from compress.dense import read_dense
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
-from compress.linear import is_linear
+from compress.formats import stored
+from compress.linear import is_linear, linears
 from compress.names import source_names
 
 
@@ -53,13 +55,15 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint = checkpoint
+        self.stored = stored(checkpoint)
         self.model = model
         self.dtype = dtype
         self.device = device
         self.base: nn.Module = getattr(model, str(model.base_model_prefix))
         self.blocks_name, self.blocks = find_blocks(model)
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._source = source_names(checkpoint, model)
+        self._on_meta = [dict(block.named_parameters()) for block in self.blocks]
+        self._source = source_names(self.stored, model)
         self._returns_tuple = False
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._wide = False
@@ -139,8 +143,32 @@ class StreamedModel:
         self._ahead = (index, future)
 
     def release_block(self, index: int) -> None:
-        """Put the block's parameters back on the meta device."""
-        _to_meta(self.blocks[index])
+        """Put the block's parameters back on the meta device, in the shapes that config.json says."""
+        block = self.blocks[index]
+        _to_meta(block)
+        for name, p in self._on_meta[index].items():
+            owner, _, leaf = name.rpartition(".")
+            block.get_submodule(owner)._parameters[leaf] = p
+
+    def load_whole(self) -> None:
+        """Load every block and everything around them, for good: the transformers model then runs by itself.
+
+        An output matrix that is tied to the input embedding is the same tensor.
+        """
+        whole: Any = self.model
+        for index in range(self.num_blocks):
+            self.load_block(index)
+        for name, module in self.model.named_modules():
+            own = [p for p in module._parameters.values() if p is not None]
+            if any(p.is_meta for p in own) and not name.startswith(self.blocks_name + "."):
+                self._load(module, f"{name}." if name else "")
+        embedding, output = self.base.get_input_embeddings(), whole.get_output_embeddings()  # type: ignore[operator]
+        if output is not None and self._source[f"{self._names[id(output)]}.weight"] == self._embedding_source():
+            output.weight = embedding.weight
+        for _, module in self.model.named_modules():
+            for key, buffer in list(module._buffers.items()):
+                if buffer is not None and buffer.device != self.device:
+                    module._buffers[key] = buffer.to(self.device)
 
     def _load(
         self,
@@ -175,13 +203,24 @@ class StreamedModel:
         module.load_state_dict(state, assign=True)
         for p in module.parameters():
             p.requires_grad_(False)
+        self._quantize_inputs(module, prefix)
         for name, buffer in module.named_buffers():
             if buffer.device != self.device:
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
+    def _quantize_inputs(self, module: nn.Module, prefix: str) -> None:
+        """Let the linears of a loaded module quantize their inputs where the folder's plan says so."""
+        if not any(scheme.input is not None for scheme in self.stored.plan.groups()):
+            return
+        for name, layer in linears(module).items():
+            source = self._source[f"{prefix}{name}.weight" if name else f"{prefix}weight"].removesuffix(".weight")
+            scheme = self.stored.plan.get(source)
+            if scheme is not None and scheme.input is not None:
+                activations.install(layer, self.stored.weight(source), scheme.input, self.stored.static(source))
+
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return read_dense(self.checkpoint, names, pinned=self.device.type == "cuda")
+        return read_dense(self.stored, names, pinned=self.device.type == "cuda")
 
     # ---- running ---------------------------------------------------------------------------------
 
@@ -410,6 +449,7 @@ def _refuse_experts(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 def _to_meta(module: nn.Module) -> None:
     for child in module.modules():
+        activations.uninstall(child)
         for key, p in child._parameters.items():
             if p is not None and not p.is_meta:
                 child._parameters[key] = nn.Parameter(p.to("meta"), requires_grad=False)

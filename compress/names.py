@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
-from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
+from compress.formats import Stored
 
 
-def source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
+def source_names(folder: Stored, model: nn.Module) -> dict[str, str]:
     """For each of the model's state names, the checkpoint's name for it.
 
     Folders differ in whether they carry the base model's prefix (GPT-2's often do not), keep names that transformers
     has changed since (GPT-NeoX's `embed_out`), and leave out tied tensors.
     """
     prefix = f"{model.base_model_prefix}."
-    stored = _stored_names(checkpoint, model)
+    stored = _stored_names(folder, model)
     tied = _tied(model)
     out: dict[str, str] = {}
     for name in model.state_dict(keep_vars=True):
@@ -29,20 +27,20 @@ def source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
                 break
         else:
             raise ArtifactError(
-                f"{checkpoint.path}: tensor {name} is missing; the download may be incomplete, fetch the model again"
+                f"{folder.checkpoint.path}: tensor {name} is missing; the download may be incomplete, fetch the model "
+                "again"
             )
     return out
 
 
-def _stored_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
+def _stored_names(folder: Stored, model: nn.Module) -> dict[str, str]:
     """Today's name of every dense tensor the folder can give -> its name there (`.weight` for a quantized one)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
     renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
     out: dict[str, str] = {}
-    for name in checkpoint.names():
-        dense = re.sub(r"\.(qweight|weight_packed)$", ".weight", name)
+    for dense in folder.dense_names():
         today = dense
         for renaming in renamings:
             today = renaming.rename_source_key(today)[0]

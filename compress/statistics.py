@@ -1,8 +1,11 @@
-"""What a method may know about a linear's inputs: their Gram matrix and mean magnitude, never the inputs themselves.
+"""What a method may know about a linear's inputs: sums, ranges and a small sample of them, never all.
 
 A weight change D of a linear `[O, I]` with inputs X `[tokens, I]` changes its outputs by `X D^T`, whose squared norm is
 `tr(D G D^T)` with `G = X^T X`. So scale search, clipping, range fitting and error feedback need G alone. G is a sum
-over tokens: batches, processes and machines add up.
+over tokens: batches, processes and machines add up. What inputs become as integers cannot be told from sums: for that a
+method asks for the range of each channel and for some tokens themselves (`Wanted`).
+
+Shapes: T tokens, S sampled tokens, I in_features, O out_features
 """
 
 from __future__ import annotations
@@ -24,14 +27,31 @@ _GPU_TILE = 1024
 _MIRROR_TILE = 512
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a method asks for. gram: Gram matrix, magnitudes, and with two paths what tells these from each other;
+    ranges: least and greatest value of each channel; rows: how many of the tokens to keep as they are."""
+
+    gram: bool = True
+    ranges: bool = False
+    rows: int = 0
+
+    def positions(self, num_tokens: int) -> Tensor:
+        """Which tokens of `num_tokens` are kept: int64, sorted; the same for every batch size and process."""
+        drawn = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(3307))
+        return drawn[: self.rows].sort().values
+
+
 @dataclass(kw_only=True)
 class InputStatistics:
-    """Sums over the calibration tokens that reached one group of linears; all float32.
+    """What is known of the calibration tokens that reached one group of linears; all float32.
 
     gram_II: sum of outer products, symmetric. magnitude_I: sum of |x|. num_tokens: how many rows were added.
     cross: what tells the original model's inputs x' from these, None where the two are equal: the sum of
     `(x' - x) x^T`, `[I, I]`, or with `by_output` that of `(W x' - W x) x^T`, `[O, I]`, which is smaller and cheaper for
     a linear W that is alone in its group and has fewer outputs than inputs.
+    low_I, high_I: least and greatest value of each channel; rows_SI: the sampled tokens, in their order. None unless
+    `Wanted`; without a wanted Gram matrix, `gram_II` is empty.
     closed: the sums of earlier parts of the calibration set, if it is added up in parts.
     """
 
@@ -40,15 +60,32 @@ class InputStatistics:
     num_tokens: int = 0
     cross: Tensor | None = None
     by_output: bool = False
+    low_I: Tensor | None = None
+    high_I: Tensor | None = None
+    rows_SI: Tensor | None = None
     closed: list[Tensor] | None = None
 
     @classmethod
-    def empty(cls, in_features: int, device: torch.device, *, by_output: bool = False) -> InputStatistics:
+    def empty(
+        cls, in_features: int, device: torch.device, *, by_output: bool = False, wanted: Wanted | None = None
+    ) -> InputStatistics:
+        wanted = wanted or Wanted()
+        size = in_features if wanted.gram else 0
+        magnitude_I = torch.zeros(in_features, dtype=torch.float32, device=device)
         return cls(
-            gram_II=torch.zeros(in_features, in_features, dtype=torch.float32, device=device),
-            magnitude_I=torch.zeros(in_features, dtype=torch.float32, device=device),
+            gram_II=torch.zeros(size, size, dtype=torch.float32, device=device),
+            magnitude_I=magnitude_I,
             by_output=by_output,
+            low_I=torch.full_like(magnitude_I, torch.inf) if wanted.ranges else None,
+            high_I=torch.full_like(magnitude_I, -torch.inf) if wanted.ranges else None,
+            rows_SI=magnitude_I.new_empty(0, in_features) if wanted.rows else None,
         )
+
+    @property
+    def amax_I(self) -> Tensor:
+        """Largest |x| of each channel; the ranges must be wanted."""
+        assert self.low_I is not None and self.high_I is not None
+        return torch.maximum(-self.low_I, self.high_I)
 
     def add(self, x_TI: Tensor, shift_TX: Tensor | None = None) -> None:
         """Add the tokens of a batch, and how far from them the original model's are: `x' - x`, or `W x' - W x`.
@@ -60,14 +97,22 @@ class InputStatistics:
         half = x_TI.is_cuda and x_TI.dtype in (torch.bfloat16, torch.float16)
         x = x_TI if half else x_TI.to(torch.float32)
         size = _GPU_TILE if x.is_cuda else _TILE
-        for start in range(0, x.shape[1], size):
+        for start in range(0, self.gram_II.shape[0], size):
             _add_product(self.gram_II[start:, start : start + size], x[:, start:], x[:, start : start + size])
-        if shift_TX is not None:
+        if shift_TX is not None and len(self.gram_II):
             if self.cross is None:
                 self.cross = torch.zeros(shift_TX.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
             _add_product(self.cross, shift_TX.to(x.dtype), x)
         self.magnitude_I += x.abs().sum(dim=0, dtype=torch.float32)
         self.num_tokens += x.shape[0]
+        if self.low_I is not None and self.high_I is not None:
+            self.low_I = torch.minimum(self.low_I, x.amin(dim=0).float())
+            self.high_I = torch.maximum(self.high_I, x.amax(dim=0).float())
+
+    def keep_rows(self, rows_SI: Tensor) -> None:
+        """Add sampled tokens to those that are kept."""
+        assert self.rows_SI is not None
+        self.rows_SI = torch.cat([self.rows_SI, rows_SI.float()])
 
     def close_part(self) -> None:
         """End a part of the calibration set: what follows is summed on its own before it is added."""
@@ -91,6 +136,11 @@ class InputStatistics:
         for one in self._sums():
             distributed.add_up(one)
         self.num_tokens = distributed.add_up_count(self.num_tokens, self.gram_II.device)
+        if self.low_I is not None and self.high_I is not None:
+            self.low_I = -distributed.largest(-self.low_I)
+            self.high_I = distributed.largest(self.high_I)
+        if self.rows_SI is not None:
+            self.rows_SI = distributed.joined_rows(self.rows_SI)
         for start in range(0, self.gram_II.shape[0], _MIRROR_TILE):
             stop = start + _MIRROR_TILE
             self.gram_II[start:stop, stop:] = self.gram_II[stop:, start:stop].t()
@@ -102,8 +152,12 @@ class InputStatistics:
             self.cross /= max(1, self.num_tokens)
 
     def smooth_(self, s_I: Tensor) -> None:
-        """Become the statistics of the inputs divided by s, `D^-1 G D^-1`; in place, as they can be gigabytes."""
-        self.gram_II.div_(s_I.unsqueeze(1)).div_(s_I)
+        """Become the statistics of the inputs divided by s > 0, `D^-1 G D^-1`; in place, as they can be gigabytes."""
+        if len(self.gram_II):
+            self.gram_II.div_(s_I.unsqueeze(1)).div_(s_I)
+        for values in (self.low_I, self.high_I, self.rows_SI):
+            if values is not None:
+                values.div_(s_I)
         if self.cross is not None:
             self.cross.div_(s_I)
             if not self.by_output:
@@ -113,7 +167,7 @@ class InputStatistics:
     def clear(self) -> None:
         """Give the matrices back; nothing can be asked of these statistics any more."""
         self.gram_II = self.gram_II.new_empty(0, 0)
-        self.cross = None
+        self.cross = self.rows_SI = None
 
     def target_shift(self, w_OI: Tensor, row_scale_O: Tensor | None = None) -> Tensor | None:
         """`W C`: mean of `(W x' - W x) x^T`, float32 `[O, I]`; None where the two paths are equal.
@@ -137,10 +191,12 @@ def _add_product(sum_II: Tensor, left_TI: Tensor, right_TI: Tensor) -> None:
 class Collector:
     """Takes each group's inputs from the forwards of a block: adds them up, or, while `keeping`, holds the last ones.
 
-    What was kept are the original model's counterparts of what is added next.
+    What was kept are the original model's counterparts of what is added next. positions: the sampled tokens, counted in
+    this process's own.
     """
 
     statistics: list[InputStatistics]
+    positions: Tensor
     keeping: bool = False
     kept: dict[int, Tensor] = field(default_factory=dict)
 
@@ -152,19 +208,34 @@ class Collector:
             self.kept[group] = told
         else:
             before = self.kept.pop(group, None)
+            start = statistics.num_tokens
             statistics.add(x_TI, None if before is None else before.float() - told.float())
+            if statistics.rows_SI is not None:
+                inside = (self.positions >= start) & (self.positions < start + len(x_TI))
+                statistics.keep_rows(x_TI[(self.positions[inside] - start).to(x_TI.device)])
 
 
 @contextmanager
-def collecting(block: nn.Module, groups: Sequence[Group], device: torch.device) -> Iterator[Collector]:
-    """Collect each group's statistics from every forward of `block` inside the context."""
+def collecting(
+    block: nn.Module,
+    groups: Sequence[Group],
+    device: torch.device,
+    wanted: Wanted | None = None,
+    positions: Tensor | None = None,
+) -> Iterator[Collector]:
+    """Collect each group's statistics from every forward of `block` inside the context.
+
+    positions: which tokens are sampled, counted in those that this process runs; sorted.
+    """
+    wanted = wanted or Wanted()
 
     def narrows(group: Group) -> bool:
         rows = weight_OI(block.get_submodule(group.layers[0])).shape[0]
         return len(group.layers) == 1 and rows < group.in_features
 
     collector = Collector(
-        statistics=[InputStatistics.empty(g.in_features, device, by_output=narrows(g)) for g in groups]
+        statistics=[InputStatistics.empty(g.in_features, device, by_output=narrows(g), wanted=wanted) for g in groups],
+        positions=torch.empty(0, dtype=torch.int64) if positions is None else positions,
     )
 
     def hook(group: int):  # type: ignore[no-untyped-def]

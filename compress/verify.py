@@ -16,30 +16,15 @@ import numpy as np
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
 from compress.files import IO_THREADS
+from compress.formats.second_reader import unpack_awq
 
-# Column j of each run of eight lies in this nibble of its word.
-_NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 _CHUNK_BYTES = 16 << 20
-# Words unpacked at once: intermediate arrays that stay in a core's cache.
-_CACHED_WORDS = 1 << 16
 # What a digest calls the dtypes that an artifact holds, by their name in the file.
 _KINDS = {
     "F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16",
     "I64": "torch.int64", "I32": "torch.int32", "I16": "torch.int16", "I8": "torch.int8", "U8": "torch.uint8",
     "BOOL": "torch.bool", "F8_E4M3": "torch.float8_e4m3fn", "F8_E5M2": "torch.float8_e5m2",
 }  # fmt: skip
-
-
-def unpack_awq(words: np.ndarray) -> np.ndarray:
-    """AutoAWQ gemm words int32 `[K, N / 8]` into codes uint8 `[K, N]`, a view that is contiguous as `[N, K]`."""
-    unsigned = np.ascontiguousarray(words.view(np.uint32).T)
-    out = np.empty((unsigned.shape[0], 8, unsigned.shape[1]), dtype=np.uint8)
-    step = max(1, _CACHED_WORDS // max(1, unsigned.shape[1]))
-    for start in range(0, len(unsigned), step):
-        part = unsigned[start : start + step]
-        for column, nibble in enumerate(_NIBBLE_OF_COLUMN):
-            out[start : start + step, column] = (part >> np.uint32(4 * nibble)) & np.uint32(15)
-    return out.reshape(-1, unsigned.shape[1]).T
 
 
 def verify_written(folder: Path, meant: Mapping[str, str]) -> int:

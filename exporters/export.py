@@ -19,11 +19,13 @@ from compress.artifact import BUNDLED, Manifest, read_manifest, rebased, write_m
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256
+from compress.formats import stored
 from compress.journal import check_free_space, publish
+from compress.scheme import Scheme
 from compress.workspace import WORKSPACE, Source
 from exporters.reader import Job, Layout, Written
 from exporters.requantize import Report, requantize
-from exporters.sizing.inventory import Model, read_model, stored_scheme
+from exporters.sizing.inventory import Model, read_model
 from exporters.sizing.predict import Plan, Sizing, check, native_kv_bits
 from exporters.sizing.targets import TARGETS, Target
 
@@ -105,7 +107,7 @@ def export(
         kv_bits=native_kv_bits(name),
     )
     sizing = check(model, plan, target)
-    wanted = module.LAYOUT.wants(stored_scheme(artifact, model.scheme)) if model.scheme else None
+    wanted = wanted_codes(module.LAYOUT, artifact)
     requantized = None
     if wanted is not None:
         requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", out, report)
@@ -199,6 +201,13 @@ def context_for(model: Model, target: Target, asked: int | None) -> int:
     if limit is not None and asked > limit:
         raise ConfigError(f"--context {asked}: {model.name} was made for at most {limit} tokens; ask for no more")
     return asked
+
+
+def wanted_codes(layout: Layout, artifact: Path) -> Scheme | None:
+    """The scheme to quantize the artifact again with for this reader, None when its codes will do."""
+    schemes = stored(Checkpoint.open(artifact)).exact_plan().groups()
+    wanted = [layout.wants(scheme.weight) for scheme in schemes if scheme.weight is not None]
+    return next((scheme for scheme in wanted if scheme is not None), None)
 
 
 def refuse_exports(artifact: Path) -> None:

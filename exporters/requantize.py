@@ -13,7 +13,7 @@ from typing import Any
 
 from compress import calibration, tokens
 from compress.artifact import parent_path, read_manifest
-from compress.blocks import BlockDone
+from compress.block import BlockDone
 from compress.checkpoint import Checkpoint
 from compress.devices import pick_device
 from compress.errors import ArtifactError, ConfigError

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from compress.checkpoint import Checkpoint
-from compress.dense import read_dense
-from compress.formats import awq_gemm
+from compress.formats import awq_gemm, stored
 from compress.model import StreamedModel
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme
@@ -30,18 +29,12 @@ def artifact(build_model: Any, calib_text: Path, tmp_path: Path) -> Path:
     return quantize_awq(request).out
 
 
-def layers_of(checkpoint: Checkpoint) -> list[str]:
-    return [n.removesuffix(".qweight") for n in checkpoint.names() if n.endswith(".qweight")]
-
-
 def test_compressed_tensors_unpacks_our_integers(artifact: Path) -> None:
     converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq")
-    checkpoint = Checkpoint.open(artifact)
-    layers = layers_of(checkpoint)
-    assert len(layers) == 14
-    for layer in layers:
-        parts = {s: checkpoint.tensor(f"{layer}.{s}") for s in awq_gemm.SUFFIXES}
-        ours = awq_gemm.read(parts, SCHEME, layer)
+    folder = stored(Checkpoint.open(artifact))
+    assert len(folder.layers) == 14
+    for layer in folder.layers:
+        parts, ours = folder.parts(layer), folder.weight(layer)
         codes, zeros = converters.AutoAWQConverter.unpack_awq(parts["qweight"], parts["qzeros"], 4)
         codes, zeros = converters.AutoAWQConverter.reverse_awq_order(codes, zeros, 4)
         assert torch.equal((codes & 15).t().to(torch.uint8), ours.codes_OI)
@@ -50,16 +43,15 @@ def test_compressed_tensors_unpacks_our_integers(artifact: Path) -> None:
 
 def test_autoawq_packs_the_same_bits(artifact: Path) -> None:
     gemm = pytest.importorskip("awq.modules.linear.gemm", reason="AUTOAWQ ABSENT: this check did not run")
-    checkpoint = Checkpoint.open(artifact)
-    for layer in layers_of(checkpoint)[:4]:
-        parts = {s: checkpoint.tensor(f"{layer}.{s}") for s in awq_gemm.SUFFIXES}
-        ours = awq_gemm.read(parts, SCHEME, layer)
+    folder = stored(Checkpoint.open(artifact))
+    for layer in folder.layers[:4]:
+        parts, ours = folder.parts(layer), folder.weight(layer)
         linear = torch.nn.Linear(ours.codes_OI.shape[1], ours.codes_OI.shape[0], bias=False)
         linear.weight.data = ours.dequantize(torch.float32).half()
         theirs = gemm.WQLinear_GEMM.from_linear(
             linear.half(), 4, 32, scales=ours.scale_OG.t().contiguous(), zeros=ours.zero_point_OG.t().contiguous().int()
         )
-        for suffix in awq_gemm.SUFFIXES:
+        for suffix in awq_gemm.LEAVES:
             assert torch.equal(getattr(theirs, suffix), parts[suffix]), (layer, suffix)
 
 
@@ -87,8 +79,9 @@ def test_transformers_computes_our_logits(artifact: Path) -> None:
 def test_transformers_weights_are_ours_when_dequantized(artifact: Path) -> None:
     """Our own reader against the plain formula, tensor by tensor (needs no other package)."""
     checkpoint = Checkpoint.open(artifact)
-    layer = layers_of(checkpoint)[0]
-    dense = read_dense(checkpoint, [f"{layer}.weight"])[f"{layer}.weight"]
+    folder = stored(checkpoint)
+    layer = folder.layers[0]
+    dense = folder.dense(layer)
     words = checkpoint.tensor(f"{layer}.qweight")
     scale = checkpoint.tensor(f"{layer}.scales").float()
     zeros = checkpoint.tensor(f"{layer}.qzeros")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,17 @@ def describe(path: Path) -> dict[str, Any]:
     """The facts that `compress inspect` shows, as JSON."""
     from compress.artifact import read_manifest
     from compress.checkpoint import Checkpoint
+    from compress.formats import stored
 
     checkpoint = Checkpoint.open(path)
+    folder = stored(checkpoint)
+    taken = folder.taken()
     by_dtype: dict[str, int] = {}
-    parameters = 0
-    packed = {n.removesuffix(".qweight") for n in checkpoint.tensors if n.endswith(".qweight")}
+    parameters = sum(math.prod(folder.shape(layer)) for layer in folder.layers)
     for name, info in checkpoint.tensors.items():
         by_dtype[info.dtype] = by_dtype.get(info.dtype, 0) + info.num_bytes
-        layer, _, leaf = name.rpartition(".")
-        numel = 1
-        for n in info.shape:
-            numel *= n
-        if leaf in ("qweight", "weight_packed"):
-            parameters += numel * 8  # eight 4-bit codes a word
-        elif not (layer in packed and leaf in ("qzeros", "scales")):
-            parameters += numel
+        if name not in taken:
+            parameters += math.prod(info.shape)
     manifest = read_manifest(path)
     return {
         "path": str(path),
@@ -51,7 +48,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": sum(by_dtype.values()),
         "bytes_by_dtype": dict(sorted(by_dtype.items())),
         "tensors": len(checkpoint.tensors),
-        "quantized_layers": len(packed),
+        "quantized_layers": len(folder.layers),
         "quantization_config": checkpoint.config.get("quantization_config"),
         "lineage": manifest.lineage if manifest else [],
         "reports": manifest.reports if manifest else [],

@@ -38,6 +38,14 @@ _COMMANDS = {
         "compress.cli.evaluate",
         "Judge an artifact against its original; the accuracy gate for CI.",
     ),
+    "doctor": (
+        "compress.cli.doctor",
+        "Check this machine and installation; each lack comes with the command that mends it.",
+    ),
+    "generate": (
+        "compress.cli.generate",
+        "Continue a prompt with a model, an artifact or an export.",
+    ),
     "inspect": (
         "compress.cli.inspect",
         "Show a model or artifact: parameters, bytes, scheme, lineage, reports.",

@@ -11,39 +11,53 @@ stores them less one). Source: AutoAWQ 0.2.9, `awq/modules/linear/gemm.py` and `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
-from compress.quantized import QuantizedWeight
+from compress.formats import second_reader
+from compress.formats.format import Shape
+from compress.plan import LayerPlan, LayerScheme
+from compress.quantized import QuantizedWeight, StaticInput
 from compress.scheme import Scheme
 
+NAME = "awq-gemm"
 QUANT_METHOD = "awq"
+LEAVES = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PACK = 8
-SUFFIXES = ("qweight", "qzeros", "scales")
 
 
-def check(scheme: Scheme, name: str, out_features: int, in_features: int) -> None:
-    """Raise UnsupportedError or ConfigError when the layout cannot hold this layer."""
-    if scheme.num_bits != 4:
-        raise UnsupportedError(
-            f"--bits {scheme.num_bits}: the AutoAWQ gemm format holds 4-bit codes only and no other format is "
-            "written yet; use `compress awq --bits 4`"
-        )
-    scheme.groups(in_features, name)
-    if scheme.group_size == -1:
-        raise UnsupportedError(
-            "--group-size -1: AutoAWQ readers disagree on one group a row; choose a --group-size such as 128"
-        )
-    if out_features % PACK:
-        raise UnsupportedError(
-            f"{name}: out_features={out_features} is not a multiple of {PACK}, which the AutoAWQ gemm format packs "
-            f"into one word; list the layer in --skip"
-        )
+def check(plan: LayerPlan, shapes: Mapping[str, Shape]) -> None:
+    """See `Format.check`."""
+    for name in plan.quantized:
+        scheme = plan[name]
+        if scheme.weight is None or scheme.input is not None:
+            raise UnsupportedError(
+                f"{name}: the AutoAWQ gemm format holds no quantized inputs; choose the compressed-tensors format for "
+                f"{scheme.label()}"
+            )
+        if scheme.weight.num_bits != 4:
+            raise UnsupportedError(
+                f"--bits {scheme.weight.num_bits}: the AutoAWQ gemm format holds 4-bit codes only; use "
+                "`compress awq --bits 4`"
+            )
+        out_features, in_features = shapes[name]
+        scheme.weight.groups(in_features, name)
+        if scheme.weight.group_size == -1:
+            raise UnsupportedError(
+                "--group-size -1: AutoAWQ readers disagree on one group a row; choose a --group-size such as 128"
+            )
+        if out_features % PACK:
+            raise UnsupportedError(
+                f"{name}: out_features={out_features} is not a multiple of {PACK}, which the AutoAWQ gemm format packs "
+                f"into one word; list the layer in --skip"
+            )
+    plan.only()  # its config states one scheme for all layers
 
 
 def pack_columns(codes_KN: Tensor) -> Tensor:
@@ -63,49 +77,97 @@ def unpack_columns(words: Tensor) -> Tensor:
     return out.reshape(words.shape[0], -1)
 
 
-def tensors(q: QuantizedWeight) -> dict[str, Tensor]:
-    """The file's tensors for one layer, keyed `qweight`, `qzeros`, `scales`."""
+def tensors(
+    weight: QuantizedWeight, scheme: LayerScheme | None = None, static: StaticInput | None = None
+) -> dict[str, Tensor]:
+    """The file's tensors for one layer, keyed `qweight`, `qzeros`, `scales`. The codes say all of the scheme."""
+    assert static is None
     return {
-        "qweight": pack_columns(q.codes_OI.t()),
-        "qzeros": pack_columns(q.zero_point_OG.t()),
-        "scales": q.scale_OG.t().contiguous(),
+        "qweight": pack_columns(weight.codes_OI.t()),
+        "qzeros": pack_columns(weight.zero_point_OG.t()),
+        "scales": weight.scale_OG.to(torch.float16).t().contiguous(),
     }
 
 
-def read(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> QuantizedWeight:
+def read(parts: Mapping[str, Tensor], scheme: LayerScheme, name: str) -> QuantizedWeight:
     """The inverse of `tensors`. Raises ArtifactError when the three shapes do not fit each other."""
-    qweight, qzeros, scales = (parts[s] for s in SUFFIXES)
+    assert scheme.weight is not None
+    missing = [leaf for leaf in LEAVES if leaf not in parts]
+    if missing:
+        raise ArtifactError(f"{name}: tensor {name}.{missing[0]} is missing; the download may be incomplete")
+    qweight, qzeros, scales = (parts[leaf] for leaf in LEAVES)
     in_features, out_features = qweight.shape[0], qweight.shape[1] * PACK
-    num_groups = scheme.groups(in_features, name)
+    num_groups = scheme.weight.groups(in_features, name)
     if tuple(scales.shape) != (num_groups, out_features) or tuple(qzeros.shape) != (
         num_groups,
         out_features // PACK,
     ):
         raise ArtifactError(
             f"{name}: scales {tuple(scales.shape)} and qzeros {tuple(qzeros.shape)} do not fit qweight "
-            f"{tuple(qweight.shape)} with group_size {scheme.group_size}; its config does not match its weights"
+            f"{tuple(qweight.shape)} with group_size {scheme.weight.group_size}; its config does not match its weights"
         )
     return QuantizedWeight(
         codes_OI=unpack_columns(qweight).t().contiguous(),
         scale_OG=scales.to(torch.float16).t().contiguous(),
         zero_point_OG=unpack_columns(qzeros).t().contiguous(),
-        scheme=scheme,
+        scheme=scheme.weight,
     )
 
 
-def quantization_config(scheme: Scheme, not_converted: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json.
+def read_static(parts: Mapping[str, Tensor], scheme: LayerScheme, name: str) -> StaticInput | None:
+    """The layout has none."""
+    return None
+
+
+def config(plan: LayerPlan) -> dict[str, Any]:
+    """See `Format.config`.
 
     `zero_point` stays true for symmetric codes as well: the file does hold zero points (all 8), and readers
     refuse or misread `false` (vLLM issues 3392, 6985, 7517).
     """
+    scheme = plan.only().weight
+    assert scheme is not None
     return {
         "quant_method": QUANT_METHOD,
         "version": "gemm",
         "bits": scheme.num_bits,
         "group_size": scheme.group_size,
         "zero_point": True,
-        "modules_to_not_convert": not_converted or None,
+        "modules_to_not_convert": list(plan.left_dense) or None,
+    }
+
+
+def layers(names: Iterable[str]) -> list[str]:
+    """See `Format.layers`."""
+    return sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
+
+
+def plan(config: Mapping[str, Any], checkpoint: Checkpoint) -> LayerPlan:
+    """See `Format.plan`. Asymmetric codes are stated, since the config does not say; `Stored.exact_plan` looks."""
+    scheme = LayerScheme(weight=scheme_of(config))
+    return LayerPlan(dict.fromkeys(layers(checkpoint.tensors), scheme))
+
+
+def shape(checkpoint: Checkpoint, layer: str, scheme: LayerScheme) -> Shape:
+    """See `Format.shape`."""
+    in_features, words = checkpoint.info(f"{layer}.qweight").shape
+    return words * PACK, in_features
+
+
+def is_symmetric(checkpoint: Checkpoint, layer: str, scheme: LayerScheme) -> bool:
+    """See `Format.is_symmetric`: whether every zero point is the middle code."""
+    assert scheme.weight is not None
+    word = pack_columns(torch.full((1, PACK), scheme.weight.symmetric_zero_point))
+    return bool((checkpoint.tensor(f"{layer}.qzeros") == word).all())
+
+
+def read_again(parts: Mapping[str, Tensor], scheme: LayerScheme) -> dict[str, second_reader.Again]:
+    """See `Format.read_again`."""
+    kind, scales_GN = second_reader.raw(parts["scales"])
+    return {
+        "codes": ("torch.uint8", second_reader.unpack_awq(parts["qweight"].numpy()).T),
+        "scales": (kind, scales_GN.T),
+        "zero_points": ("torch.uint8", second_reader.unpack_awq(parts["qzeros"].numpy()).T),
     }
 
 

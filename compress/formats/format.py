@@ -1,20 +1,22 @@
 """What a format is: how the layers of a plan lie in a model folder.
 
 A format is a module with the names below (see `awq_gemm`), one file each, and one line in `formats.FORMATS`. `tensors`
-and `read`, and `config` and `plan`, are inverses of each other. Leaves are a tensor's name without its layer's.
+and `read`, and `config` and `plan`, are inverses of each other. A tensor's *leaf* is its name without its layer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from compress.checkpoint import Checkpoint
+from compress.formats.second_reader import Again
 from compress.plan import LayerPlan, LayerScheme
 from compress.quantized import QuantizedWeight, StaticInput
+
+Shape = tuple[int, int]
 
 
 class Format(Protocol):
@@ -30,18 +32,21 @@ class Format(Protocol):
         """What `quantization_config` says of it under `quant_method`."""
         ...
 
-    def check(self, plan: LayerPlan, shapes: Mapping[str, tuple[int, int]]) -> None:
+    @property
+    def LEAVES(self) -> tuple[str, ...]:
+        """Every leaf that a quantized layer can have."""
+        ...
+
+    def check(self, plan: LayerPlan, shapes: Mapping[str, Shape]) -> None:
         """Raise UnsupportedError or ConfigError, with a way out, when the format cannot hold the plan's layers.
 
         shapes: `(out_features, in_features)` of every quantized layer.
         """
         ...
 
-    def leaves(self, scheme: LayerScheme) -> tuple[str, ...]:
-        """The tensors of a layer in this scheme, in the order in which they are written."""
-        ...
-
-    def tensors(self, weight: QuantizedWeight, scheme: LayerScheme, static: StaticInput | None) -> dict[str, Tensor]:
+    def tensors(
+        self, weight: QuantizedWeight, scheme: LayerScheme, static: StaticInput | None = None
+    ) -> dict[str, Tensor]:
         """The file's tensors of one layer, by leaf. `static`: exactly for a scheme whose inputs are not dynamic."""
         ...
 
@@ -57,20 +62,37 @@ class Format(Protocol):
         """The `quantization_config` of config.json."""
         ...
 
+    def layers(self, names: Iterable[str]) -> list[str]:
+        """The layers that a folder with tensors of these names stores quantized, sorted."""
+        ...
+
     def plan(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> LayerPlan:
-        """What a folder's `quantization_config` and tensors say that its layers are: quantized ones only.
+        """What a folder's `quantization_config` and tensors say that its layers are: quantized ones only, sorted.
 
         UnsupportedError, by name, for what is stated there and not computed here.
         """
         ...
 
-    def digests(
-        self, parts: Mapping[str, np.ndarray], scheme: LayerScheme, dtypes: Mapping[str, str]
-    ) -> dict[str, str]:
+    def shape(self, checkpoint: Checkpoint, layer: str, scheme: LayerScheme) -> Shape:
+        """`(out_features, in_features)` of a stored layer."""
+        ...
+
+    def is_symmetric(self, checkpoint: Checkpoint, layer: str, scheme: LayerScheme) -> bool:
+        """Whether a stored layer's codes are symmetric; looks at them where the config does not say."""
+        ...
+
+    def read_again(self, parts: Mapping[str, Tensor], scheme: LayerScheme) -> dict[str, Again]:
         """What a second reader, that shares no code with `tensors` or `read`, finds in a layer's tensors.
 
-        parts: raw arrays by leaf, 16-bit floats as int16. dtypes: torch's names of the tensors' own. Gives `codes`,
-        `scales` and `zero_points` (and `input_scale`, `input_zero_point` where the inputs are static) as
-        `shards.tensor_sha256` hashes what `QuantizedWeight` and `StaticInput` hold.
+        Under `codes`, `scales` and `zero_points` what a `QuantizedWeight` holds, and under `input_scale` and
+        `input_zero_point` what a `StaticInput` does.
         """
         ...
+
+
+def parts_of(weight: QuantizedWeight, static: StaticInput | None = None) -> dict[str, Tensor]:
+    """What `Format.read_again` must find."""
+    parts = {"codes": weight.codes_OI, "scales": weight.scale_OG, "zero_points": weight.zero_point_OG}
+    if static is not None:
+        parts |= {"input_scale": static.scale, "input_zero_point": static.zero_point}
+    return parts

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import numerics
-from compress.blocks import BlockResult, LoadedBlock
+from compress.block import BlockResult, LoadedBlock
 from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, apply_fold, output_unchanged, restore, scale_columns
 from compress.linear import is_linear, linears, parameter, set_weight_OI, skipped, weight_OI

@@ -18,16 +18,20 @@ from compress import calibration, distributed, sampling, tokens
 from compress.artifact import BUNDLED, Manifest, read_manifest, rebased
 from compress.assemble import assemble, was_published, write_rest
 from compress.background import meanwhile
-from compress.blocks import BlockDone, BlockResult, stream
+from compress.block import BlockDone, BlockResult
+from compress.blocks import stream
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import awq_gemm
 from compress.journal import Journal, check_free_space
 from compress.linear import is_conv1d, linears, skipped, weight_OI
 from compress.model import StreamedModel
+from compress.plan import DENSE, LayerPlan, LayerScheme
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
 from compress.quantize.tune import TuneOptions
+from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
+from compress.tell import Tell
 from compress.workspace import Source
 
 if TYPE_CHECKING:
@@ -125,7 +129,7 @@ def _quantize(
     """See `quantize_awq`. None in a process that does not write."""
     out = request.out
     partial_folder = out.with_name(out.name + ".partial")
-    journal = Journal(partial_folder, request.scheme, awq_gemm.tensors, awq_gemm.read, awq_gemm.SUFFIXES)
+    journal = Journal(partial_folder, request.scheme, awq_gemm.tensors, _read, awq_gemm.LEAVES)
     finished = was_published(partial_folder, out)
     distributed.wait_for_all()
     writes = distributed.rank() == 0
@@ -191,7 +195,7 @@ def _quantize(
             parent_hash = threads.enter_context(meanwhile(model.checkpoint.content_sha256))
             written_rest = threads.enter_context(meanwhile(partial(write_rest, journal, model, to_stored)))
         done = []
-        for step in stream(model, ids_NT, method, store, paths=options.paths, on_stage=on_stage):
+        for step in stream(model, ids_NT, method, store, paths=options.paths, tell=_Stages(on_stage)):
             done.append(step)
             on_block(step)
         if not writes:
@@ -338,6 +342,7 @@ def refuse(model: StreamedModel, request: AwqRequest) -> None:
         raise ConfigError(f"--skip {unused[0]} matches no layer; layers are called like {names[0]}")
     if all(skipped(n, request.skip) for n in names):
         raise ConfigError(f"--skip leaves nothing to quantize: it matches all {len(names)} layers of the blocks")
+    shapes = {}
     for i, block in enumerate(model.blocks):
         for name, module in linears(block).items():
             full = model.block_prefix(i) + name
@@ -348,7 +353,12 @@ def refuse(model: StreamedModel, request: AwqRequest) -> None:
                     f"{full} is a transformers Conv1D (GPT-2's transposed linear), which AutoAWQ readers leave "
                     "as it is, so they could not load the folder; use a model built of nn.Linear"
                 )
-            awq_gemm.check(request.scheme, full, *weight_OI(module).shape)
+            shapes[full] = (weight_OI(module).shape[0], weight_OI(module).shape[1])
+    awq_gemm.check(LayerPlan.uniform(shapes, LayerScheme(weight=request.scheme)), shapes)
+
+
+def _read(parts: Mapping[str, Tensor], scheme: Scheme, name: str) -> QuantizedWeight:
+    return awq_gemm.read(parts, LayerScheme(weight=scheme), name)
 
 
 def left_dense(model: StreamedModel, request: AwqRequest) -> list[str]:
@@ -370,7 +380,9 @@ def out_config(checkpoint: Checkpoint, request: AwqRequest, not_converted: list[
     config = dict(checkpoint.config)
     config.pop("torch_dtype", None)
     config["dtype"] = str(STORE_DTYPE).removeprefix("torch.")
-    config["quantization_config"] = awq_gemm.quantization_config(request.scheme, not_converted)
+    config["quantization_config"] = awq_gemm.config(
+        LayerPlan({**dict.fromkeys(not_converted, DENSE), "*": LayerScheme(weight=request.scheme)})
+    )
     return config
 
 
@@ -439,6 +451,21 @@ def _outcome_of(out: Path, request: AwqRequest, notes: list[str]) -> AwqOutcome:
         verified=0,
         notes=notes,
     )
+
+
+class _Stages(Tell):
+    def __init__(self, on_stage: Callable[[int, str], None]) -> None:
+        self.on_stage = on_stage
+
+    def step(
+        self,
+        done: int | None = None,
+        doing: str = "",
+        *,
+        found: Mapping[str, Any] | None = None,
+        resumed: bool = False,
+    ) -> None:
+        self.on_stage(0, doing)
 
 
 @dataclass(frozen=True)

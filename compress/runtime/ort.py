@@ -20,7 +20,7 @@ from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import read_json
 from compress.runtime.runner import Tokens
 
-_DTYPES = {
+DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
@@ -66,7 +66,7 @@ class OnnxRunner:
         for i in session.get_inputs():
             if i.name not in _KNOWN and not i.name.startswith("past_"):
                 raise UnsupportedError(f"{path}: input {i.name!r} is not one of {', '.join(_KNOWN)} or a past")
-            if i.type not in _DTYPES:
+            if i.type not in DTYPES:
                 raise UnsupportedError(f"{path}: input {i.name} is {i.type}; float and integer inputs are read")
         return cls(path, session)
 
@@ -84,9 +84,9 @@ class OnnxRunner:
         """Float32 `[T, V]` of one sequence."""
         length = len(ids_T)
         feeds = {
-            i.name: np.zeros((1, *self.pasts[i.name]), _DTYPES[i.type])
+            i.name: np.zeros((1, *self.pasts[i.name]), DTYPES[i.type])
             if i.name in self.pasts
-            else _feed(i.name, _DTYPES[i.type], ids_T)
+            else _feed(i.name, DTYPES[i.type], ids_T)
             for i in self.session.get_inputs()
         }
         out = self.session.run(["logits"], feeds)[0][0]

@@ -47,3 +47,44 @@ class Runner(Protocol):
     def read(self, sequences: Sequence[Tokens]) -> Reading:
         """Run the model over the sequences, of any lengths. Raises ArtifactError naming where NaN first appears."""
         ...
+
+
+class Decoder(Protocol):
+    """A model that makes text: a prompt at once, then one token a step, with a cache of keys and values.
+
+    Sequences of a batch have prompts of one length. Logits are floating, `[B, V]`, on the decoder's own device, and
+    valid until the next call.
+    """
+
+    @property
+    def runtime(self) -> str:
+        """What computes, as reports call it: `torch`, `torch-cuda`, `onnxruntime`."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence can have, prompt and answer."""
+        ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def bytes_a_token(self) -> int:
+        """Bytes of weights that one step reads, whatever the batch."""
+        ...
+
+    def prefill(self, ids_BT: Tensor) -> Tensor:
+        """Start anew with these prompts (int64, CPU); the logits after them."""
+        ...
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """The logits after one more token each."""
+        ...
+
+    def advance(self) -> Tensor:
+        """One greedy step: the likeliest next ids `[B]`, which become the sequences' next tokens."""
+        ...

@@ -24,9 +24,8 @@ from compress.artifact import carried_files
 from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import json_bytes
-from compress.formats import awq_gemm
+from compress.formats import awq_gemm, stored
 from compress.quantized import QuantizedWeight
-from compress.scheme import Scheme
 from compress.shards import save_atomically
 
 # model_type -> where that comes from. Every other type is refused before any work.
@@ -68,17 +67,18 @@ def check_model(checkpoint: Checkpoint, context: int) -> None:
             f"{path}: {kind} is not supported by edge yet: TensorRT Edge-LLM 0.11 would write it as a Llama without a "
             f"word; {', '.join(ARCHITECTURES)} are, and --format onnx or hf takes more"
         )
-    quantization = config.get("quantization_config")
-    if quantization is not None and quantization.get("quant_method") != awq_gemm.QUANT_METHOD:
+    folder = stored(checkpoint)
+    if folder.format not in (None, awq_gemm):
         raise UnsupportedError(
-            f"{path}: quant_method {quantization.get('quant_method')!r} is not supported by edge: TensorRT Edge-LLM "
+            f"{path}: quant_method {folder.format.QUANT_METHOD!r} is not supported by edge: TensorRT Edge-LLM "
             "0.11 would export it with uninitialised weights; quantize with `compress awq --bits 4 --sym`"
         )
-    if quantization is not None and awq_gemm.scheme_of(quantization).group_size != GROUP_SIZE:
-        raise UnsupportedError(
-            f"{path}: group_size {awq_gemm.scheme_of(quantization).group_size} is not supported by edge, only "
-            f"{GROUP_SIZE}; quantize with `compress awq --bits 4 --sym --group-size {GROUP_SIZE}`"
-        )
+    for scheme in folder.plan.groups():
+        if scheme.weight is not None and scheme.weight.group_size != GROUP_SIZE:
+            raise UnsupportedError(
+                f"{path}: group_size {scheme.weight.group_size} is not supported by edge, only "
+                f"{GROUP_SIZE}; quantize with `compress awq --bits 4 --sym --group-size {GROUP_SIZE}`"
+            )
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedError(
             f"{path}: hidden_act {config['hidden_act']!r} is not supported by edge yet, only silu is"
@@ -100,11 +100,10 @@ def check_model(checkpoint: Checkpoint, context: int) -> None:
             f"{path}: llama3 rotary embedding with head_dim {head_dim(config)} is not supported by edge, only with "
             f"{' or '.join(str(n) for n in LLAMA3_DIMS)}"
         )
-    if "lm_head.qweight" in checkpoint:
+    if "lm_head" in folder:
         raise UnsupportedError(f"{path}: its lm_head is quantized, and edge takes it in float16; quantize without it")
-    for name in quantized_names(checkpoint):
-        n = checkpoint.info(f"{name}.scales").shape[1]
-        for part, size in _parts(name, n, config):
+    for name in folder.layers:
+        for part, size in _parts(name, folder.shape(name)[0], config):
             if size % MULTIPLE_N:
                 raise UnsupportedError(
                     f"{path}: {part} has {size} out_features, not a multiple of {MULTIPLE_N}, which edge's INT4 "
@@ -118,12 +117,13 @@ def check_zero_points(checkpoint: Checkpoint) -> None:
     Edge-LLM 0.11 shifts other codes by their zero point and clips them to 0..15, silently: 0.6 % of the weights of a
     Gaussian matrix come out wrong.
     """
-    for name in quantized_names(checkpoint):
-        zeros = awq_gemm.unpack_columns(checkpoint.tensor(f"{name}.qzeros"))
-        bad = int((zeros != 8).sum())
-        if bad:
+    folder = stored(checkpoint)
+    for name in folder.layers:
+        if not awq_gemm.is_symmetric(checkpoint, name, folder.scheme(name)):
+            zeros_OG = folder.weight(name).zero_point_OG
+            bad = int((zeros_OG != 8).sum())
             raise UnsupportedError(
-                f"{checkpoint.path}: {name} has {bad} of {zeros.numel()} zero points other than 8, which edge would "
+                f"{checkpoint.path}: {name} has {bad} of {zeros_OG.numel()} zero points other than 8, which edge would "
                 "clip silently; quantize with `compress awq --bits 4 --sym`"
             )
 
@@ -156,43 +156,18 @@ def hand_over(checkpoint: Checkpoint, folder: Path) -> Handed:
 # ---- what must come out --------------------------------------------------------------------------------
 
 
-def quantized_names(checkpoint: Checkpoint) -> list[str]:
-    """The artifact's quantized layers."""
-    return sorted(n.removesuffix(".qweight") for n in checkpoint.tensors if n.endswith(".qweight"))
-
-
 def expected_int4(checkpoint: Checkpoint) -> Iterator[tuple[str, QuantizedWeight]]:
     """Every quantized layer under the name that the export must have, one at a time."""
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is None:
-        return
-    stated = awq_gemm.scheme_of(quantization)
-    scheme = Scheme(num_bits=stated.num_bits, group_size=stated.group_size, symmetric=True)
-    for name in quantized_names(checkpoint):
-        stored = checkpoint.read(f"{name}.{suffix}" for suffix in awq_gemm.SUFFIXES)
-        whole = awq_gemm.read({k.rsplit(".", 1)[1]: v for k, v in stored.items()}, scheme, name)
-        start = 0
-        for part, size in _parts(name, whole.codes_OI.shape[0], checkpoint.config):
-            rows = slice(start, start + size)
-            start += size
-            yield (
-                part,
-                QuantizedWeight(
-                    codes_OI=whole.codes_OI[rows],
-                    scale_OG=whole.scale_OG[rows],
-                    zero_point_OG=whole.zero_point_OG[rows],
-                    scheme=scheme,
-                ),
-            )
+    folder = stored(checkpoint)
+    for name in folder.layers:
+        yield from _split(name, folder.weight(name), checkpoint.config)
 
 
 def expected_dense(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Every other tensor under the export's name, in float16; the input embedding is `model.embed_tokens.weight`."""
-    packed = tuple(f".{suffix}" for suffix in awq_gemm.SUFFIXES)
+    taken = stored(checkpoint).taken()
     for name in checkpoint.names():
-        if name.endswith(_FREQUENCIES) or (
-            name.endswith(packed) and f"{name.rpartition('.')[0]}.qweight" in checkpoint
-        ):
+        if name.endswith(_FREQUENCIES) or name in taken:
             continue
         value = checkpoint.tensor(name).to(torch.float16)
         layer, _, leaf = name.rpartition(".")
@@ -240,27 +215,54 @@ def _parts(layer: str, size: int, config: Mapping[str, Any]) -> list[tuple[str, 
     return [(layer, size)]
 
 
+def _split(layer: str, whole: QuantizedWeight, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantizedWeight]]:
+    """A layer's codes as those of the layers that its rows are exported as."""
+    start = 0
+    for part, size in _parts(layer, whole.codes_OI.shape[0], config):
+        rows = slice(start, start + size)
+        start += size
+        yield (
+            part,
+            QuantizedWeight(
+                codes_OI=whole.codes_OI[rows],
+                scale_OG=whole.scale_OG[rows],
+                zero_point_OG=whole.zero_point_OG[rows],
+                scheme=whole.scheme,
+            ),
+        )
+
+
 def _split_shards(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Phi-3's shards with the fused projections split; returns the names written. One shard in memory at a time."""
     weight_map: dict[str, str] = {}
+    source, taken = stored(checkpoint), stored(checkpoint).taken()
+    # a quantized layer goes where the first of its tensors is
+    home = {layer: checkpoint.info(min(source.part_names(layer).values())).file for layer in source.layers}
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
         out: dict[str, Tensor] = {}
-        for name, value in checkpoint.read(n for n, i in checkpoint.tensors.items() if i.file == file).items():
+        plain = [n for n, info in checkpoint.tensors.items() if info.file == file and n not in taken]
+        for name, value in checkpoint.read(plain).items():
             layer, _, leaf = name.rpartition(".")
-            # packed tensors hold out_features along their second axis, eight to a word in qweight and qzeros
-            axis = 1 if leaf in awq_gemm.SUFFIXES else 0
-            pack = awq_gemm.PACK if leaf in ("qweight", "qzeros") else 1
-            parts = _parts(layer, value.shape[axis] * pack, checkpoint.config)
-            sizes = [size // pack for _, size in parts]
-            if sum(sizes) != value.shape[axis]:
-                raise ArtifactError(f"{checkpoint.path}: {name} {tuple(value.shape)} does not fit its config's heads")
-            for (part, _), piece in zip(parts, value.split(sizes, dim=axis), strict=True):
+            parts = _parts(layer, value.shape[0], checkpoint.config)
+            _check_heads(checkpoint, name, value.shape[0], parts)
+            for (part, _), piece in zip(parts, value.split([size for _, size in parts]), strict=True):
                 out[f"{part}.{leaf}"] = piece
+        for layer in (layer for layer, place in home.items() if place == file):
+            whole = source.weight(layer)
+            rows = whole.codes_OI.shape[0]
+            _check_heads(checkpoint, layer, rows, _parts(layer, rows, checkpoint.config))
+            for part, q in _split(layer, whole, checkpoint.config):
+                out.update({f"{part}.{leaf}": value for leaf, value in awq_gemm.tensors(q).items()})
         save_atomically(folder / file, out)
         weight_map.update(dict.fromkeys(out, file))
     if len(set(weight_map.values())) > 1:
         (folder / INDEX).write_bytes(json_bytes({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}))
     return list(weight_map)
+
+
+def _check_heads(checkpoint: Checkpoint, name: str, rows: int, parts: list[tuple[str, int]]) -> None:
+    if sum(size for _, size in parts) != rows:
+        raise ArtifactError(f"{checkpoint.path}: {name} has {rows} rows, which do not fit its config's heads")
 
 
 def _has_template(folder: Path) -> bool:

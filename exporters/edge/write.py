@@ -18,6 +18,7 @@ from typing import Any
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import json_bytes, write_bytes_atomically
+from compress.formats import stored
 from exporters import reference
 from exporters.edge import check as edge_check
 from exporters.edge import env as edge_env
@@ -232,9 +233,10 @@ def build_script(job: Job, num_parameters: int, weight_bytes: int) -> str:
 
 
 def _write_script(job: Job, checkpoint: Checkpoint, folder: Path) -> None:
-    parameters = sum(math.prod(i.shape) for n, i in checkpoint.tensors.items() if not n.endswith(("qzeros", "scales")))
-    # a word of qweight holds eight codes
-    parameters += sum(7 * math.prod(i.shape) for n, i in checkpoint.tensors.items() if n.endswith(".qweight"))
+    artifact = stored(checkpoint)
+    taken = artifact.taken()
+    parameters = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if name not in taken)
+    parameters += sum(math.prod(artifact.shape(layer)) for layer in artifact.layers)
     path = job.staged / "build_engine.sh"
     path.write_text(build_script(job, parameters, sum(_parts(folder).values())), encoding="utf-8")
     path.chmod(0o755)

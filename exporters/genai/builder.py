@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from compress.artifact import carried_files
-from compress.checkpoint import Checkpoint
 from compress.errors import ConfigError, UnsupportedError
-from compress.formats import awq_gemm
+from compress.formats import Stored, awq_gemm
+from compress.quantized import QuantizedWeight
 from compress.shards import save_atomically
 
 PACKAGE = "onnxruntime-genai"
@@ -28,28 +28,34 @@ LM_HEAD = "/lm_head/MatMul"
 EMBEDDING = "/model/embed_tokens/Gather"
 
 
-def stand_in(checkpoint: Checkpoint, dense: Sequence[str], out: Path) -> Path:
+def stand_in(folder: Stored, dense: Sequence[str], out: Path) -> Path:
     """A folder like the AutoAWQ artifact, with placeholder codes for the layers that it left dense; returns `out`.
 
     The builder takes every layer of such a folder for quantized. The placeholders only hold a place in its graph.
     """
+    checkpoint = folder.checkpoint
     out.mkdir()
     for path in [checkpoint.path / "config.json", *carried_files(checkpoint.path)]:
         shutil.copyfile(path, out / path.name)
-    group_size = awq_gemm.scheme_of(checkpoint.config["quantization_config"]).group_size
+    scheme = folder.plan.only().weight
+    assert scheme is not None
     left_out = {f"{layer}.weight" for layer in dense}
     tensors = checkpoint.read(name for name in checkpoint.names() if name not in left_out)
     for layer in dense:
         out_features, in_features = checkpoint.info(f"{layer}.weight").shape
-        if out_features % awq_gemm.PACK or in_features % group_size:
+        if out_features % awq_gemm.PACK or in_features % scheme.group_size:
             raise UnsupportedError(
-                f"{layer}: a dense layer of {out_features} x {in_features} beside groups of {group_size} is not "
+                f"{layer}: a dense layer of {out_features} x {in_features} beside groups of {scheme.group_size} is not "
                 "supported by onnx yet"
             )
-        words, groups = out_features // awq_gemm.PACK, in_features // group_size
-        tensors[f"{layer}.qweight"] = torch.zeros(in_features, words, dtype=torch.int32)
-        tensors[f"{layer}.qzeros"] = torch.zeros(groups, words, dtype=torch.int32)
-        tensors[f"{layer}.scales"] = torch.ones(groups, out_features, dtype=torch.float16)
+        groups = scheme.groups(in_features, layer)
+        placeholder = QuantizedWeight(
+            codes_OI=torch.zeros(out_features, in_features, dtype=torch.uint8),
+            scale_OG=torch.ones(out_features, groups, dtype=torch.float16),
+            zero_point_OG=torch.zeros(out_features, groups, dtype=torch.uint8),
+            scheme=scheme,
+        )
+        tensors.update({f"{layer}.{leaf}": value for leaf, value in awq_gemm.tensors(placeholder).items()})
     save_atomically(out / "model.safetensors", tensors)
     return out
 

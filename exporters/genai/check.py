@@ -1,6 +1,6 @@
 """Comparing the weights in an onnxruntime-genai graph with the artifact's, value by value.
 
-The artifact is read with the verifier's plain unpacking, not with the code that the toolkit packs with.
+The artifact is read with the second reader's plain unpacking, not with the code that the toolkit packs with.
 
 Shapes: N out_features, K in_features, G groups along K
 """
@@ -16,7 +16,7 @@ import torch
 
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
-from compress.verify import unpack_awq
+from compress.formats import Stored, second_reader
 from exporters.genai.graph import Graph, attribute, unpack
 
 _NODE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)/MatMul(NBits)?")
@@ -32,20 +32,21 @@ class Packed:
     zeros: np.ndarray
 
 
-def compare_weights(graph: Graph, checkpoint: Checkpoint) -> dict[str, int]:
+def compare_weights(graph: Graph, folder: Stored) -> dict[str, int]:
     """Check that every linear of the artifact's blocks is in the graph, once, with exactly the artifact's values.
 
     Returns how many layers were compared: `quantized` and `dense`. Raises ArtifactError at the first difference, for a
     layer that the graph lacks, and for a node that belongs to no layer of the artifact.
     """
+    checkpoint = folder.checkpoint
     count = {"quantized": 0, "dense": 0}
     seen: dict[str, int] = {}
     for node in graph.nodes:
         if node.op_type != "MatMulNBits" and (node.op_type != "MatMul" or not _NODE.fullmatch(node.name)):
             continue
-        sources = node_sources(checkpoint, node.name)
+        sources = node_sources(folder, node.name)
         if node.op_type == "MatMulNBits":
-            found, wanted = node_weights(graph, node), [artifact_weights(checkpoint, *s) for s in sources]
+            found, wanted = node_weights(graph, node), [artifact_weights(folder, *s) for s in sources]
             for label in ("codes", "scales", "zeros"):
                 meant = np.concatenate([getattr(w, label) for w in wanted])
                 _same(getattr(found, label), meant, f"{node.name}: its {label}", checkpoint)
@@ -54,51 +55,49 @@ def compare_weights(graph: Graph, checkpoint: Checkpoint) -> dict[str, int]:
             name = node.input[1].removesuffix("/float32")
             _same(graph.array(name).astype(np.float32).T, meant, f"{node.name}: its weight", checkpoint)
         for layer, rows in sources:
-            width = _out_features(checkpoint, layer)
+            width = _out_features(folder, layer)
             seen[layer] = seen.get(layer, 0) + len(range(*rows.indices(width)))
             if seen[layer] == width:
-                count["quantized" if f"{layer}.qweight" in checkpoint else "dense"] += 1
-    for layer in block_linears(checkpoint):
-        if seen.get(layer, 0) != _out_features(checkpoint, layer):
+                count["quantized" if layer in folder else "dense"] += 1
+    for layer in block_linears(folder):
+        if seen.get(layer, 0) != _out_features(folder, layer):
             raise ArtifactError(
-                f"{layer}: {seen.get(layer, 0)} of its {_out_features(checkpoint, layer)} rows are in the graph; "
+                f"{layer}: {seen.get(layer, 0)} of its {_out_features(folder, layer)} rows are in the graph; "
                 "the builder left something out or read it twice"
             )
     return count
 
 
-def block_linears(checkpoint: Checkpoint) -> list[str]:
+def block_linears(folder: Stored) -> list[str]:
     """Names of the linear layers inside the artifact's blocks, sorted."""
-    found = set()
-    for name in checkpoint.names():
-        layer, _, leaf = name.rpartition(".")
-        dense = leaf == "weight" and len(checkpoint.info(name).shape) == 2
-        if ".layers." in layer and (leaf == "qweight" or dense):
-            found.add(layer)
-    return sorted(found)
+    tensors = folder.checkpoint.tensors
+    dense = [n.removesuffix(".weight") for n, i in tensors.items() if n.endswith(".weight") and len(i.shape) == 2]
+    return sorted(layer for layer in {*folder.layers, *dense} if ".layers." in layer)
 
 
-def node_sources(checkpoint: Checkpoint, name: str) -> list[tuple[str, slice]]:
+def node_sources(folder: Stored, name: str) -> list[tuple[str, slice]]:
     """`source_rows` of a node by its name in the graph, such as `/model/layers.0/attn/q_proj/MatMulNBits`."""
     match = _NODE.fullmatch(name)
     if match is None:
-        raise ArtifactError(f"{name}: quantized in the graph, but no such layer is in the blocks of {checkpoint.path}")
-    return source_rows(checkpoint, *match.groups()[:3])
+        raise ArtifactError(
+            f"{name}: quantized in the graph, but no such layer is in the blocks of {folder.checkpoint.path}"
+        )
+    return source_rows(folder, *match.groups()[:3])
 
 
-def source_rows(checkpoint: Checkpoint, block: str, room: str, part: str) -> list[tuple[str, slice]]:
+def source_rows(folder: Stored, block: str, room: str, part: str) -> list[tuple[str, slice]]:
     """The artifact's layers, and which rows of each, that make the node `part` of a block, in order of rows."""
     prefix = f"model.layers.{block}.{_ROOM[room]}"
     everything = slice(None)
     members = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.get(part)
-    if members and not _has(checkpoint, f"{prefix}.{part}"):
+    if members and not _has(folder, f"{prefix}.{part}"):
         return [(f"{prefix}.{name}", everything) for name in members]
     fused = f"{prefix}.gate_up_proj"
-    if part in ("gate_proj", "up_proj") and _has(checkpoint, fused):
-        half = _out_features(checkpoint, fused) // 2
+    if part in ("gate_proj", "up_proj") and _has(folder, fused):
+        half = _out_features(folder, fused) // 2
         return [(fused, slice(0, half) if part == "gate_proj" else slice(half, None))]
-    if not _has(checkpoint, f"{prefix}.{part}"):
-        raise ArtifactError(f"{prefix}.{part}: the builder's graph has it, but {checkpoint.path} does not")
+    if not _has(folder, f"{prefix}.{part}"):
+        raise ArtifactError(f"{prefix}.{part}: the builder's graph has it, but {folder.checkpoint.path} does not")
     return [(f"{prefix}.{part}", everything)]
 
 
@@ -119,12 +118,11 @@ def node_weights(graph: Graph, node: onnx.NodeProto) -> Packed:
     return Packed(codes=codes, scales=scales, zeros=zeros)
 
 
-def artifact_weights(checkpoint: Checkpoint, layer: str, rows: slice) -> Packed:
-    """Rows of an AutoAWQ layer."""
-    parts = checkpoint.read(f"{layer}.{s}" for s in ("qweight", "qzeros", "scales"))
-    codes, zeros = (unpack_awq(parts[f"{layer}.{s}"].numpy()).T for s in ("qweight", "qzeros"))
-    scales = parts[f"{layer}.scales"].float().numpy().T
-    return Packed(codes=codes[rows], scales=scales[rows], zeros=zeros[rows])
+def artifact_weights(folder: Stored, layer: str, rows: slice) -> Packed:
+    """Rows of a quantized layer."""
+    again = folder.read_again(layer)
+    scales = second_reader.as_float32(again["scales"])
+    return Packed(codes=again["codes"][1][rows], scales=scales[rows], zeros=again["zero_points"][1][rows])
 
 
 def dense_weight(checkpoint: Checkpoint, layer: str, rows: slice) -> np.ndarray:
@@ -133,14 +131,12 @@ def dense_weight(checkpoint: Checkpoint, layer: str, rows: slice) -> np.ndarray:
     return weight[rows]
 
 
-def _has(checkpoint: Checkpoint, layer: str) -> bool:
-    return f"{layer}.qweight" in checkpoint or f"{layer}.weight" in checkpoint
+def _has(folder: Stored, layer: str) -> bool:
+    return layer in folder or f"{layer}.weight" in folder.checkpoint
 
 
-def _out_features(checkpoint: Checkpoint, layer: str) -> int:
-    if f"{layer}.scales" in checkpoint:
-        return checkpoint.info(f"{layer}.scales").shape[1]
-    return checkpoint.info(f"{layer}.weight").shape[0]
+def _out_features(folder: Stored, layer: str) -> int:
+    return folder.shape(layer)[0] if layer in folder else folder.checkpoint.info(f"{layer}.weight").shape[0]
 
 
 def _same(found: np.ndarray, meant: np.ndarray, what: str, checkpoint: Checkpoint) -> None:

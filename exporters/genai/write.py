@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import Checkpoint
-from compress.dense import quantization_of
 from compress.errors import ConfigError, UnsupportedError
 from compress.files import json_bytes, read_json, write_bytes_atomically
-from compress.formats import awq_gemm, pack_quantized
+from compress.formats import Stored, awq_gemm, stored
 from exporters import reference
 from exporters.genai import builder as genai_builder
 from exporters.genai import bundle
@@ -55,25 +54,26 @@ ACCURACY_LEVELS = {"float32": 1, "int16": 4, "int8": 4}  # of MatMulNBits; 4 let
 def write(job: Job) -> Written:
     """See `exporters.reader`. Options: `activations` (`float32`, `int16` or `int8`)."""
     checkpoint = Checkpoint.open(job.artifact)
-    quantized = check(checkpoint, job)
+    folder = stored(checkpoint)
+    quantized = check(folder, job)
     activations = str(job.options.get("activations", "float32"))
     with tempfile.TemporaryDirectory(dir=job.staged.parent) as scratch:
         job.say(f"onnx: {genai_builder.PACKAGE}'s builder writes the graph")
         built, source = Path(scratch, "built"), job.artifact
-        dense = dense_linears(checkpoint) if quantized else []
+        dense = dense_linears(folder) if quantized else []
         if dense:
-            source = genai_builder.stand_in(checkpoint, dense, Path(scratch, "source"))
+            source = genai_builder.stand_in(folder, dense, Path(scratch, "source"))
         precision = "int4" if quantized else "fp32"
         genai_builder.build(
             source, built, precision=precision, accuracy_level=ACCURACY_LEVELS[activations], fuse_qkv=not dense
         )
         graph = genai_graph.Graph(built)
-        restore_dense(graph, checkpoint, dense)
+        restore_dense(graph, folder, dense)
         genai_graph.fix_head_size(graph, int(read_json(built / "genai_config.json")["model"]["decoder"]["head_size"]))
         tied = rewrite(graph, checkpoint, quantized)
         if activations == "int16":
             genai_graph.split_activations(graph)
-        compared = compare_weights(graph, checkpoint)
+        compared = compare_weights(graph, folder)
         graph.save(job.staged, importlib.metadata.version(genai_builder.PACKAGE))
         carry_over(built, job)
     bundle.copy_into(job.staged)
@@ -98,9 +98,9 @@ def write(job: Job) -> Written:
     return Written(record=record, parts=parts(graph, job.staged), notes=notes(tied, activations))
 
 
-def check(checkpoint: Checkpoint, job: Job) -> bool:
+def check(folder: Stored, job: Job) -> bool:
     """Whether the artifact is quantized. Raises UnsupportedError or ConfigError for what cannot be exported."""
-    config = checkpoint.config
+    config = folder.checkpoint.config
     architecture = (config.get("architectures") or ["?"])[0]
     if architecture not in ARCHITECTURES:
         raise UnsupportedError(
@@ -118,22 +118,21 @@ def check(checkpoint: Checkpoint, job: Job) -> bool:
     activations = job.options.get("activations", "float32")
     if activations not in TOLERANCES:
         raise ConfigError(f"activations {activations!r}: choose one of {', '.join(TOLERANCES)}")
-    quantization = quantization_of(checkpoint)
-    if quantization is None:
+    if folder.format is None:
         if activations != "float32":
             raise ConfigError(f"{activations} activations go with quantized weights, and these are dense; use float32")
         return False
-    if quantization["quant_method"] == pack_quantized.QUANT_METHOD:
+    if folder.format is not awq_gemm:
         raise UnsupportedError(
-            f"{job.artifact}: compressed-tensors folders are not supported by onnx yet ({genai_builder.PACKAGE} reads "
-            "AutoAWQ's layout); quantize the original with `compress awq` instead"
+            f"{job.artifact}: {folder.format.NAME} folders are not supported by onnx yet ({genai_builder.PACKAGE} "
+            "reads AutoAWQ's layout); quantize the original with `compress awq` instead"
         )
-    if "lm_head.qweight" in checkpoint:
+    if "lm_head" in folder:
         raise UnsupportedError(
             f"{job.artifact}: its lm_head is quantized, which is not supported by onnx yet; leave lm_head out"
         )
-    scheme = awq_gemm.scheme_of(quantization)
-    if LAYOUT.wants(scheme) is not None:
+    scheme = folder.plan.only().weight
+    if scheme is not None and LAYOUT.wants(scheme) is not None:
         raise UnsupportedError(
             f"{job.artifact}: {scheme.label()} is not supported by onnx yet; MatMulNBits takes 4 bits in groups of "
             f"{', '.join(str(n) for n in sorted(LAYOUT.group_sizes or ()))}"
@@ -147,18 +146,18 @@ def rope_type(config: Mapping[str, Any]) -> str:
     return str(given.get("rope_type", given.get("type", "default")))
 
 
-def dense_linears(checkpoint: Checkpoint) -> list[str]:
+def dense_linears(folder: Stored) -> list[str]:
     """The layers of a quantized artifact's blocks that it left as they were (`compress awq --skip`)."""
-    return [layer for layer in block_linears(checkpoint) if f"{layer}.qweight" not in checkpoint]
+    return [layer for layer in block_linears(folder) if layer not in folder]
 
 
-def restore_dense(graph: genai_graph.Graph, checkpoint: Checkpoint, dense: list[str]) -> None:
+def restore_dense(graph: genai_graph.Graph, folder: Stored, dense: list[str]) -> None:
     """Give the nodes whose layers are dense their own weights, in place of `genai_builder.stand_in`'s placeholders."""
     for node in list(genai_graph.matmul_nbits(graph)):
-        sources = node_sources(checkpoint, node.name)
+        sources = node_sources(folder, node.name)
         if not {layer for layer, _ in sources} & set(dense):
             continue
-        rows = [checkpoint.tensor(f"{layer}.weight")[part] for layer, part in sources]
+        rows = [folder.checkpoint.tensor(f"{layer}.weight")[part] for layer, part in sources]
         genai_graph.make_dense(graph, node, as_numpy(torch.cat(rows).t().contiguous()))
 
 

@@ -28,9 +28,8 @@ from compress.assemble import MAX_SHARD_BYTES
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
 from compress.files import json_bytes, write_bytes_atomically
-from compress.formats import awq_gemm
+from compress.formats import Stored
 from compress.quantized import QuantizedWeight
-from compress.scheme import Scheme
 from compress.shards import merge_shards, save_atomically
 
 QUANT_CONFIG = "hf_quant_config.json"
@@ -71,21 +70,19 @@ def quant_config(group_size: int, exclude: list[str]) -> dict[str, Any]:
     }
 
 
-def write(artifact: Path, out: Path, scheme: Scheme, on_layer: Callable[[int, int], None]) -> int:
-    """Write the folder `out` from a symmetric AutoAWQ artifact and read it back; returns the layers compared.
+def write(artifact: Stored, out: Path, on_layer: Callable[[int, int], None]) -> int:
+    """Write the folder `out` from an artifact of symmetric INT4 codes and read it back; returns the layers compared.
 
     Raises ArtifactError when a layer read back is not what the artifact holds.
     """
-    checkpoint = Checkpoint.open(artifact)
+    checkpoint, layers, taken = artifact.checkpoint, artifact.layers, artifact.taken()
     out.mkdir()
-    layers = sorted(n.removesuffix(".qweight") for n in checkpoint.names() if n.endswith(".qweight"))
-    taken = {f"{layer}.{s}" for layer in layers for s in awq_gemm.SUFFIXES}
     parts = out / ".parts"
     parts.mkdir()
     pieces = []
     for number, layer in enumerate(layers):
         pieces.append(parts / f"{number:06d}.safetensors")
-        packed = tensors(stored_layer(checkpoint, layer, scheme))
+        packed = tensors(artifact.weight(layer))
         save_atomically(pieces[-1], {f"{layer}.{name}": value for name, value in packed.items()})
         on_layer(number + 1, len(layers))
     for number, name in enumerate(n for n in checkpoint.names() if n not in taken):
@@ -98,26 +95,21 @@ def write(artifact: Path, out: Path, scheme: Scheme, on_layer: Callable[[int, in
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     write_bytes_atomically(out / "config.json", json_bytes(config))
     exclude = sorted(checkpoint.config["quantization_config"].get("modules_to_not_convert") or [])
+    scheme = artifact.plan.only().weight
+    assert scheme is not None
     write_bytes_atomically(out / QUANT_CONFIG, json_bytes(quant_config(scheme.group_size, exclude)))
-    for path in carried_files(artifact):
+    for path in carried_files(checkpoint.path):
         write_bytes_atomically(out / path.name, path.read_bytes())
-    _verify(checkpoint, Checkpoint.open(out), layers, taken, scheme)
+    _verify(artifact, Checkpoint.open(out), taken)
     return len(layers)
 
 
-def stored_layer(checkpoint: Checkpoint, layer: str, scheme: Scheme) -> QuantizedWeight:
-    """One layer of an AutoAWQ folder, with its invariants checked."""
-    parts = checkpoint.read(f"{layer}.{s}" for s in awq_gemm.SUFFIXES)
-    q = awq_gemm.read({n.rsplit(".", 1)[1]: v for n, v in parts.items()}, scheme, layer)
-    q.check(layer)
-    return q
-
-
-def _verify(source: Checkpoint, made: Checkpoint, layers: list[str], taken: set[str], scheme: Scheme) -> None:
-    for layer in layers:
+def _verify(artifact: Stored, made: Checkpoint, taken: set[str]) -> None:
+    for layer in artifact.layers:
         parts = {s: made.tensor(f"{layer}.{s}") for s in ("weight", "weight_scale", "pre_quant_scale")}
-        if not torch.equal(dequantize(parts), stored_layer(source, layer, scheme).dequantize()):
+        if not torch.equal(dequantize(parts), artifact.dense(layer)):
             raise ArtifactError(f"{made.path}: {layer} read back is not the artifact's; the disk is faulty, run again")
+    source = artifact.checkpoint
     for name in source.names():
         if name not in taken and not torch.equal(source.tensor(name), made.tensor(name)):
             raise ArtifactError(f"{made.path}: {name} read back is not the artifact's; the disk is faulty, run again")

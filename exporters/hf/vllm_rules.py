@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
-from compress.formats import awq_gemm
+from compress.formats import Stored, awq_gemm
 
 REQUIRED = ("quant_method", "bits", "group_size", "zero_point")
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
@@ -19,26 +19,26 @@ MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def check(checkpoint: Checkpoint) -> list[str]:
+def check(folder: Stored) -> list[str]:
     """Notes on what vLLM will do with the folder.
 
     Raises ArtifactError for a folder that vLLM would not load, and UnsupportedError, with the way out, for one that it
     cannot compute.
     """
-    config = checkpoint.config.get("quantization_config")
-    if not config or config.get("quant_method") != awq_gemm.QUANT_METHOD:
+    if folder.format is not awq_gemm:
         return []
+    checkpoint = folder.checkpoint
+    config = checkpoint.config["quantization_config"]
     missing = [key for key in REQUIRED if config.get(key) is None]
     if missing:
         raise ArtifactError(
             f"{checkpoint.path}: quantization_config has no {missing[0]}, without which vLLM does not read it as AWQ; "
             "quantize the model again"
         )
-    quantized = sorted(n.removesuffix(".qweight") for n in checkpoint.names() if n.endswith(".qweight"))
     dense = [n.removesuffix(".weight") for n in checkpoint.names() if n.endswith(".weight")]
-    _same_in_fused(checkpoint, quantized, dense)
-    _skipped_by_substring(checkpoint, quantized, config.get("modules_to_not_convert") or [])
-    return _kernels(checkpoint, quantized, config)
+    _same_in_fused(checkpoint, folder.layers, dense)
+    _skipped_by_substring(checkpoint, folder.layers, config.get("modules_to_not_convert") or [])
+    return _kernels(folder, config)
 
 
 def _same_in_fused(checkpoint: Checkpoint, quantized: Sequence[str], dense: Sequence[str]) -> None:
@@ -65,17 +65,17 @@ def _skipped_by_substring(checkpoint: Checkpoint, quantized: Sequence[str], skip
             )
 
 
-def _kernels(checkpoint: Checkpoint, quantized: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+def _kernels(folder: Stored, config: Mapping[str, Any]) -> list[str]:
     if config["group_size"] not in MARLIN_GROUP_SIZES:
         return [f"vLLM: group_size {config['group_size']} is not Marlin's, so every layer uses the slower AWQ kernel"]
     slow = []
-    for name in quantized:
-        in_features, words = checkpoint.info(f"{name}.qweight").shape
-        if in_features % 128 or (words * awq_gemm.PACK) % 64:
+    for name in folder.layers:
+        out_features, in_features = folder.shape(name)
+        if in_features % 128 or out_features % 64:
             slow.append(name)
     if slow:
         return [
-            f"vLLM: {len(slow)} of {len(quantized)} layers have shapes that Marlin does not take (such as {slow[0]}) "
-            "and use the slower AWQ kernel"
+            f"vLLM: {len(slow)} of {len(folder.layers)} layers have shapes that Marlin does not take (such as "
+            f"{slow[0]}) and use the slower AWQ kernel"
         ]
     return []

@@ -21,10 +21,10 @@ from compress.artifact import MANIFEST, carried_files
 from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import ArtifactError
 from compress.files import file_sha256, write_bytes_atomically
-from compress.formats import awq_gemm
+from compress.formats import Stored, awq_gemm, stored
 from exporters.hf import modelopt, serve, vllm_rules
 from exporters.reader import Job, Layout, Written
-from exporters.sizing.inventory import part_of, read_model, stored_scheme
+from exporters.sizing.inventory import inventory, part_of
 
 # Any codes that vLLM's AWQ and compressed-tensors readers take; the group sizes are those of its Marlin kernel.
 LAYOUT = Layout(num_bits=(4, 8), group_sizes=(128, 64, 32, -1))
@@ -38,10 +38,11 @@ def write(job: Job) -> Written:
     for name in copied:
         if file_sha256(job.staged / name) != file_sha256(job.artifact / name):
             raise ArtifactError(f"{job.staged / name} differs from the artifact's; the disk is faulty, run again")
-    made = Checkpoint.open(job.staged)
-    opened = _reopen(made, job)
-    notes = vllm_rules.check(made)
-    layers, note = _modelopt(made, job)
+    folder = stored(Checkpoint.open(job.staged))
+    made = folder.checkpoint
+    opened = _reopen(folder, job)
+    notes = vllm_rules.check(folder)
+    layers, note = _modelopt(folder, job)
     if note:
         notes.append(note)
     serving = serve.Serving(
@@ -49,7 +50,7 @@ def write(job: Job) -> Written:
         context=job.context,
         batch=job.batch,
         share=job.target.usable,
-        dtype="float16" if layers or "quantization_config" in made.config else "auto",
+        dtype="float16" if folder.layers else "auto",
         weight_bytes=sum(info.num_bytes for info in made.tensors.values()),
         gpu=job.target.has_gpu,
     )
@@ -70,7 +71,7 @@ def write(job: Job) -> Written:
             "vllm_rules": "checked without vLLM",
         },
     }
-    return Written(record=record, parts=_parts(job.staged), notes=notes)
+    return Written(record=record, parts=_parts(folder), notes=notes)
 
 
 def _copy(checkpoint: Checkpoint, staged: Path) -> list[str]:
@@ -94,16 +95,13 @@ def _link(source: Path, target: Path) -> None:
             os.fsync(f.fileno())
 
 
-def _reopen(made: Checkpoint, job: Job) -> int:
+def _reopen(folder: Stored, job: Job) -> int:
     """Read every tensor once: codes and scales must be in range, everything else finite. Returns how many."""
-    scheme = read_model(made.path).scheme
-    layers = [n.removesuffix(".qweight") for n in made.names() if n.endswith(".qweight")]
-    for layer in layers:
-        assert scheme is not None
-        modelopt.stored_layer(made, layer, scheme)
-    packed = {f"{layer}.{s}" for layer in layers for s in awq_gemm.SUFFIXES}
+    made, taken = folder.checkpoint, folder.taken()
+    for layer in folder.layers:
+        folder.weight(layer)
     for name in made.names():
-        if name in packed:
+        if name in taken:
             continue
         value = made.tensor(name)
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -111,17 +109,13 @@ def _reopen(made: Checkpoint, job: Job) -> int:
     return len(made.names())
 
 
-def _modelopt(made: Checkpoint, job: Job) -> tuple[int, str | None]:
+def _modelopt(folder: Stored, job: Job) -> tuple[int, str | None]:
     """The ModelOpt folder, when the codes allow it: number of layers, and a note on its size or why there is none."""
-    config = made.config.get("quantization_config")
-    if config is None or not job.options.get("modelopt", True):
+    if folder.format is None or not job.options.get("modelopt", True):
         return 0, None  # plain weights need no hf_quant_config.json
-    if config.get("quant_method") != awq_gemm.QUANT_METHOD:
-        return 0, f"no ModelOpt folder: {config.get('quant_method')} codes have no counterpart in its layout"
-    stated = read_model(made.path).scheme
-    assert stated is not None
-    scheme = stored_scheme(made.path, stated)
-    if not scheme.symmetric:
+    if folder.format is not awq_gemm:
+        return 0, f"no ModelOpt folder: {folder.format.NAME} codes have no counterpart in its layout"
+    if not all(scheme.weight and scheme.weight.symmetric for scheme in folder.exact_plan().groups()):
         return 0, (
             "no ModelOpt folder (hf_quant_config.json): its layout has no zero points, and these codes have them; "
             "`compress awq --sym` makes codes that it can hold"
@@ -131,9 +125,9 @@ def _modelopt(made: Checkpoint, job: Job) -> tuple[int, str | None]:
         if done == total or done % max(1, total // 10) == 0:
             job.say(f"ModelOpt layer {done}/{total}")
 
-    folder = made.path / "modelopt"
-    layers = modelopt.write(made.path, folder, scheme, tell)
-    size = sum(p.stat().st_size for p in folder.iterdir())
+    out = folder.checkpoint.path / "modelopt"
+    layers = modelopt.write(folder, out, tell)
+    size = sum(p.stat().st_size for p in out.iterdir())
     return layers, f"modelopt/ is a second copy of the weights, {size / 1e6:.1f} MB, not counted above"
 
 
@@ -146,25 +140,26 @@ def _parse(path: Path) -> None:
         list(yaml.safe_load_all(text))
 
 
-def _parts(staged: Path) -> dict[str, int]:
+def _parts(folder: Stored) -> dict[str, int]:
     """Bytes by part of the Hugging Face folder; the ModelOpt copy and the small files are parts of their own."""
-    made = Checkpoint.open(staged)
-    model = read_model(staged)
+    model = inventory(folder)
+    taken = folder.taken()
     parts = {"decoder linears": 0, "lm_head": 0, "embedding": 0, "norms and biases": 0}
-    for name, info in made.tensors.items():
-        parts[part_name(name, info.shape)] += info.num_bytes
+    for name, info in folder.checkpoint.tensors.items():
+        parts["decoder linears" if name in taken else part_name(name, info.shape)] += info.num_bytes
     if model.tied:
         parts.pop("lm_head")
         parts["embedding (tied with lm_head)"] = parts.pop("embedding")
     parts["tokenizer and configuration"] = sum(
-        p.stat().st_size for p in staged.iterdir() if p.is_file() and p.suffix != ".safetensors" and p.name != MANIFEST
+        p.stat().st_size
+        for p in folder.checkpoint.path.iterdir()
+        if p.is_file() and p.suffix != ".safetensors" and p.name != MANIFEST
     )
     return parts
 
 
 def part_name(name: str, shape: tuple[int, ...]) -> str:
-    """The part of the size table that a tensor belongs to."""
-    layer_tensor = name.rsplit(".", 1)[-1] in (*awq_gemm.SUFFIXES, "weight_packed", "weight_scale", "weight_shape")
+    """The part of the size table that a tensor belongs to which is stored as it is."""
     known = {"linears": "decoder linears", "other": "norms and biases"}
-    part = "linears" if layer_tensor else part_of(name, len(shape))
+    part = part_of(name, len(shape))
     return known.get(part, part)

@@ -6,19 +6,17 @@ would build of it. No weight is loaded.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from compress.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
-from compress.dense import quantization_of
+from compress.checkpoint import INDEX, SINGLE, Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import read_json
-from compress.formats import awq_gemm, pack_quantized
+from compress.formats import Stored, stored
 from compress.model import meta_model
 from compress.scheme import Scheme
 
@@ -39,7 +37,8 @@ class Model:
     """Parameters by part, and dimensions.
 
     linears: in the decoder's linear layers, of which `packed` are stored quantized, in `packed_bytes`. lm_head: zero
-    when it is tied to the embedding. other: norms, biases, learned positions. scheme: of the stored codes, or None.
+    when it is tied to the embedding. other: norms, biases, learned positions. scheme: of the stored codes (those of
+    most layers), or None.
     """
 
     name: str
@@ -79,23 +78,25 @@ def read_model(folder: Path) -> Model:
     if not (folder / SINGLE).exists() and not (folder / INDEX).exists() and (folder / "config.json").exists():
         if not any(folder.glob("*.bin")):
             return _from_config(folder)
-    checkpoint = Checkpoint.open(folder)
-    quantization = quantization_of(checkpoint)
-    tensors = checkpoint.tensors
-    packed_layers = {n.rsplit(".", 1)[0] for n in tensors if n.endswith((".qweight", ".weight_packed"))}
-    packed_layers |= {n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")}
+    return inventory(stored(Checkpoint.open(folder)))
+
+
+def inventory(folder: Stored) -> Model:
+    """The inventory of an opened model folder."""
+    checkpoint = folder.checkpoint
     counts = {"linears": 0, "embedding": 0, "lm_head": 0, "other": 0, "packed": 0, "packed_bytes": 0}
-    for name, numel, info in _logical(checkpoint, packed_layers):
-        part = part_of(name, len(info.shape))
-        counts[part] += numel
-        if name.rsplit(".", 1)[0] in packed_layers and info.num_bytes:
-            counts["packed"] += numel
-    for name, info in tensors.items():
-        layer, _, leaf = name.rpartition(".")
-        if layer in packed_layers and leaf != "bias":
-            counts["packed_bytes"] += info.num_bytes
-    scheme = _scheme(checkpoint, quantization) if packed_layers else None
-    return _model(checkpoint.config, folder, counts, scheme)
+    taken = folder.taken()
+    for name, info in checkpoint.tensors.items():
+        if name not in taken:
+            counts[part_of(name, len(info.shape))] += math.prod(info.shape)
+    for layer in folder.layers:
+        numel = math.prod(folder.shape(layer))
+        counts[part_of(f"{layer}.weight", 2)] += numel
+        counts["packed"] += numel
+        counts["packed_bytes"] += folder.num_bytes(layer)
+    groups = folder.plan.groups()
+    scheme = max(groups, key=lambda s: len(groups[s])).weight if groups else None
+    return _model(checkpoint.config, checkpoint.path, counts, scheme)
 
 
 def dimensions(config: Mapping[str, Any], folder: Path | str = "config.json") -> dict[str, Any]:
@@ -122,22 +123,6 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else config
 
 
-def _logical(checkpoint: Checkpoint, packed: set[str]) -> Iterator[tuple[str, int, TensorInfo]]:
-    """Each weight as the model has it: name, numbers in it, and the tensor that holds them."""
-    quantization = quantization_of(checkpoint)
-    for name, info in checkpoint.tensors.items():
-        layer, _, leaf = name.rpartition(".")
-        numel = _numel(info.shape)
-        if layer in packed and leaf not in ("qweight", "weight_packed", "weight", "bias"):
-            continue  # scales and zero points
-        if leaf == "qweight":
-            numel *= awq_gemm.PACK
-        elif leaf == "weight_packed":
-            args = pack_quantized.weight_args(quantization or {})
-            numel = info.shape[0] * (info.shape[1] * 32 // int(args["num_bits"]))
-        yield name, numel, info
-
-
 def part_of(name: str, dimensions: int) -> str:
     """The part of `Model` that a weight counts to, from its name and number of dimensions."""
     if _EMBEDDING.search(name):
@@ -145,26 +130,6 @@ def part_of(name: str, dimensions: int) -> str:
     if _HEAD.search(name):
         return "lm_head"
     return "linears" if _BLOCK.search(name) and dimensions == 2 else "other"
-
-
-def _scheme(checkpoint: Checkpoint, quantization: Mapping[str, Any] | None) -> Scheme:
-    assert quantization is not None
-    if quantization.get("quant_method") == awq_gemm.QUANT_METHOD:
-        return awq_gemm.scheme_of(quantization)
-    args = pack_quantized.weight_args(quantization)
-    group_size = args.get("group_size") or -1
-    return Scheme(num_bits=int(args["num_bits"]), group_size=int(group_size), symmetric=bool(args.get("symmetric")))
-
-
-def stored_scheme(folder: Path, scheme: Scheme) -> Scheme:
-    """The scheme of the stored codes. AutoAWQ's config does not say whether they are symmetric: the zero points do."""
-    checkpoint = Checkpoint.open(folder)
-    names = [n for n in checkpoint.names() if n.endswith(".qzeros")]
-    if not names or scheme.symmetric:
-        return scheme
-    word = awq_gemm.pack_columns(torch.full((1, awq_gemm.PACK), scheme.symmetric_zero_point))
-    symmetric = all(bool((checkpoint.tensor(n) == word).all()) for n in names)
-    return Scheme(num_bits=scheme.num_bits, group_size=scheme.group_size, symmetric=symmetric)
 
 
 def _from_config(folder: Path) -> Model:
@@ -185,10 +150,3 @@ def _model(config: Mapping[str, Any], folder: Path, counts: Mapping[str, int], s
     # A folder without an output matrix has it tied, whatever its config says or leaves to a default.
     fields: dict[str, Any] = {**dimensions(config, folder), **counts, "tied": not counts["lm_head"], "scheme": scheme}
     return Model(**fields)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total

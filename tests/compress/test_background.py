@@ -6,7 +6,7 @@ import time
 import pytest
 
 from compress.background import BackgroundStore, meanwhile
-from compress.blocks import BlockResult
+from compress.block import BlockResult
 from compress.errors import ArtifactError
 
 

@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.blocks import BlockResult, LoadedBlock, install, stream
+from compress.block import BlockResult, LoadedBlock
+from compress.blocks import install, stream
 from compress.linear import weight_OI
 from compress.model import StreamedModel
 from compress.quantize.awq_block import AwqOptions, awq_block
 from compress.scheme import Scheme
+from compress.statistics import Wanted
 
+SIZES = {"intermediate_size": 128}  # of the model that `build_model` makes
 IDS = torch.randint(0, 4096, (40, 64), generator=torch.Generator().manual_seed(1))  # two batches
 
 
@@ -116,3 +119,95 @@ def test_a_block_read_back_leads_to_the_same_next_one(build_model: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first[1][key], again[1][key], strict=True))
     for name, q in whole.blocks[1].quantized.items():
         assert torch.equal(q.codes_OI, resumed.blocks[1].quantized[name].codes_OI)
+
+
+def measured(folder: Any, *, paths: int, blocks: list[int] | None = None) -> dict[int, dict[str, Any]]:
+    """A pass that changes nothing and stores nothing; what it was shown of each block, and what it left behind."""
+    model = StreamedModel.open(folder)
+    seen: dict[int, dict[str, Any]] = {}
+
+    def method(loaded: LoadedBlock) -> None:
+        seen[loaded.index] = {"check": loaded.check_input.clone(), "out": loaded.check_output.clone()}
+        seen[loaded.index]["targets"] = [h.clone() for h in loaded.targets]
+
+    for done in stream(model, IDS, method, paths=paths, blocks=blocks, wanted=Wanted(gram=False)):
+        assert done.report == {} and done.source in seen
+    return seen
+
+
+@torch.no_grad()
+def test_a_pass_that_only_measures_needs_no_store(build_model: Any) -> None:
+    folder = build_model()
+    plain = measured(folder, paths=1)
+    twice = measured(folder, paths=2)
+    assert plain.keys() == twice.keys() == {0, 1}
+    for index in plain:
+        assert torch.equal(plain[index]["check"], twice[index]["check"])
+        assert torch.equal(plain[index]["out"], twice[index]["targets"][0][: len(plain[index]["out"])])
+
+
+@torch.no_grad()
+def test_blocks_that_do_not_go_on_are_bypassed(build_model: Any) -> None:
+    """On the only path; with two, the original model still runs them, and its outputs are the targets."""
+    folder = build_model(num_hidden_layers=3)
+    whole, short, both = (
+        measured(folder, paths=paths, blocks=blocks) for paths, blocks in ((1, None), (1, [0, 2]), (2, [0, 2]))
+    )
+    assert short.keys() == both.keys() == {0, 2}
+    assert torch.equal(short[2]["check"], whole[0]["out"]) and torch.equal(both[2]["check"], whole[0]["out"])
+    assert torch.equal(both[2]["targets"][0][: len(whole[2]["out"])], whole[2]["out"])
+    assert not torch.equal(both[2]["out"], whole[2]["out"])
+
+
+def test_blocks_that_go_on_are_stored_under_their_new_number(build_model: Any) -> None:
+    model = StreamedModel.open(build_model(num_hidden_layers=3))
+    names: dict[int, str] = {}
+
+    class Store(Kept):
+        def save(self, index: int, prefix: str, result: BlockResult) -> None:
+            names[index] = prefix
+
+    def method(loaded: LoadedBlock) -> BlockResult:
+        return BlockResult(quantized={}, dense=dict(loaded.module.state_dict()), report={"was": loaded.prefix})
+
+    done = list(stream(model, IDS[:2], method, Store(), blocks=[0, 2]))
+    assert [(d.index, d.source, d.total, d.report["was"]) for d in done] == [
+        (0, 0, 2, "model.layers.0."),
+        (1, 2, 2, "model.layers.2."),
+    ]
+    assert names == {0: "model.layers.0.", 1: "model.layers.1."}
+
+
+def test_the_callers_grad_mode_is_its_own(build_model: Any) -> None:
+    model = StreamedModel.open(build_model())
+    for _ in stream(model, IDS[:2], lambda loaded: None):
+        assert torch.is_grad_enabled()
+        (torch.ones(2, requires_grad=True) * 2).sum().backward()
+    with torch.no_grad():
+        for _ in stream(model, IDS[:2], lambda loaded: None):
+            assert not torch.is_grad_enabled()
+
+
+@torch.no_grad()
+def test_a_block_of_another_shape_runs_and_the_model_can_be_read_again(build_model: Any) -> None:
+    """Half of the MLP's neurons, as width pruning leaves them: the path of the compressed model goes through them."""
+    folder = build_model()
+    model = StreamedModel.open(folder)
+    half = SIZES["intermediate_size"] // 2
+    shown: dict[int, Tensor] = {}
+
+    def method(loaded: LoadedBlock) -> BlockResult:
+        shown[loaded.index] = loaded.check_input.clone()
+        dense = dict(loaded.module.state_dict())
+        for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
+            dense[name] = dense[name][:half]
+        dense["mlp.down_proj.weight"] = dense["mlp.down_proj.weight"][:, :half]
+        return BlockResult(quantized={}, dense={name: value.clone() for name, value in dense.items()})
+
+    list(stream(model, IDS[:2], method, Kept(), paths=2))
+    module = model.load_block(0)
+    hidden = model.embed(IDS[:2])
+    down = module.get_submodule("mlp.down_proj")
+    assert weight_OI(down).shape[1] == 2 * half
+    weight_OI(down)[:, half:] = 0  # the other half adds nothing
+    torch.testing.assert_close(shown[1], model.run_block(0, hidden)[: len(shown[1])])

@@ -11,11 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.blocks import BlockResult, LoadedBlock, stream
+from compress.block import BlockResult, LoadedBlock
+from compress.blocks import stream
 from compress.distributed import add_up, from_first, num_processes, parts, rank
 from compress.model import StreamedModel
 from compress.quantize.awq_block import AwqOptions, awq_block
 from compress.scheme import Scheme
+from compress.statistics import Wanted
 
 WORLD = 2
 
@@ -60,11 +62,15 @@ def outcome(folder: str, effort: str, num_parts: int = 1, device: str = "cpu") -
         for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
             seen[f"{loaded.index}.{group.name}.gram"] = statistics.gram_II.clone()
             seen[f"{loaded.index}.{group.name}.tokens"] = torch.tensor(statistics.num_tokens)
+            assert statistics.low_I is not None and statistics.high_I is not None and statistics.rows_SI is not None
+            seen[f"{loaded.index}.{group.name}.ranges"] = torch.stack([statistics.low_I, statistics.high_I])
+            seen[f"{loaded.index}.{group.name}.rows"] = statistics.rows_SI.clone()
         seen[f"{loaded.index}.check"] = loaded.check_output.clone()
         return awq_block(loaded, options)
 
     store = Kept()
-    for done in stream(model, ids_NT, method, store, paths=options.paths, num_parts=num_parts):
+    wanted = Wanted(ranges=True, rows=100)
+    for done in stream(model, ids_NT, method, store, paths=options.paths, num_parts=num_parts, wanted=wanted):
         seen[f"{done.index}.errors"] = torch.tensor([layer["error"] for layer in done.report["layers"]])
     for index, block in store.blocks.items():
         for name, q in block.quantized.items():
@@ -105,6 +111,7 @@ def test_two_processes_equal_one(build_model: Any, tmp_path: Path) -> None:
         torch.set_num_threads(threads)
     for effort, expected in one.items():
         assert int(expected["0.o_proj.tokens"]) == 20 * 256
+        assert expected["0.o_proj.rows"].shape[0] == 100  # from both processes' tokens
         for mine in found:
             assert mine[effort].keys() == expected.keys()
             assert not [key for key in expected if not torch.equal(mine[effort][key], expected[key])]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from compress import numerics
 from compress.formats import awq_gemm
+from compress.plan import DENSE, LayerPlan, LayerScheme
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
 
@@ -35,8 +36,9 @@ def awq_folder(build_model: Callable[..., Path]) -> Callable[..., Path]:
             packed = awq_gemm.tensors(QuantizedWeight.from_parts(codes, scale, zero, scheme))
             tensors.update({f"{layer}.{suffix}": part for suffix, part in packed.items()})
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        plan = LayerPlan({**dict.fromkeys(("lm_head", *keep), DENSE), "*": LayerScheme(weight=scheme)})
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] = awq_gemm.quantization_config(scheme, ["lm_head", *keep])
+        config["quantization_config"] = awq_gemm.config(plan)
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 

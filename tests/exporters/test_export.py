@@ -15,14 +15,13 @@ from compress.artifact import parent_path, read_manifest
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256, read_json
-from compress.formats import awq_gemm
+from compress.formats import awq_gemm, stored
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import is_judgeable, is_model, resolve
 from exporters.export import FORMATS, ExportOutcome, ExportRequest, export, load_format
 from exporters.reader import Layout
 from exporters.requantize import Report
-from exporters.sizing.inventory import stored_scheme
 from exporters.sizing.predict import DoesNotFit
 from exporters.sizing.targets import TARGETS
 
@@ -122,6 +121,10 @@ def test_same_bytes_twice_and_an_unquantized_folder(artifact: Path, build_model:
     assert manifest is not None and manifest.root["path"] == "../plain"
 
 
+def codes_of(folder: Path) -> Scheme | None:
+    return stored(Checkpoint.open(folder)).exact_plan().only().weight
+
+
 def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: dict[str, str]) -> None:
     said: list[str] = []
     blocks: list[bool] = []
@@ -130,8 +133,8 @@ def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: d
     again = artifact.parent / "for-export" / "small-sym"
     assert outcome.requantized == again and len(blocks) == 2
     assert any("needs w4g32-sym codes" in line and "its recipe runs again" in line for line in said)
-    assert stored_scheme(artifact, G32) == G32
-    assert stored_scheme(outcome.out, G32) == Scheme(group_size=32, symmetric=True)
+    assert codes_of(artifact) == G32
+    assert codes_of(outcome.out) == Scheme(group_size=32, symmetric=True)
     first, second = read_manifest(artifact), read_manifest(again)
     assert first is not None and second is not None
     same = ("samples", "seq_len", "seed", "skip", "smooth", "clip", "effort")
@@ -318,7 +321,7 @@ def test_the_smallest_change_that_fits(layout: Layout, scheme: Scheme, wanted: S
     assert layout.wants(scheme) == wanted
 
 
-def test_stored_scheme_reads_the_zero_points(artifact: Path) -> None:
+def test_the_exact_plan_reads_the_zero_points(artifact: Path) -> None:
     """AutoAWQ's config says zero_point either way, so one wrong zero point must show."""
     from safetensors.torch import load_file, save_file
 
@@ -329,10 +332,10 @@ def test_stored_scheme_reads_the_zero_points(artifact: Path) -> None:
     for name in names:
         tensors[name] = eights.expand_as(tensors[name]).contiguous()
     save_file(tensors, path)
-    assert stored_scheme(artifact, G32).symmetric
+    assert codes_of(artifact) == Scheme(group_size=32, symmetric=True)
     tensors[names[-1]][-1, -1] += 1
     save_file(tensors, path)
-    assert not stored_scheme(artifact, G32).symmetric
+    assert codes_of(artifact) == G32
 
 
 def test_stages_pick_sensibly(artifact: Path) -> None:

@@ -18,7 +18,7 @@ import onnx
 
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
-from compress.verify import unpack_awq
+from compress.formats import stored
 from exporters.trt.graph.external import packed_bytes, place, read_bytes
 
 INT4 = onnx.TensorProto.INT4
@@ -67,16 +67,12 @@ def lint(path: Path, artifact: Path, opset: int) -> dict[str, int]:
 
 def quantized_layers(artifact: Path) -> Iterator[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
     """Name, codes as signed values `[K, N]` and float16 scales `[G, N]` of each quantized layer of a folder."""
-    checkpoint = Checkpoint.open(artifact)
-    for name in checkpoint.names():
-        if not name.endswith(".qweight"):
-            continue
-        layer = name.removesuffix(".qweight")
-        zeros = unpack_awq(checkpoint.tensor(f"{layer}.qzeros").numpy())
-        if (zeros != 8).any():
+    folder = stored(Checkpoint.open(artifact))
+    for layer in folder.layers:
+        again = folder.read_again(layer)
+        if (again["zero_points"][1] != 8).any():
             raise ArtifactError(f"{artifact}: {layer} has a zero point that is not 8, which no blocked INT4 can hold")
-        codes = unpack_awq(checkpoint.tensor(name).numpy()).astype(np.int8) - 8
-        yield layer, codes, checkpoint.tensor(f"{layer}.scales").numpy()
+        yield layer, again["codes"][1].T.astype(np.int8) - 8, again["scales"][1].T.view(np.float16)
 
 
 def products(path: Path) -> list[str]:

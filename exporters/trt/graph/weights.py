@@ -13,11 +13,11 @@ import onnx
 import torch
 from torch import Tensor
 
-from compress.dense import quantization_of, read_dense
+from compress.dense import read_dense
 from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import awq_gemm
 from compress.model import StreamedModel
-from compress.scheme import Scheme
+from compress.quantized import QuantizedWeight
 from exporters.trt.graph.external import Stored
 
 ROWS_BYTES = 64 << 20
@@ -36,13 +36,13 @@ class Weights:
         self.float_type = float_type
         self.used: set[str] = set()
         self._names: dict[str, Any] = model.model.state_dict(keep_vars=True)
-        config = quantization_of(self.checkpoint)
-        if config is not None and config["quant_method"] != awq_gemm.QUANT_METHOD:
+        self.stored = model.stored
+        if self.stored.format not in (None, awq_gemm):
             raise UnsupportedError(
                 f"{self.checkpoint.path}: onnx-trt reads AutoAWQ gemm folders and plain ones, not "
-                f"{config['quant_method']}; quantize the original with `compress awq --bits 4 --sym`"
+                f"{self.stored.format.NAME}; quantize the original with `compress awq --bits 4 --sym`"
             )
-        self.scheme: Scheme | None = None if config is None else awq_gemm.scheme_of(config)
+        self._last: tuple[str, QuantizedWeight] | None = None
 
     def has(self, name: str) -> bool:
         """Whether the model has the parameter `name` (with its `.weight` or `.bias`)."""
@@ -59,8 +59,7 @@ class Weights:
         return self.model.source_name(name)
 
     def is_quantized(self, layer: str) -> bool:
-        source = self.model.source_name(f"{layer}.weight").removesuffix(".weight")
-        return f"{source}.qweight" in self.checkpoint
+        return self.model.source_name(f"{layer}.weight").removesuffix(".weight") in self.stored
 
     def size(self, name: str) -> tuple[int, ...]:
         """A parameter's shape, from the model's definition."""
@@ -71,7 +70,7 @@ class Weights:
         source = self.source(name)
 
         def chunks() -> Iterator[bytes]:
-            yield self._bytes(read_dense(self.checkpoint, [source])[source].float() + offset, source)
+            yield self._bytes(read_dense(self.stored, [source])[source].float() + offset, source)
 
         return Stored(name=name, data_type=self.float_type, dims=self.size(name), chunks=chunks, part=part)
 
@@ -101,7 +100,7 @@ class Weights:
         out_features, in_features = self.size(name)
 
         def chunks() -> Iterator[bytes]:
-            w_KN = read_dense(self.checkpoint, [source])[source].t().contiguous()
+            w_KN = read_dense(self.stored, [source])[source].t().contiguous()
             yield self._bytes(w_KN.float(), source)
 
         return Stored(name=name, data_type=self.float_type, dims=(in_features, out_features), chunks=chunks, part=part)
@@ -111,22 +110,22 @@ class Weights:
 
         UnsupportedError when a zero point is not 8: TensorRT's blocked INT4 has none.
         """
-        assert self.scheme is not None
-        scheme = self.scheme
         source = self.source(f"{layer}.weight").removesuffix(".weight")
+        scheme = self.stored.scheme(source).weight
+        assert scheme is not None
         out_features, in_features = self.size(f"{layer}.weight")
 
         def codes() -> Iterator[bytes]:
-            parts = self.checkpoint.read(f"{source}.{s}" for s in ("qweight", "qzeros"))
-            if not bool((awq_gemm.unpack_columns(parts[f"{source}.qzeros"]) == 8).all()):
+            q = self._codes(source)
+            if not bool((q.zero_point_OG == 8).all()):
                 raise UnsupportedError(
                     f"{source}: a zero point is not 8, and TensorRT reads symmetric INT4 only; "
                     "quantize with `compress awq --bits 4 --sym`"
                 )
-            yield pack_int4(awq_gemm.unpack_columns(parts[f"{source}.qweight"]))
+            yield pack_int4(q.codes_OI.t().contiguous())
 
         def scales() -> Iterator[bytes]:
-            yield self._bytes(self.checkpoint.tensor(f"{source}.scales").float(), f"{source}.scales")
+            yield self._bytes(self._codes(source).scale_OG.t().float(), f"{source}.scales")
 
         groups = scheme.groups(in_features, layer)
         return (
@@ -146,6 +145,12 @@ class Weights:
             ),
             in_features // groups,
         )
+
+    def _codes(self, source: str) -> QuantizedWeight:
+        """A layer's codes; the last one is kept, since codes and scales are asked for one after the other."""
+        if self._last is None or self._last[0] != source:
+            self._last = (source, self.stored.weight(source))
+        return self._last[1]
 
     def _bytes(self, values: Tensor, source: str) -> bytes:
         """Little-endian bytes in the graph's float type; ArtifactError for what float16 cannot hold."""

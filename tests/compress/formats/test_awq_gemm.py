@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from compress.errors import ConfigError, UnsupportedError
 from compress.formats import awq_gemm
+from compress.formats.format import parts_of
+from compress.formats.second_reader import digest, unpack_awq
+from compress.plan import DENSE, ActivationScheme, LayerPlan, LayerScheme
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
-from compress.verify import unpack_awq
+from compress.shards import tensor_sha256
 
 
 @pytest.mark.parametrize(
@@ -40,26 +43,35 @@ def test_tensors_and_read() -> None:
         zero_point_OG=torch.randint(0, 16, (24, 2), dtype=torch.uint8, generator=generator),
         scheme=scheme,
     )
+    layer = LayerScheme(weight=scheme)
     parts = awq_gemm.tensors(q)
     assert {k: tuple(v.shape) for k, v in parts.items()} == {"qweight": (32, 3), "qzeros": (2, 3), "scales": (2, 24)}
-    back = awq_gemm.read(parts, scheme, "layer")
+    back = awq_gemm.read(parts, layer, "layer")
     assert torch.equal(back.codes_OI, q.codes_OI) and torch.equal(back.zero_point_OG, q.zero_point_OG)
     assert torch.equal(back.dequantize(), q.dequantize())
+    again = awq_gemm.read_again(parts, layer)
+    assert {key: digest(value) for key, value in again.items()} == {k: tensor_sha256(v) for k, v in parts_of(q).items()}
+
+
+def check(scheme: Scheme, out_features: int, in_features: int, inputs: ActivationScheme | None = None) -> None:
+    awq_gemm.check(LayerPlan({"l": LayerScheme(weight=scheme, input=inputs)}), {"l": (out_features, in_features)})
 
 
 def test_refusals() -> None:
     with pytest.raises(UnsupportedError, match="--bits 8"):
-        awq_gemm.check(Scheme(num_bits=8), "l", 8, 128)
+        check(Scheme(num_bits=8), 8, 128)
     with pytest.raises(UnsupportedError, match="out_features=12 is not a multiple of 8"):
-        awq_gemm.check(Scheme(), "l", 12, 128)
+        check(Scheme(), 12, 128)
     with pytest.raises(ConfigError, match="in_features=64 is not a multiple of group_size=128"):
-        awq_gemm.check(Scheme(), "l", 8, 64)
+        check(Scheme(), 8, 64)
     with pytest.raises(UnsupportedError, match="group-size -1"):
-        awq_gemm.check(Scheme(group_size=-1), "l", 8, 64)
+        check(Scheme(group_size=-1), 8, 64)
+    with pytest.raises(UnsupportedError, match="holds no quantized inputs; .* for w4g128-a8"):
+        check(Scheme(), 8, 128, ActivationScheme())
 
 
 def test_config_is_what_readers_expect_and_reads_back() -> None:
-    config = awq_gemm.quantization_config(Scheme(symmetric=True), ["lm_head"])
+    config = awq_gemm.config(LayerPlan({"lm_head": DENSE, "l": LayerScheme(weight=Scheme(symmetric=True))}))
     assert config == {
         "quant_method": "awq",
         "version": "gemm",

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.checkpoint import Checkpoint
-from compress.dense import read_dense
 from compress.errors import UnsupportedError
+from compress.formats import compressed_tensors, stored
+from compress.plan import LayerPlan, LayerScheme
+from compress.scheme import Scheme
 from exporters import reference
 from exporters.edge import folder as edge_folder
 
@@ -40,7 +42,10 @@ def test_refusals_name_the_way_out(awq_folder: Make) -> None:
     edge_folder.check_zero_points(good)
     quantization = dict(good.config["quantization_config"])
     for changes, message in (
-        ({"quantization_config": {**quantization, "quant_method": "compressed-tensors"}}, "compressed-tensors.*--sym"),
+        (
+            {"quantization_config": compressed_tensors.config(LayerPlan({"l": LayerScheme(weight=Scheme())}))},
+            "compressed-tensors.*--sym",
+        ),
         (
             {"quantization_config": {**quantization, "group_size": 64}},
             "group_size 64 is not supported.*--group-size 128",
@@ -105,4 +110,4 @@ def test_split_phi3_is_a_llama_that_computes_the_same(awq_folder: Make, tmp_path
     before, after = reference.of_artifact(folder), reference.of_artifact(tmp_path / "in")
     assert reference.compare(after.logits_TV, before, tolerance=1e-6, what="split")["same_top_token"] == 1.0
     for name, quantized in edge_folder.expected_int4(Checkpoint.open(folder)):
-        assert torch.equal(quantized.dequantize(), read_dense(split, [f"{name}.weight"])[f"{name}.weight"]), name
+        assert torch.equal(quantized.dequantize(), stored(split).dense(name)), name

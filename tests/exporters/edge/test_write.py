@@ -20,6 +20,8 @@ import pytest
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import file_sha256
+from compress.formats import compressed_tensors
+from compress.plan import LayerPlan, LayerScheme
 from compress.scheme import Scheme
 from exporters import reference
 from exporters.edge import check as edge_check
@@ -272,7 +274,7 @@ def test_silent_corruptions_of_the_exporter_are_caught(
     artifact = awq_folder("Gemma" if trap == "gemma" else "Llama", symmetric=trap != "asymmetric")
     if trap == "compressed-tensors":
         config = json.loads((artifact / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+        config["quantization_config"] = compressed_tensors.config(LayerPlan({"l": LayerScheme(weight=Scheme())}))
         (artifact / "config.json").write_text(json.dumps(config))
     monkeypatch.setitem(edge_folder.ARCHITECTURES, "gemma", "forced")
     checkpoint = Checkpoint.open(artifact)

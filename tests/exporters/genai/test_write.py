@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, CompressError, ConfigError, UnsupportedError
 from compress.files import file_sha256
-from compress.formats import awq_gemm
+from compress.formats import compressed_tensors, stored
+from compress.plan import LayerPlan, LayerScheme
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
@@ -157,7 +158,6 @@ def graph(exported: tuple[Path, Path]) -> genai_graph.Graph:
 def test_every_weight_is_the_artifacts(llama: Path, graph: genai_graph.Graph) -> None:
     """Against the toolkit's own reader: dequantized node by node, q, k and v stacked, zero points real."""
     checkpoint = Checkpoint.open(llama)
-    scheme = Scheme(group_size=32)
     asymmetric = 0
     for node in genai_graph.matmul_nbits(graph):
         found = node_weights(graph, node)
@@ -167,8 +167,7 @@ def test_every_weight_is_the_artifacts(llama: Path, graph: genai_graph.Graph) ->
         meant = []
         for member in members:
             layer = f"model.layers.{block}.{'self_attn' if room == 'attn' else 'mlp'}.{member}"
-            parts = {s: checkpoint.tensor(f"{layer}.{s}") for s in awq_gemm.SUFFIXES}
-            meant.append(awq_gemm.read(parts, scheme, layer).dequantize())
+            meant.append(stored(checkpoint).dense(layer))
         shifted = found.codes.astype(np.float32) - np.repeat(found.zeros, 32, axis=1)
         assert np.array_equal(shifted * np.repeat(found.scales, 32, axis=1), torch.cat(meant).numpy()), node.name
         asymmetric += int((found.zeros != 8).any())
@@ -186,14 +185,14 @@ def test_one_changed_weight_is_found(part: str, llama: Path, graph: genai_graph.
     value[-1, -1] = value[-1, -1] * 2 if part == "scales" else value[-1, -1] ^ (1 << 20)
     save_file(tensors, changed / "model.safetensors")
     with pytest.raises(ArtifactError, match=r"layers\.1/mlp/gate_up_proj.*differ .* in 1 of"):
-        compare_weights(graph, Checkpoint.open(changed))
+        compare_weights(graph, stored(Checkpoint.open(changed)))
 
 
 def test_a_missing_layer_is_found(llama: Path, graph: genai_graph.Graph) -> None:
     node = next(n for n in graph.nodes if n.name.endswith("layers.0/attn/o_proj/MatMulNBits"))
     graph.nodes.remove(node)
     with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.o_proj: 0 of its 64 rows"):
-        compare_weights(graph, Checkpoint.open(llama))
+        compare_weights(graph, stored(Checkpoint.open(llama)))
 
 
 def test_a_quantized_lm_head_is_found(llama: Path, graph: genai_graph.Graph) -> None:
@@ -201,7 +200,7 @@ def test_a_quantized_lm_head_is_found(llama: Path, graph: genai_graph.Graph) -> 
     node = next(n for n in graph.nodes if n.name == "/lm_head/MatMul")
     node.op_type = "MatMulNBits"
     with pytest.raises(ArtifactError, match="no such layer"):
-        compare_weights(graph, Checkpoint.open(llama))
+        compare_weights(graph, stored(Checkpoint.open(llama)))
 
 
 def test_onnxruntime_genai_reads_the_folder(exported: tuple[Path, Path]) -> None:
@@ -263,7 +262,7 @@ def test_unknown_architecture(build_model: Any, tmp_path: Path) -> None:
 
 
 def test_compressed_tensors(llama: Path, tmp_path: Path) -> None:
-    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    config = compressed_tensors.config(LayerPlan({"l": LayerScheme(weight=Scheme())}))
     folder = with_config(llama, tmp_path, quantization_config=config)
     refused(folder, tmp_path, UnsupportedError, "compressed-tensors folders are not supported by onnx yet")
 

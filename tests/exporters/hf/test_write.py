@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import read_json
+from compress.formats import stored
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
@@ -183,14 +184,14 @@ def test_launch_files_are_valid_for_any_name(name: str, context: int, batch: int
 
 
 def test_shapes_that_marlin_does_not_take_are_noted(make: Any, reference_model: Path, tmp_path: Path) -> None:
-    notes = vllm_rules.check(Checkpoint.open(make()))
+    notes = vllm_rules.check(stored(Checkpoint.open(make())))
     assert len(notes) == 1 and re.search(r"\d+ of 14 layers have shapes that Marlin does not take", notes[0])
     request = AwqRequest(
         source=resolve(str(reference_model)), out=tmp_path / "r", scheme=Scheme(), samples=1, seq_len=32, smooth=False,
         clip=False,
     )  # fmt: skip
-    assert vllm_rules.check(Checkpoint.open(quantize_awq(request).out)) == []
-    assert vllm_rules.check(Checkpoint.open(reference_model)) == []
+    assert vllm_rules.check(stored(Checkpoint.open(quantize_awq(request).out))) == []
+    assert vllm_rules.check(stored(Checkpoint.open(reference_model))) == []
 
 
 def test_a_part_of_a_fused_layer_left_out_is_refused(make: Any, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import onnx
 import pytest
 
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.formats import compressed_tensors
+from compress.plan import LayerPlan, LayerScheme
 from compress.quantize.run import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
@@ -146,7 +148,7 @@ def test_absent_onnx_is_one_sentence() -> None:
 def test_other_quantization_methods_are_refused(build_model: Any, tmp_path: Path) -> None:
     folder = build_model()
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    config["quantization_config"] = compressed_tensors.config(LayerPlan({"l": LayerScheme(weight=Scheme())}))
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match="reads AutoAWQ gemm folders and plain ones, not compressed-tensors"):
         write(folder, tmp_path / "out")

@@ -10,6 +10,7 @@ import pytest
 from compress import numerics
 from compress.checkpoint import Checkpoint
 from compress.formats import awq_gemm
+from compress.plan import LayerPlan, LayerScheme
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
 
@@ -39,7 +40,7 @@ def round_to_nearest() -> RoundToNearest:
             tensors.update({f"{name.removesuffix('.weight')}.{key}": part for key, part in parts.items()})
         save_file({k: v.contiguous() for k, v in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((out / "config.json").read_text())
-        config["quantization_config"] = awq_gemm.quantization_config(scheme, [])
+        config["quantization_config"] = awq_gemm.config(LayerPlan({"*": LayerScheme(weight=scheme)}))
         (out / "config.json").write_text(json.dumps(config))
         return out
 

@@ -1,0 +1,193 @@
+"""A model folder as `gpu_decoder` takes it: codes stay codes, q, k, v and gate, up become one linear each.
+
+Which modules play which part is read off the model's own names; that the decoder then computes the model is not
+believed but proven, on a few tokens, before it is handed out.
+
+Shapes: H hidden size, A query heads, C key heads, D size of a head, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.dense import read_dense
+from compress.errors import ArtifactError, UnsupportedError
+from compress.model import StreamedModel
+from compress.runtime.gpu_decoder import GpuDecoder, LayerWeights, Weights
+from compress.runtime.kernels import weight_only
+from compress.runtime.kernels.decode import Heads
+from compress.runtime.kernels.weight_only import Packed
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PROOF_TOKENS = 24
+# float16 activations against the streamed model's float32; a wrong weight or rotation is off by more than 0.1.
+TOLERANCE = 2e-2
+
+
+def open_decoder(
+    folder: Path, *, capacity: int, batch: int = 1, device: str = "cuda", graphs: bool = True
+) -> GpuDecoder:
+    """A decoder of the folder's model with room for `capacity` tokens a sequence.
+
+    UnsupportedError names what these kernels do not compute; ArtifactError when the decoder does not reproduce the
+    model.
+    """
+    model = StreamedModel.open(folder)
+    _refuse(model, capacity)
+    weights = read_weights(model, torch.device(device), capacity)
+    _prove(model, weights)
+    return GpuDecoder(weights, capacity=capacity, batch=batch, graphs=graphs)
+
+
+def _refuse(model: StreamedModel, capacity: int) -> None:
+    config: Any = model.model.config
+    path, kind = model.checkpoint.path, config.model_type
+    positions = int(getattr(config, "max_position_embeddings", capacity))
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    reason = None
+    if kind not in FAMILIES:
+        reason = f"{kind} is not among {', '.join(FAMILIES)}"
+    elif config.hidden_act != "silu":
+        reason = f"its activation is {config.hidden_act}, not silu"
+    elif window and window < capacity:
+        reason = f"it sees {window} tokens back and the cache holds {capacity}"
+    elif capacity > positions:
+        reason = f"it was made for {positions} tokens and {capacity} are asked for"
+    elif _head_size(config) % 64:
+        reason = f"its heads have {_head_size(config)} values, not a multiple of 64"
+    elif any(model.stored.scheme(layer).input is not None for layer in model.stored.layers):
+        reason = "its activations are quantized"
+    if reason:
+        raise UnsupportedError(f"{path}: the GPU decoder does not run it, because {reason}; use --runtime torch")
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def read_weights(model: StreamedModel, device: torch.device, capacity: int) -> Weights:
+    """Every weight, packed on the device; one block's codes are on their way at a time."""
+    config: Any = model.model.config
+    heads = Heads(
+        query=config.num_attention_heads,
+        key=config.num_key_value_heads,
+        size=_head_size(config),
+        scale=float(_head_size(config) ** -0.5),
+    )
+    layers = [_layer(model, f"{model.blocks_name}.{i}", device) for i in range(model.num_blocks)]
+    base: Any = model.base
+    whole: Any = model.model
+    names = {id(module): name for name, module in whole.named_modules()}
+    embedding = _dense(model, f"{names[id(base.get_input_embeddings())]}.weight", device)
+    head = _dense(model, f"{names[id(whole.get_output_embeddings())]}.weight", device)
+    norm = _dense(model, f"{model.blocks_name.rsplit('.', 1)[0]}.norm.weight", device).float()
+    cosines, sines = _tables(model, capacity, heads.size, device)
+    return Weights(
+        embedding=embedding,
+        layers=layers,
+        norm=norm,
+        head=weight_only.pack_dense(head),
+        cosines=cosines,
+        sines=sines,
+        heads=heads,
+        eps=float(config.rms_norm_eps),
+    )
+
+
+def _layer(model: StreamedModel, prefix: str, device: torch.device) -> LayerWeights:
+    block: nn.Module = model.model.get_submodule(prefix)
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    has = {name for name, _ in block.named_parameters()}
+
+    def norm(name: str) -> Tensor | None:
+        found = f"{name}.weight" in has
+        return _dense(model, f"{prefix}.{name}.weight", device).float() if found else None
+
+    def bias(names: Sequence[str]) -> Tensor | None:
+        present = [f"{prefix}.{n}.bias" for n in names if f"{n}.bias" in has]
+        return torch.cat([_dense(model, n, device) for n in present]) if present else None
+
+    first, second = norm("input_layernorm"), norm("post_attention_layernorm")
+    assert first is not None and second is not None
+    qkv = [f"self_attn.{c}_proj" for c in "qkv"]
+    return LayerWeights(
+        input_norm=first,
+        qkv=_packed(model, [f"{prefix}.{n}" for n in qkv], device),
+        qkv_bias=bias(qkv),
+        q_norm=norm("self_attn.q_norm"),
+        k_norm=norm("self_attn.k_norm"),
+        o=_packed(model, [f"{attention}.o_proj"], device),
+        o_bias=bias(["self_attn.o_proj"]),
+        post_norm=second,
+        gate_up=_packed(model, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], device, gated=True),
+        down=_packed(model, [f"{mlp}.down_proj"], device),
+    )
+
+
+def _packed(model: StreamedModel, names: Sequence[str], device: torch.device, *, gated: bool = False) -> Packed:
+    """Layers of one input as one weight. Of different schemes they are decoded to 16 bits, which loses nothing."""
+    sources = [model.source_name(f"{name}.weight", suffix=".weight") for name in names]
+    join = weight_only.interleaved if gated else _below
+    schemes = {model.stored.scheme(s).weight if s in model.stored else None for s in sources}
+    scheme = schemes.pop()
+    if schemes or scheme is None or scheme.num_bits not in (4, 8) or 0 < scheme.group_size and scheme.group_size % 32:
+        return weight_only.pack_dense(join(*(_dense(model, f"{name}.weight", device) for name in names)))
+    found = [model.stored.weight(s) for s in sources]
+    codes = join(*(w.codes_OI.to(device) for w in found))
+    scale = join(*(w.scale_OG.to(device, torch.float16) for w in found))
+    zero = join(*(w.zero_point_OG.to(device) for w in found))
+    return weight_only.pack(codes, scale, zero, scheme.num_bits)
+
+
+def _below(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def _dense(model: StreamedModel, name: str, device: torch.device) -> Tensor:
+    source = model.source_name(name)
+    value = read_dense(model.stored, [source])[source].to(device)
+    if not bool(torch.isfinite(value).all()) or float(value.abs().max()) > 65504:
+        raise ArtifactError(f"{model.checkpoint.path}: {name} has values that float16 cannot hold; use --runtime torch")
+    return value.to(torch.float16)
+
+
+def _tables(model: StreamedModel, capacity: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as the model's own rotary module makes them, float32 `[capacity, D / 2]`."""
+    rotary = model.base.rotary_emb
+    assert isinstance(rotary, nn.Module)
+    cosines, sines = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(capacity)[None])
+    if cosines.shape[-1] != size:
+        raise UnsupportedError(
+            f"{model.checkpoint.path}: {cosines.shape[-1]} of a head's {size} values are rotated; use --runtime torch"
+        )
+    both = [t[0, :, : size // 2].float().contiguous().to(device) for t in (cosines, sines)]
+    return both[0], both[1]
+
+
+def _prove(model: StreamedModel, weights: Weights) -> None:
+    """Run a few tokens through the streamed model and through the kernels, the second half token by token."""
+    length = min(PROOF_TOKENS, len(weights.cosines))
+    ids = torch.arange(length)[None] * 7919 % model.vocab_size
+    hidden = model.embed(ids)
+    with torch.no_grad():
+        for index in range(model.num_blocks):
+            model.load_block(index)
+            hidden = model.run_block(index, hidden)
+            model.release_block(index)
+        wanted = model.head(hidden[:, -1:])[0, 0].float()
+    decoder = GpuDecoder(weights, capacity=length, graphs=False)
+    ids = ids.to(weights.embedding.device)
+    decoder.prefill(ids[:, : length // 2])
+    for t in range(length // 2, length):
+        found = decoder.step(ids[:, t])[0].float().cpu()
+    error = float((found - wanted).norm() / wanted.norm())
+    if not error < TOLERANCE:
+        raise ArtifactError(
+            f"{model.checkpoint.path}: the GPU decoder's logits differ from the model's by {error:.2g} of their size, "
+            f"and float16 explains {TOLERANCE}; use --runtime torch"
+        )
