@@ -82,6 +82,14 @@ class Sparse:
     tail_PN: Tensor
     entropy_P: Tensor
 
+    def cpu(self) -> Sparse:
+        return Sparse(
+            top_PK=self.top_PK.cpu(),
+            mass_PK=self.mass_PK.cpu(),
+            tail_PN=self.tail_PN.cpu(),
+            entropy_P=self.entropy_P.cpu(),
+        )
+
     def teacher(self, vocabulary: int) -> SparseTeacher:
         num_tail = self.tail_PN.shape[1]
         left_P1 = (1 - self.mass_PK.double().sum(-1, keepdim=True)).clamp(min=0).float()
@@ -101,6 +109,11 @@ def cut_down(hidden_PH: Tensor, head: Head, uniform_P: Tensor, settings: Setting
         _cut_block(head.logits(hidden_PH[rows]) / settings.temperature, uniform_P[rows], settings)
         for rows in (slice(i, i + step) for i in range(0, len(hidden_PH), step))
     ]
+    return joined(parts)
+
+
+def joined(parts: Sequence[Sparse]) -> Sparse:
+    """The positions of several, one after the other."""
     return Sparse(
         top_PK=torch.cat([p.top_PK for p in parts]),
         mass_PK=torch.cat([p.mass_PK for p in parts]),

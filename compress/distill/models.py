@@ -16,6 +16,7 @@ from compress.checkpoint import Checkpoint, torch_dtype
 from compress.dense import read_dense
 from compress.distill.heads import Head
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.formats import Stored, stored
 from compress.model import find_blocks, meta_model
 from compress.names import source_names
 from compress.tokens import load_tokenizer
@@ -25,12 +26,13 @@ PROBE_TOKENS = 12
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedModel:
-    """A causal language model in memory and the folder that it came from.
+    """A causal language model in memory and the folder that it came from, with how that stores quantized layers.
 
     names: the model's state names -> the folder's. Tied parameters are tied, and so have one name in the folder.
     """
 
     checkpoint: Checkpoint
+    stored: Stored
     model: nn.Module
     names: Mapping[str, str]
 
@@ -58,13 +60,14 @@ def load(path: Path, *, dtype: torch.dtype, device: str = "cpu", trust_remote_co
     """The model in the folder `path`, quantized weights dequantized, every parameter in `dtype`. In evaluation mode."""
     checkpoint = Checkpoint.open(path)
     model = meta_model(checkpoint, trust_remote_code=trust_remote_code)
-    names = source_names(checkpoint, model)
+    folder = stored(checkpoint)
+    names = source_names(folder, model)
     state: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
     for name, old in model.state_dict().items():
         source = names[name]
         if source not in read:
-            value = read_dense(checkpoint, [source])[source]
+            value = read_dense(folder, [source])[source]
             if tuple(value.shape) != tuple(old.shape):
                 raise ArtifactError(
                     f"{path}: tensor {source} has shape {tuple(value.shape)}, but config.json says "
@@ -76,7 +79,7 @@ def load(path: Path, *, dtype: torch.dtype, device: str = "cpu", trust_remote_co
         state[name] = read[source]
     model.load_state_dict(state, assign=True)
     model.tie_weights()  # type: ignore[operator]
-    return LoadedModel(checkpoint=checkpoint, model=model.to(device), names=names)
+    return LoadedModel(checkpoint=checkpoint, stored=folder, model=model.to(device), names=names)
 
 
 def output_layer(loaded: LoadedModel) -> nn.Linear:

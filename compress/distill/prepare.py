@@ -15,7 +15,7 @@ from torch import Tensor
 from compress import distributed, sampling
 from compress.artifact import read_manifest
 from compress.checkpoint import Checkpoint
-from compress.distill import data, memory, models, rows, teacher
+from compress.distill import data, held, memory, models, rows
 from compress.distill.cache import CachedTeacher
 from compress.distill.data import SELF, Mix
 from compress.distill.models import LoadedModel
@@ -85,6 +85,11 @@ def output_rows(path: Path) -> int:
     return int(text["vocab_size"])
 
 
+def num_ids(model: Path, vocabulary: int) -> int:
+    """Ids that may be drawn: the tokenizer's, not those of a padded vocabulary."""
+    return min(vocabulary, len(load_tokenizer(model)))
+
+
 def parameters_of(path: Path) -> int:
     """Numbers that a folder's tensors hold, from its headers."""
     return sum(math.prod(info.shape) for info in Checkpoint.open(path).tensors.values())
@@ -105,14 +110,14 @@ def load_student(request: DistillRequest) -> LoadedModel:
 
 
 def load_teacher(request: DistillRequest, dtype: str) -> LoadedModel:
-    """At the device; `w8a16` holds INT8 weights (see `teacher.hold_in_int8`)."""
+    """At the device; `w8a16` holds codes (see `held.hold`), which is also how a quantized folder is held."""
     kind = DTYPES.get(dtype, DTYPES[request.dtype])
     loaded = models.load(
         request.teacher.path, dtype=kind, device=request.device, trust_remote_code=request.trust_remote_code
     )
     models.proven_head(loaded)
     if dtype == "w8a16":
-        teacher.hold_in_int8(loaded)
+        held.hold(loaded)
     return loaded
 
 
@@ -137,12 +142,12 @@ def states(request: DistillRequest, student: LoadedModel, taught: LoadedModel | 
     return matching_states(len(student.blocks), len(taught.blocks), kept)
 
 
-def teacher_dtype(request: DistillRequest, parameters: int, free: int) -> str:
-    """`auto`: the dtype of the products, or INT8 weights where the teacher would take more than half of the memory."""
+def teacher_dtype(request: DistillRequest, parameters: int) -> str:
+    """`auto`: the dtype of the products, or codes where the teacher's would take more than half of the memory."""
     if request.teacher_dtype != "auto":
         return request.teacher_dtype
     size = parameters * DTYPES[request.dtype].itemsize
-    return "w8a16" if size > free // 2 else request.dtype
+    return "w8a16" if size > memory.available(request.device) // 2 else request.dtype
 
 
 # ---- text --------------------------------------------------------------------------------------------

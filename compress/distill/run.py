@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,15 +10,15 @@ from typing import Any
 
 import torch
 
-import compress
 from compress import distributed, output
-from compress.artifact import BUNDLED, Manifest, check_files, parent_path, read_manifest, rebased
-from compress.checkpoint import Checkpoint, content_of
-from compress.distill import flops, models, prepare, teacher
+from compress.artifact import Manifest, parent_path, read_manifest, rebased
+from compress.distill import flops, lora, models, prepare, teacher
 from compress.distill.cache import CachedTeacher
 from compress.distill.checkpoint import Checkpoints
 from compress.distill.engine import Engine, EngineOptions
 from compress.distill.gradients import GradientCompression
+from compress.distill.manifest import content, named, versions
+from compress.distill.meter import Meter
 from compress.distill.models import LoadedModel
 from compress.distill.optim import Rate, adamw
 from compress.distill.request import DTYPES, DistillOutcome, DistillRequest
@@ -52,25 +51,44 @@ class Prepared:
     plan: Plan
     states: tuple[int, ...]
     teacher_held_as: str | None
+    lora: bool
+
+    def meter(self) -> Meter:
+        """Of this run's speed. The peak is that of all processes' GPUs."""
+        device = next(self.student.model.parameters()).device
+        peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        tokens = self.plan.batch * self.rows.seq_len
+        return Meter(tokens, self.flops, None if peak is None else peak * distributed.num_processes())
+
+    @property
+    def flops(self) -> float:
+        """Operations a token, as `flops.per_token` counts them."""
+        teacher = None if self.taught is None else self.taught.model
+        return flops.per_token(self.student.model, teacher, frozen=self.lora)
 
 
 Heard = Callable[[dict[str, float], Prepared], None]
+Describe = Callable[[dict[str, float]], str]
 
 
 def distill(
-    request: DistillRequest, *, tell: Tell = SILENT, heard: Heard = lambda record, prepared: None
+    request: DistillRequest,
+    *,
+    tell: Tell = SILENT,
+    heard: Heard = lambda record, prepared: None,
+    describe: Describe = lambda record: f"loss {record['loss']:.4f}",
 ) -> DistillOutcome:
     """Train `request.student` to do what `request.teacher` does; an artifact at `request.out`.
 
     Under `torchrun` the processes share each update; the first writes, and all return the outcome. `heard` gets each
-    record of the curve as it is computed. Raises CompressError subclasses; nothing is then at `request.out`, and what
-    was trained stays in the run's scratch folder for the same command.
+    record of the curve as it is computed, and `describe` says what is shown of it. Raises CompressError subclasses;
+    nothing is then at `request.out`, and what was trained stays in the run's scratch folder for the same command.
     """
     prepare.refuse(request)
     with distributed.joined(request.device) as device, stoppable() as stop, ExitStack() as held:
         request = replace(request, device=device)
         place = distributed.first_does(lambda: held.enter_context(_reserve(request)))
-        outcome = _distill(request, place, stop, tell, heard)
+        outcome = _distill(request, place, stop, tell, heard, describe)
         distributed.wait_for_all()
         return outcome
 
@@ -84,14 +102,16 @@ def _reserve(request: DistillRequest) -> Any:
     return output.reserved(request.out, reads, force=request.force)
 
 
-def _distill(request: DistillRequest, place: Place | None, stop: Stop, tell: Tell, heard: Heard) -> DistillOutcome:
+def _distill(
+    request: DistillRequest, place: Place | None, stop: Stop, tell: Tell, heard: Heard, describe: Describe
+) -> DistillOutcome:
     vocabulary = models.common_vocabulary(
         request.student.path,
         request.teacher.path,
         prepare.output_rows(request.student.path),
         prepare.output_rows(request.teacher.path),
     )
-    hashes = {"student": _content(request.student), "teacher": _content(request.teacher)}
+    hashes = {"student": content(request.student), "teacher": content(request.teacher)}
     run = distributed.first_does(lambda: _start(request, place, hashes))
     if distributed.told_by_first(lambda: run is not None and run.is_published()):
         if run is not None:
@@ -99,9 +119,9 @@ def _distill(request: DistillRequest, place: Place | None, stop: Stop, tell: Tel
         return _outcome_of(request.out, ["an earlier run had finished this artifact; nothing was left to do"])
     scratch = Path(distributed.told_by_first(lambda: str(run.folder if run else "")))
     ready = _prepare(request, scratch, vocabulary, hashes["teacher"], tell)
-    engine, training = _training(request, scratch, ready, stop, tell, heard)
+    engine, training = _training(request, scratch, ready, stop, tell, heard, describe)
     state = training.run(resume=request.resume)
-    whole = engine.whole_state()
+    whole = lora.merged(engine.whole_state())
     facts = _facts(request, ready, training, state, engine.kind)
 
     def finish() -> tuple[dict[str, Any], int]:
@@ -126,14 +146,6 @@ def _distill(request: DistillRequest, place: Place | None, stop: Stop, tell: Tel
     return DistillOutcome(out=request.out, record=record, verified=verified, notes=notes)
 
 
-def _content(source: Source) -> str:
-    """Hash of a model's config and weights; its files are compared with its manifest, if it has one."""
-    found: str = distributed.told_by_first(
-        lambda: content_of(check_files(source.path).hashes, Checkpoint.open(source.path).content_files())
-    )
-    return found
-
-
 def _start(request: DistillRequest, place: Place | None, hashes: dict[str, str]) -> Run:
     assert place is not None
     identity = {"stage": "distill", **hashes, **request.options(), "versions": versions()}
@@ -156,7 +168,7 @@ def _prepare(request: DistillRequest, scratch: Path, vocabulary: int, teacher_sh
     kind = _engine_options(request).resolved(distributed.num_processes())
     loaded: list[LoadedModel] = []
     size = prepare.parameters_of(request.teacher.path)
-    held_as = prepare.teacher_dtype(request, size, prepare.memory.available(request.device))
+    held_as = prepare.teacher_dtype(request, size)
 
     def taught() -> LoadedModel:
         if not loaded:
@@ -197,6 +209,8 @@ def _prepare(request: DistillRequest, scratch: Path, vocabulary: int, teacher_sh
         clip=request.clip,
         seed=request.seed,
         isolate=request.isolate,
+        on_policy=request.on_policy,
+        num_ids=prepare.num_ids(request.teacher.path, vocabulary),
         checkpoint_steps=request.checkpoint_steps,
         checkpoint_seconds=60 * request.checkpoint_minutes,
     )
@@ -209,6 +223,7 @@ def _prepare(request: DistillRequest, scratch: Path, vocabulary: int, teacher_sh
         plan=plan,
         states=tuple(mine),
         teacher_held_as=held_as if live is not None else None,
+        lora=request.lora is not None,
     )
 
 
@@ -222,8 +237,10 @@ def _engine_options(request: DistillRequest) -> EngineOptions:
 
 
 def _training(
-    request: DistillRequest, scratch: Path, ready: Prepared, stop: Stop, tell: Tell, heard: Heard
+    request: DistillRequest, scratch: Path, ready: Prepared, stop: Stop, tell: Tell, heard: Heard, describe: Describe
 ) -> tuple[Engine, Training]:
+    if request.lora is not None:
+        lora.add(ready.student, request.lora)
     if request.compile:
         for block in ready.student.blocks:
             block.compile(dynamic=False)
@@ -255,6 +272,7 @@ def _training(
         stop=stop,
         tell=tell,
         heard=lambda record: heard(record, ready),
+        describe=describe,
     )
     return engine, training
 
@@ -278,9 +296,7 @@ def _facts(request: DistillRequest, ready: Prepared, training: Training, state: 
         "curve": [{**r, "tokens": r["step"] * tokens} for r in state.curve[every - 1 :: every]],
         "watch": None if ready.watch is None else {"sha256": ready.watch.rows.sha256, "looks": state.watched},
         "gradient_bytes": saved,
-        "flops_per_token": flops.per_token(
-            ready.student.model, None if ready.taught is None else ready.taught.model, frozen=request.lora is not None
-        ),
+        "flops_per_token": ready.flops,
     }
 
 
@@ -293,30 +309,6 @@ def _record(request: DistillRequest, hashes: dict[str, str], facts: dict[str, An
         "teacher": {"path": named(request.teacher.path, request.out), "sha256": hashes["teacher"]},
         "versions": versions(),
         **facts,
-    }
-
-
-def named(path: Path, out: Path) -> str:
-    """How a manifest in `out` names a model: bundled, or relative to itself so that a workspace can move."""
-    import calibration_data
-
-    if path.resolve() == calibration_data.reference_model().resolve():
-        return BUNDLED
-    return os.path.relpath(path.resolve(), out.resolve())
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the bytes."""
-    import accelerate
-    import numpy
-    import transformers
-
-    return {
-        "compress": compress.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "numpy": numpy.__version__,
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from compress.distill.heads import Teacher
 from compress.distill.losses import IGNORED, Objective, losses
 from compress.distill.models import LoadedModel, head_of
+from compress.distill.onpolicy import rewrite
 from compress.distill.rows import Batch
 
 PARTS = ("divergence", "cross_entropy", "hidden")
@@ -55,6 +57,15 @@ class Study:
     lesson: Lesson
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rewrite:
+    """Continue a batch's rows with the student's own text; see `onpolicy.rewrite`."""
+
+    batch: Batch
+    uniform_BT: Tensor
+    num_ids: int
+
+
 class Student(nn.Module):
     """See the module docstring. states: which of the student's hidden states are to meet the lesson's, in its order.
 
@@ -74,8 +85,13 @@ class Student(nn.Module):
         """Use autocast to `dtype`; None computes in the weights' own."""
         self._compute = dtype
 
-    def forward(self, study: Study) -> tuple[Tensor, Tensor]:
-        """(loss, parts `[3]` without gradient): means over the batch's tokens, in nats a token; see `PARTS`."""
+    def forward(self, study: Study | Rewrite) -> tuple[Any, Tensor]:
+        """(loss, parts `[3]` without gradient): means over the batch's tokens, in nats a token; see `PARTS`.
+
+        For a `Rewrite`: (batch, tokens to be counted).
+        """
+        if isinstance(study, Rewrite):
+            return self._rewritten(study)
         batch = study.batch
         kind = batch.ids_BT.device.type
         with torch.autocast(kind, self._compute, enabled=self._compute is not None):
@@ -88,6 +104,15 @@ class Student(nn.Module):
             parts = self._parts(study, out)
         total = torch.stack([w * p for w, p in zip(self._goal.weights, parts, strict=True) if w]).sum()
         return total, torch.stack([p.detach() for p in parts])
+
+    def _rewritten(self, task: Rewrite) -> tuple[Batch, Tensor]:
+        training = self.training
+        self.eval()  # checkpointed blocks keep no cache of keys while training
+        try:
+            with torch.autocast(task.batch.ids_BT.device.type, self._compute, enabled=self._compute is not None):
+                return rewrite(self.model, task.batch, task.uniform_BT, task.num_ids)
+        finally:
+            self.train(training)
 
     def _parts(self, study: Study, out: object) -> tuple[Tensor, Tensor, Tensor]:
         hidden_BTH: Tensor = out.last_hidden_state  # type: ignore[attr-defined]

@@ -39,6 +39,13 @@ class LiveTeacher:
         loaded.model.requires_grad_(False)
 
     @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states `[P, H]`."""
+        out = self.loaded.base(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
+        last: Tensor = out.last_hidden_state
+        return last.flatten(0, 1)
+
+    @torch.no_grad()
     def lesson(self, batch: Batch) -> Lesson:
         out = self.loaded.base(
             input_ids=batch.ids_BT,
@@ -57,29 +64,3 @@ def shard(loaded: LoadedModel) -> None:
     block: nn.Module
     for block in loaded.blocks:
         fully_shard(block)
-
-
-class Int8Linear(nn.Module):
-    """A linear whose weight is held as INT8 codes with one scale a row, and made dense when it is used (W8A16)."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        w_OI = linear.weight.detach().float()
-        scale_O = (w_OI.abs().amax(dim=1) / 127).clamp(min=1e-12)
-        self.register_buffer("codes_OI", (w_OI / scale_O[:, None]).round_().to(torch.int8))
-        self.register_buffer("scale_O", scale_O)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        codes_OI, scale_O = self.get_buffer("codes_OI"), self.get_buffer("scale_O")
-        weight_OI = codes_OI.to(x.dtype) * scale_O.to(x.dtype)[:, None]
-        return torch.nn.functional.linear(x, weight_OI, self.bias)
-
-
-def hold_in_int8(loaded: LoadedModel) -> None:
-    """Replace the linears of the blocks by `Int8Linear`: half of bfloat16's memory, rounding far below a teacher's."""
-    for block in loaded.blocks:
-        for name, module in list(block.named_modules()):
-            if isinstance(module, nn.Linear):
-                owner, _, leaf = name.rpartition(".")
-                setattr(block.get_submodule(owner), leaf, Int8Linear(module))

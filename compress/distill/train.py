@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from compress.distill import checkpoint
 from compress.distill.checkpoint import Checkpoints
 from compress.distill.engine import Engine
 from compress.distill.gradients import GradientCompression
+from compress.distill.onpolicy import is_on_policy, uniforms
 from compress.distill.optim import Rate, set_rate
 from compress.distill.rows import Batch, Rows, order
 from compress.distill.signals import Stop
-from compress.distill.student import PARTS, Study
+from compress.distill.student import PARTS, Rewrite, Study
 from compress.distill.teacher import Lessons
 from compress.distill.watch import Watch
 from compress.errors import CompressError
@@ -48,7 +49,10 @@ class Stopped(CompressError):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """steps: updates. batch: rows an update. micro: rows a pass of one process. clip: largest norm of a gradient."""
+    """steps: updates. batch: rows an update. micro: rows a pass of one process. clip: largest norm of a gradient.
+
+    on_policy: share of updates on the student's own text, of the first `num_ids` ids. isolate: see `Rows.batch`.
+    """
 
     steps: int
     batch: int
@@ -57,6 +61,8 @@ class Plan:
     clip: float = 1.0
     seed: int = 0
     isolate: bool = False
+    on_policy: float = 0.0
+    num_ids: int = 0
     checkpoint_steps: int = 0
     checkpoint_seconds: float = 600.0
 
@@ -143,8 +149,7 @@ class Training:
         set_rate(self.engine.optimizer, rate)
         sums = torch.zeros(1 + len(PARTS), dtype=torch.float64)
         for number in range(plan.passes):
-            batch = self._batch(step, number).to(self.engine.device)
-            study = Study(batch=batch, lesson=self.lessons.lesson(batch))
+            study = self._study(step, number)
             with self.engine.accumulating(last=number + 1 == plan.passes):
                 loss, parts = self.engine.module(study)
                 self.engine.backward(loss / plan.passes)
@@ -173,11 +178,25 @@ class Training:
             )
         return record, bool(due)
 
+    def _study(self, step: int, number: int) -> Study:
+        """What pass `number` of an update reads, with the teacher's word on it."""
+        batch, counted_P = self._batch(step, number).to(self.engine.device), None
+        if is_on_policy(step, self.plan.on_policy):
+            places = [self._place(step, number) + i for i in range(self.plan.micro)]
+            uniform_BT = uniforms(step, places, self.rows.seq_len, self.plan.seed)
+            task = Rewrite(batch=batch, uniform_BT=uniform_BT, num_ids=self.plan.num_ids)
+            batch, counted_P = self.engine.module(task)
+        return Study(batch=batch, lesson=replace(self.lessons.lesson(batch), counted_P=counted_P))
+
+    def _place(self, step: int, number: int) -> int:
+        """The first of this process's places in the order of rows."""
+        plan = self.plan
+        return step * plan.batch + (number * distributed.num_processes() + distributed.rank()) * plan.micro
+
     def _batch(self, step: int, number: int) -> Batch:
         """This process's rows for pass `number` of update `step`."""
-        plan = self.plan
-        start = step * plan.batch + (number * distributed.num_processes() + distributed.rank()) * plan.micro
-        return self.rows.batch([self._row(start + i) for i in range(plan.micro)], isolate=plan.isolate)
+        start = self._place(step, number)
+        return self.rows.batch([self._row(start + i) for i in range(self.plan.micro)], isolate=self.plan.isolate)
 
     def _row(self, place: int) -> int:
         epoch, within = divmod(place, len(self.rows))
