@@ -3,6 +3,12 @@
 Each message is one sentence that names the thing, both values and a way out.
 """
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CompressError(Exception):
     """Base of every error that a user can cause or mend; exit code 1."""
@@ -28,3 +34,59 @@ class GateFailed(CompressError):
     def __init__(self, message: str, exit_code: int = 3) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+# What of a foreign message is shown: some libraries print a whole file.
+REASON_CHARS = 200
+
+
+def reason(error: BaseException) -> str:
+    """An exception's message on one line and cut, or its type where it has none."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{name}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it does not fit in memory"
+    text = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, KeyError):
+        text = f"no entry {text}"
+    return (text if len(text) <= REASON_CHARS else f"{text[:REASON_CHARS]}...") or type(error).__name__
+
+
+@contextmanager
+def explained(what: str, way_out: str, kind: type[CompressError] = ArtifactError) -> Iterator[None]:
+    """Whatever code that is not ours raises inside becomes one sentence of ours: `what (its reason); way_out`.
+
+    For calls into libraries on a user's files. They raise anything, from KeyError to bare Exception, and a list of what
+    they raise today is wrong tomorrow. Our own errors pass; a full disk or memory is never called the file's fault.
+    """
+    try:
+        yield
+    except CompressError:
+        raise
+    except Exception as e:
+        full = out_of_room(e)
+        if full is not None:
+            raise full from e
+        raise kind(f"{what} ({reason(e)}); {way_out}") from e
+
+
+def out_of_room(error: BaseException) -> CompressError | None:
+    """The sentence for a full disk, quota or memory, wherever it was met; None for anything else."""
+    text = str(error)
+    no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if no_space or "No space left on device" in text or "os error 28" in text:
+        where = getattr(error, "filename", None)
+        return ArtifactError(
+            f"the disk is full{f' at {where}' if where else ''}: what was being written is incomplete; free some space "
+            "and run the same command again"
+        )
+    gpu = type(error).__name__ == "OutOfMemoryError"
+    if gpu or isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+        where = "the GPU's memory" if gpu else "memory"
+        return ConfigError(
+            f"{where} does not suffice ({reason(error)}); use a machine with more of it, or a smaller model"
+        )
+    return None

@@ -1,8 +1,8 @@
 """A causal language model whose decoder blocks are on the meta device until each is needed.
 
-Any decoder-only architecture of transformers works without code of its own: the blocks are found as the model's
-longest module list, and what each block is called with (masks, rotary tables) is recorded by running the model's
-own forward with the blocks replaced by recorders. Peak memory is the loaded block, not the model.
+Any decoder-only architecture of transformers works without code of its own: the blocks are those that the model's own
+forward runs, and what each is called with (masks, rotary tables) is recorded by running that forward with the blocks
+replaced by recorders. Peak memory is the loaded block, not the model.
 
 Shapes: B batch, T tokens, H hidden size, V vocabulary, O out_features, I in_features
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from compress import activations
 from compress.checkpoint import Checkpoint
+from compress.decoder import base_of, find_decoder, input_embedding
 from compress.dense import read_dense
-from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.errors import ArtifactError, ConfigError, UnsupportedError, explained
 from compress.formats import stored
-from compress.linear import is_linear, linears
-from compress.names import source_names
+from compress.linear import linears
+from compress.names import check_all_read, source_names
+from compress.skeleton import meta_model
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _Stop(Exception):
+class _Stop(BaseException):
     """Ends the model's forward once the last block's call is recorded."""
 
 
@@ -59,12 +61,14 @@ class StreamedModel:
         self.model = model
         self.dtype = dtype
         self.device = device
-        self.base: nn.Module = getattr(model, str(model.base_model_prefix))
-        self.blocks_name, self.blocks = find_blocks(model)
+        self.base = base_of(model)
+        decoder = find_decoder(model, checkpoint.path)
+        self.blocks_name, self.blocks = decoder.name, decoder.blocks
+        self.embedding = input_embedding(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._on_meta = [dict(block.named_parameters()) for block in self.blocks]
         self._source = source_names(self.stored, model)
-        self._returns_tuple = False
+        self._returns_tuple = decoder.returns_tuple
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._wide = False
         self._rows: tuple[Tensor, Tensor] | None = None
@@ -79,7 +83,7 @@ class StreamedModel:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> StreamedModel:
-        """Read a model folder's config and headers; no weight is loaded.
+        """Read a model folder's config and headers; no weight is loaded, every tensor's name and shape is checked.
 
         Weights stored as AutoAWQ gemm or compressed-tensors integers are dequantized when their block is loaded.
         Raises ArtifactError for a damaged folder and UnsupportedError for an architecture that does not fit.
@@ -88,8 +92,9 @@ class StreamedModel:
             configure_allocator()
         checkpoint = Checkpoint.open(path)
         model = meta_model(checkpoint, trust_remote_code=trust_remote_code)
-        _refuse_experts(checkpoint, model)
-        return cls(checkpoint, model, dtype, torch.device(device))
+        opened = cls(checkpoint, model, dtype, torch.device(device))
+        check_all_read(opened.stored, model, opened._source, opened.blocks_name, opened.num_blocks)
+        return opened
 
     @property
     def num_blocks(self) -> int:
@@ -98,7 +103,7 @@ class StreamedModel:
     @property
     def vocab_size(self) -> int:
         """Rows of the input embedding; token ids must be below it."""
-        return int(self.base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        return int(self.embedding.weight.shape[0])
 
     def block_prefix(self, index: int) -> str:
         """The checkpoint's own name of a block, with a final dot: `model.layers.3.`"""
@@ -185,12 +190,7 @@ class StreamedModel:
         if self.device.type != "cpu":  # checked and converted where that is quick
             values = {source: value.to(self.device, non_blocking=True) for source, value in values.items()}
         for source, value in values.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                bad = int((~torch.isfinite(value)).sum())
-                raise ArtifactError(
-                    f"{self.checkpoint.path}: tensor {source} has {bad} NaN or infinite values; "
-                    "the model is damaged, fetch it again"
-                )
+            self._check_finite(source, value)
         state = {}
         for name, old in module.state_dict().items():
             value = values[wanted[name]]
@@ -226,8 +226,8 @@ class StreamedModel:
 
     def embed_batches(self, ids_NT: Tensor, batch: int) -> list[Tensor]:
         """`embed` of every `batch` rows of `ids_NT`; the embedding is read from the checkpoint once for all of them."""
-        _, unique = self._compact_ids(ids_NT)
-        self._rows = (unique, self.checkpoint.rows(self._embedding_source(), unique))
+        unique = self._unique_ids(ids_NT)
+        self._rows = (unique, self._embedding_table(unique))
         try:
             with self._outside_loaded(head=False):
                 return [self.embed(part) for part in ids_NT.split(batch)]
@@ -260,14 +260,27 @@ class StreamedModel:
         call = self._call(index, hidden)
         with torch.autocast(self.device.type, self.dtype, enabled=self._wide):
             out = torch.func.functional_call(self.blocks[index], dict(weights), (hidden, *call.args), dict(call.kwargs))
-        result = out[0] if isinstance(out, tuple) else out
+        result = out[0] if isinstance(out, tuple | list) else out
         assert isinstance(result, Tensor)
         return result
 
+    def _explained(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """For calls of transformers' modules: what they raise, they raise about the config and the tensors they got."""
+        return explained(
+            f"{self.checkpoint.path}: {what}", "its config.json does not fit its weights, fetch both again"
+        )
+
     def _run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        out = self.blocks[index](hidden, *call.args, **call.kwargs)
-        self._returns_tuple = isinstance(out, tuple)
-        result = out[0] if isinstance(out, tuple) else out
+        held = _sizes(call.kwargs)
+        with self._explained(f"block {self.blocks_name}.{index} cannot be run"):
+            out = self.blocks[index](hidden, *call.args, **call.kwargs)
+        if _sizes(call.kwargs) != held:
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: block {self.blocks_name}.{index} hands more than hidden states to later "
+                f"blocks ({', '.join(held)}); such models are not supported yet"
+            )
+        self._returns_tuple = isinstance(out, tuple | list)
+        result = out[0] if isinstance(out, tuple | list) else out
         assert isinstance(result, Tensor)
         return result
 
@@ -314,16 +327,14 @@ class StreamedModel:
             return forward
 
         target = self.model if last is not None else self.base
-        compact, unique = self._compact_ids(ids_BT)
+        unique = self._unique_ids(ids_BT)
         with self._outside_loaded(head=last is not None), self._embedding_rows(unique), torch.no_grad():
             out: Any = None
             try:
                 for i, block in enumerate(self.blocks):
                     block.forward = recorder(i, self._returns_tuple)
-                try:
-                    out = target(input_ids=compact.to(self.device), use_cache=False)
-                except _Stop:
-                    pass
+                with self._explained("it cannot be run"), contextlib.suppress(_Stop):
+                    out = target(input_ids=ids_BT.to(self.device), use_cache=False)
             finally:
                 for block in self.blocks:
                     del block.forward
@@ -331,39 +342,72 @@ class StreamedModel:
             self._calls[(ids_BT.shape[0], ids_BT.shape[1])] = calls
         return (first[0] if last is None else out.logits), calls
 
-    def _compact_ids(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def _unique_ids(self, ids_BT: Tensor) -> Tensor:
         if int(ids_BT.max()) >= self.vocab_size or int(ids_BT.min()) < 0:
             raise ConfigError(
                 f"token id {int(ids_BT.max())} does not exist in the model's vocabulary of {self.vocab_size}; "
                 "the tokenizer belongs to another model"
             )
-        unique, inverse = torch.unique(ids_BT.cpu(), return_inverse=True)
-        return inverse, unique
+        unique: Tensor = torch.unique(ids_BT.cpu())
+        return unique
 
     def _embedding_source(self) -> str:
-        return self._source[f"{self._names[id(self.base.get_input_embeddings())]}.weight"]  # type: ignore[operator]
+        return self._source[f"{self._names[id(self.embedding)]}.weight"]
 
     @contextlib.contextmanager
     def _embedding_rows(self, unique: Tensor) -> Iterator[None]:
-        """The input embedding holding only the rows in use: a vocabulary of 128k costs gigabytes otherwise."""
-        embedding: nn.Embedding = self.base.get_input_embeddings()  # type: ignore[operator]
+        """The input embedding with the rows of the ids `unique` only: a vocabulary of 128k costs gigabytes otherwise.
+
+        The model is given the ids as they are, and its embedding looks them up among the rows that are there: whatever
+        else a model does with ids, it does with the right ones.
+        """
+        embedding = self.embedding
         if self._rows is None:
-            stored = self.checkpoint.rows(self._embedding_source(), unique)
+            stored = self._embedding_table(unique)
         else:
             stored = self._rows[1][torch.searchsorted(self._rows[0], unique)]
-        rows = stored.to(self.device, self.dtype)
-        held, padding = embedding._parameters["weight"], embedding.padding_idx
+        rows, there = stored.to(self.device, self.dtype), unique.to(self.device)
+        held, padding, forward = embedding._parameters["weight"], embedding.padding_idx, embedding.forward
+
+        def by_id(ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            place = torch.searchsorted(there, ids).clamp(max=len(there) - 1)
+            if not bool((there[place] == ids).all()):
+                raise UnsupportedError(
+                    f"{self.checkpoint.path}: {type(self.model).__name__} replaces token ids before it looks them up; "
+                    "such models are not supported yet"
+                )
+            return forward(place, *args, **kwargs)
+
         embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         embedding.padding_idx = None
+        embedding.forward = by_id  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
             embedding._parameters["weight"], embedding.padding_idx = held, padding
+            del embedding.forward
+
+    def _embedding_table(self, unique: Tensor) -> Tensor:
+        """Rows of the input embedding as stored; ArtifactError when one is not finite."""
+        name = self._embedding_source()
+        rows = self.checkpoint.rows(name, unique)
+        self._check_finite(name, rows)
+        return rows
+
+    def _check_finite(self, source: str, value: Tensor) -> None:
+        if not value.is_floating_point():
+            return
+        finite = torch.isfinite(value.float() if value.element_size() == 1 else value)
+        if not bool(finite.all()):
+            raise ArtifactError(
+                f"{self.checkpoint.path}: tensor {source} has {int((~finite).sum())} NaN or infinite values; "
+                "the model is damaged, fetch it again"
+            )
 
     @contextlib.contextmanager
     def _outside_loaded(self, head: bool) -> Iterator[None]:
         """Load the modules outside the blocks, except the input embedding; the output matrix only for `head`."""
-        embedding = self.base.get_input_embeddings()  # type: ignore[operator]
+        embedding = self.embedding
         output = self.model.get_output_embeddings()  # type: ignore[operator]
         loaded: list[nn.Module] = []
         for name, module in self.model.named_modules():
@@ -384,47 +428,9 @@ class StreamedModel:
                 _to_meta(module)
 
 
-def meta_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn.Module:
-    """The transformers causal LM that `checkpoint.config` describes, parameters on the meta device.
-
-    Buffers are real: rotary frequencies and the like are computed by the model, not stored.
-    """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as e:
-        kind = checkpoint.config.get("model_type")
-        reason = " ".join(str(e).split())[:200]
-        raise UnsupportedError(
-            f"{checkpoint.path}: transformers cannot build a causal language model of type {kind!r} ({reason}); "
-            "upgrade transformers, or pass --trust-remote-code if the folder ships its own code and you trust it"
-        ) from e
-    module: nn.Module = model.eval()
-    return module
-
-
-def find_blocks(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
-    """Name and members of the decoder's module list: the longest outermost one whose members hold linears."""
-    best: tuple[str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            if not any(is_linear(m) for m in module[0].modules()):
-                continue
-            if best is None or (len(module) > len(best[1]) and not name.startswith(best[0] + ".")):
-                best = (name, module)
-    if best is None:
-        raise UnsupportedError(
-            f"{type(model).__name__} has no list of decoder blocks with linear layers; only decoder-only "
-            "transformers can be streamed"
-        )
-    return best[0], list(best[1])
+def _sizes(kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """Entries in each of a block's arguments that a block could write to (keys and values shared between blocks)."""
+    return {k: len(v) for k, v in kwargs.items() if isinstance(v, MutableMapping | MutableSequence)}
 
 
 def _widened(value: Any, dtype: torch.dtype) -> Any:
@@ -436,15 +442,6 @@ def _widened(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, dict):
         return {key: _widened(v, dtype) for key, v in value.items()}
     return value
-
-
-def _refuse_experts(checkpoint: Checkpoint, model: nn.Module) -> None:
-    for name, p in find_blocks(model)[1][-1].named_parameters():
-        if p.ndim >= 3 and "conv" not in name:
-            raise UnsupportedError(
-                f"{checkpoint.path}: {checkpoint.config.get('model_type')} keeps experts in {name} {tuple(p.shape)}; "
-                "mixture-of-experts models are not supported yet, use a dense model"
-            )
 
 
 def _to_meta(module: nn.Module) -> None:

@@ -5,6 +5,8 @@ Shapes: B rows sampled together, T seq_len, V vocabulary
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +14,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.checkpoint import Checkpoint
 from compress.errors import ConfigError
-from compress.tokens import token_ids
+from compress.long_text import token_ids
+from compress.tell import SILENT, Tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_model_float32(model: Path, device: str = "cpu") -> PreTrainedModel:
+# The most weights (bytes, as stored) that a model may have to be sampled from unasked: token by token a larger one
+# takes hours on a CPU, and all of it is held in float32.
+LARGEST_ON_CPU = 1_000_000_000
+LARGEST_ON_GPU = 4_000_000_000
+
+
+def may_sample_from(model: Path, device: str) -> str | None:
+    """Why the model in a folder is too large to be sampled from without being asked to; None if it is not."""
+    size = sum(info.num_bytes for info in Checkpoint.open(model).tensors.values())
+    largest = LARGEST_ON_CPU if torch.device(device).type == "cpu" else LARGEST_ON_GPU
+    if size <= largest:
+        return None
+    return (
+        f"{model} holds {size / 1e9:.1f} GB of weights, more than the {largest / 1e9:.0f} GB up to which text is "
+        f"sampled from the model itself by default on {torch.device(device).type}"
+    )
+
+
+def sample_from_folder(
+    model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    tell: Tell = SILENT,
+) -> Tensor:
+    """`sample_from_model` of the model in a folder, loaded for it and released."""
+    tell.say(f"sampling {num_samples} rows of {seq_len} tokens from {model} itself, token by token")
+    loaded = load_model_float32(model, device, trust_remote_code=trust_remote_code)
+    return sample_from_model(loaded, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, tell=tell)
+
+
+def load_model_float32(model: Path, device: str = "cpu", *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model in the folder `model`, float32, on `device`.
 
     It holds the whole model in memory (4 bytes a parameter), unlike the rest of this toolkit.
@@ -28,12 +67,12 @@ def load_model_float32(model: Path, device: str = "cpu") -> PreTrainedModel:
 
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            str(model), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            str(model), dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"--calib self cannot load the model in {model} ({reason}); pass a text file with --calib FILE.txt"
+            f"the model in {model} cannot be loaded to sample text from it ({reason}); pass a text file instead of self"
         ) from error
     return loaded.to(device).eval()
 
@@ -48,6 +87,7 @@ def sample_from_model(
     seed: int,
     batch_size: int = 32,
     first_row: int = 0,
+    tell: Tell = SILENT,
 ) -> Tensor:
     """int64 [num_samples, seq_len] drawn from `model` at temperature 1 with nothing cut off, on the CPU.
 
@@ -61,11 +101,17 @@ def sample_from_model(
     start = _start_ids(tokenizer)
     num_ids = len(tokenizer)
     rows = []
+    tell.start("sampled position", seq_len * -(-num_samples // batch_size))
+    positions = itertools.count(1)
+
+    def step() -> None:
+        tell.step(next(positions))
+
     for first in range(0, num_samples, batch_size):
         numbers = range(first, min(first + batch_size, num_samples))
         streams = [np.random.Generator(np.random.PCG64([seed, first_row + row])) for row in numbers]
         uniform_BT = torch.from_numpy(np.stack([stream.random(seq_len) for stream in streams]))
-        rows.append(_sample_batch(model, start, tokenizer.eos_token_id, num_ids, uniform_BT))
+        rows.append(_sample_batch(model, start, tokenizer.eos_token_id, num_ids, uniform_BT, step))
     return torch.cat(rows)
 
 
@@ -79,13 +125,18 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if token is not None:
             return [token]
     raise ConfigError(
-        "--calib self needs a token to start from, and the tokenizer has neither end-of-text nor BOS; "
-        "pass a text file with --calib FILE.txt"
+        "sampling text from the model needs a token to start from, and the tokenizer has neither end-of-text nor BOS; "
+        "pass a text file instead of self"
     )
 
 
 def _sample_batch(
-    model: PreTrainedModel, start: list[int], end_of_text: int | None, num_ids: int, uniform_BT: Tensor
+    model: PreTrainedModel,
+    start: list[int],
+    end_of_text: int | None,
+    num_ids: int,
+    uniform_BT: Tensor,
+    step: Callable[[], None],
 ) -> Tensor:
     num_rows, seq_len = uniform_BT.shape
     ids_BT = torch.empty(num_rows, seq_len, dtype=torch.int64)
@@ -99,6 +150,7 @@ def _sample_batch(
             if not forced[row] and token == end_of_text:
                 forced[row] = list(restart)
             ids_BT[row, position] = token
+        step()
         if position + 1 == seq_len:
             break
         ids_B1 = ids_BT[:, position : position + 1].to(model.device)

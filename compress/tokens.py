@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.chat import Rendered
 from compress.errors import ConfigError
+from compress.long_text import ids_of, token_ids
+from compress.texts import CALIBRATION, Purpose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTokens:
-    """Rows cut from a stream of tokens, in order: num_total == ids_NT.numel() + num_unused."""
+    """Rows cut from a stream of tokens, in order.
+
+    num_total: tokens of the stream that were read; num_unused: those in no row. The rest are in the rows, in which a
+    begin-of-text token may stand besides.
+    """
 
     ids_NT: Tensor
     num_total: int
@@ -56,37 +63,38 @@ def pack(
     num_samples: int,
     seq_len: int,
     vocab_size: int,
+    purpose: Purpose = CALIBRATION,
 ) -> PackedTokens:
     """`documents` tokenized, joined and cut into at most `num_samples` rows of `seq_len` tokens, in order.
 
     A document keeps the special tokens that the tokenizer puts around a text (Llama: BOS before it). If it
     puts none, its end-of-text token goes between two documents, if it has one. Empty documents add nothing.
-    Reading stops as soon as the rows are full; what the last document has beyond them is counted as unused.
+    Where the tokenizer begins a text with BOS, so does every row, as the model was trained to see it: a row
+    from within a document gets one of its own. Reading stops as soon as the rows are full, in the middle of a
+    long document too; what was read beyond them is counted as unused.
 
     ConfigError when not even one row fills, or when an id is not below the model's `vocab_size`.
     """
-    chunks = _joined_ids(documents, tokenizer)
-    return cut(chunks, num_samples=num_samples, seq_len=seq_len, vocab_size=vocab_size)
+    if num_samples < 1 or seq_len < 1:
+        raise ConfigError(
+            f"{purpose.name} needs at least 1 sample of 1 token, not {num_samples} samples of {seq_len}; "
+            "pass --samples 128 --seq-len 512"
+        )
+    front = begin_id(tokenizer)
+    ids = take(joined_ids(documents, tokenizer), num_samples * seq_len)
+    rows, num_used = _rows(ids, num_samples, seq_len, None if seq_len == 1 else front)
+    if not rows:
+        shorter = f" or --seq-len {1 << (len(ids).bit_length() - 1)}" if ids else ""
+        raise ConfigError(
+            f"{purpose.name} text gives {len(ids)} tokens, one sample needs {seq_len}; pass more text{shorter}"
+        )
+    ids_NT = torch.tensor(rows, dtype=torch.int64)
+    check_ids(ids_NT, vocab_size)
+    return PackedTokens(ids_NT=ids_NT, num_total=len(ids), num_unused=len(ids) - num_used)
 
 
-def pack_lines(
-    text: str, tokenizer: PreTrainedTokenizerBase, *, num_samples: int, seq_len: int, vocab_size: int
-) -> PackedTokens:
-    """As `pack`, of one plain text that is tokenized line by line, without any special token.
-
-    Other quantizers are measured on text cut in this way, so results on the same file compare; and a long
-    text is never tokenized further than needed. Each line gets a line feed, the last one too.
-    """
-    lines = (token_ids(tokenizer, line + "\n", special=False) for line in text.split("\n"))
-    return cut(lines, num_samples=num_samples, seq_len=seq_len, vocab_size=vocab_size)
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    # verbose=False: no warning that a document is longer than the context, it will be cut into rows
-    return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
-
-
-def _joined_ids(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def joined_ids(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The documents' tokens one after the other, as `pack` describes, in pieces."""
     marks_documents = bool(token_ids(tokenizer, "", special=True))
     end_of_text = tokenizer.eos_token_id
     separator = [] if marks_documents or end_of_text is None else [end_of_text]
@@ -94,35 +102,56 @@ def _joined_ids(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) ->
     for document in documents:
         if not document:
             continue
-        yield ([] if is_first else separator) + token_ids(tokenizer, document, special=marks_documents)
+        rendered = isinstance(document, Rendered)
+        if not is_first and not rendered:
+            yield separator
+        yield from ids_of(tokenizer, document, special=marks_documents and not rendered)
         is_first = False
 
 
-def cut(chunks: Iterable[list[int]], *, num_samples: int, seq_len: int, vocab_size: int) -> PackedTokens:
-    if num_samples < 1 or seq_len < 1:
-        raise ConfigError(
-            f"calibration needs at least 1 sample of 1 token, not {num_samples} samples of {seq_len}; "
-            "pass --samples 128 --seq-len 512"
-        )
+def take(pieces: Iterable[list[int]], least: int) -> list[int]:
+    """The pieces joined until they hold at least `least` ids; no piece behind that is asked for."""
     ids: list[int] = []
-    for chunk in chunks:
-        ids += chunk
-        if len(ids) >= num_samples * seq_len:
+    for piece in pieces:
+        ids += piece
+        if len(ids) >= least:
             break
-    num_rows = min(num_samples, len(ids) // seq_len)
-    if num_rows == 0:
-        shorter = f" or --seq-len {1 << (len(ids).bit_length() - 1)}" if ids else ""
-        raise ConfigError(
-            f"calibration text gives {len(ids)} tokens, one sample needs {seq_len}; pass more text{shorter}"
-        )
-    used = torch.tensor(ids[: num_rows * seq_len], dtype=torch.int64)
-    largest = int(used.max())
+    return ids
+
+
+def _rows(ids: list[int], num_samples: int, seq_len: int, front: int | None) -> tuple[list[list[int]], int]:
+    """Full rows in order, each beginning with `front` if there is one, and how many of the ids they took."""
+    rows: list[list[int]] = []
+    start = 0
+    while len(rows) < num_samples:
+        added = [] if front is None or ids[start : start + 1] == [front] else [front]
+        stop = start + seq_len - len(added)
+        if stop > len(ids):
+            break
+        rows.append(added + ids[start:stop])
+        start = stop
+    return rows, start
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """ConfigError when an id is not below `vocab_size`."""
+    largest = int(ids.max())
     if largest >= vocab_size:
         raise ConfigError(
             f"the tokenizer gives id {largest}, the model's vocabulary has {vocab_size} entries; "
             "use the tokenizer that belongs to the model"
         )
-    return PackedTokens(ids_NT=used.view(num_rows, seq_len), num_total=len(ids), num_unused=len(ids) - used.numel())
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    """The text of ids in any shape, in order, without special tokens."""
+    return str(tokenizer.decode(ids.reshape(-1).tolist(), skip_special_tokens=True))
+
+
+def begin_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The begin-of-text token, where the tokenizer puts one before a text by itself."""
+    own = tokenizer.bos_token_id
+    return int(own) if own is not None and token_ids(tokenizer, "a", special=True)[:1] == [own] else None
 
 
 def ids_sha256(ids_NT: Tensor) -> str:

@@ -6,20 +6,20 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from compress.artifact import read_manifest
 from compress.errors import ArtifactError, ConfigError
+from compress.positions import positions_of, refuse_longer
 from compress.runtime import watch
 from compress.runtime.ort import OnnxRunner
 from compress.runtime.runner import Tokens
 from compress.runtime.streamed import TorchReading, TorchRunner
 from compress.runtime.watch import Observed
 from evaluators import cache, divergence, gate, harness, internals, tasks
+from evaluators.overlap import refuse_calibration_text
 from evaluators.request import DEFAULT_THRESHOLD, Progress, Request
 from evaluators.results import BlockError, BlockInternals, Metric, Report, Subject, Verdict
 from evaluators.subject import _one_tokenizer, open_runner, subject
@@ -68,6 +68,7 @@ def evaluate(request: Request, progress: Progress) -> Report:
             f"{request.candidate} has a vocabulary of {runners['candidate'].vocab_size} and {request.reference} one of "
             f"{vocab_size}; they cannot be compared token by token, pass the candidate's own original with --reference"
         )
+    refuse_longer(request.candidate, request.context, "--context")
     windows = load_windows(
         request.data,
         tokenizer,
@@ -78,9 +79,12 @@ def evaluate(request: Request, progress: Progress) -> Report:
         max_tokens=request.max_tokens,
         model=request.reference,
         vocab_size=vocab_size,
+        device=request.device,
     )
-    _refuse_calibration_text(request.candidate, windows)
+    notes.lines += refuse_calibration_text(request.candidate, windows, tokenizer)
     front = int(windows.sequences[0].ids_T[0]) if windows.bos else None
+    found = [p for p in map(positions_of, (request.candidate, request.reference)) if p is not None]
+    positions = min(found, key=lambda p: p[1], default=None)
     asked: dict[str, tuple[tasks.Task, list[tasks.Request]]] = {}
     sequences = list(windows.sequences)
     offsets = {}
@@ -88,7 +92,7 @@ def evaluate(request: Request, progress: Progress) -> Report:
         task = tasks.load_task(spec, request.limit)
         if task.name in {t.name for t, _ in asked.values()}:
             raise ConfigError(f"two tasks are called {task.name}; tell them apart with --tasks NAME={spec}")
-        wanted = tasks.requests(task, tokenizer, front=front, max_length=max(request.context, 512))
+        wanted = tasks.requests(task, tokenizer, front=front, max_length=max(request.context, 512), positions=positions)
         offsets[task.name] = len(sequences)
         asked[task.name] = (task, wanted)
         sequences += [w.tokens for w in wanted]
@@ -194,16 +198,6 @@ def _inside(
 
 
 # ---- text --------------------------------------------------------------------------------------------
-
-
-def _refuse_calibration_text(candidate: Path, windows: Windows) -> None:
-    manifest = read_manifest(candidate)
-    for record in manifest.lineage if manifest else []:
-        used = record.get("calibration", {})
-        if windows.text_sha256 == used.get("text_sha256"):
-            raise ConfigError(
-                f"{windows.source} is the text that {candidate} was calibrated on; pass other text with --data"
-            )
 
 
 def _text(windows: Windows, asked: Mapping[str, tuple[tasks.Task, list[tasks.Request]]]) -> dict[str, Any]:
@@ -337,7 +331,8 @@ def _harness(
     found = []
     for role, runner in runners.items():
         progress.stage(f"{role}, lm_eval")
-        longest = max(request.context, 512)
+        limits = [p[1] for p in map(positions_of, (request.candidate, request.reference)) if p is not None]
+        longest = min([max(request.context, 512), *limits])
         answers = harness.run(runner, tokenizer, request.lm_eval, front=front, limit=request.limit, max_length=longest)
         found.append(answers)
     for r, c in zip(*found, strict=True):

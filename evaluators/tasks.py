@@ -80,13 +80,7 @@ def load_task(spec: str, limit: int | None = None) -> Task:
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"task file {path} does not exist; pass --tasks FILE.jsonl or NAME=FILE.jsonl")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as e:
-                raise ConfigError(f"{path}, line {number}: not a JSON object on one line ({e}); mend the row") from e
+    rows, num_available = _rows(path, limit)
     if not rows:
         raise ConfigError(f"{path} holds no rows; a task needs at least one")
     first = rows[0][1]
@@ -95,16 +89,36 @@ def load_task(spec: str, limit: int | None = None) -> Task:
         raise ConfigError(f'{path} has rows of {keys}; a task needs rows of "text", or of "query", "choices", "gold"')
     kind: Literal["last_word", "multiple_choice"] = "multiple_choice" if "choices" in first else "last_word"
     read = _choice if kind == "multiple_choice" else _last_word
-    items = [read(row, f"{path}, line {number}") for number, row in rows[:limit]]
+    items = [read(row, f"{path}, line {number}") for number, row in rows]
     chance = float(np.mean([1 / len(i.continuations) for i in items])) if kind == "multiple_choice" else None
     return Task(
         name=name or path.stem,
         kind=kind,
         items=items,
         chance=chance,
-        num_available=len(rows),
+        num_available=num_available,
         sha256=file_sha256(path),
     )
+
+
+def _rows(path: Path, limit: int | None) -> tuple[list[tuple[int, Any]], int]:
+    """The first `limit` rows with their line numbers, and how many there are. Only a line feed ends a line."""
+    rows: list[tuple[int, Any]] = []
+    available = 0
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if not raw.strip():
+                    continue
+                available += 1
+                if limit is None or len(rows) < limit:
+                    rows.append((number, json.loads(raw.decode("utf-8"))))
+    except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are among them
+        reason = "nested too deeply" if isinstance(e, RecursionError) else str(e)
+        raise ConfigError(f"{path}, line {number}: not a JSON object on one line ({reason}); mend the row") from e
+    except OSError as e:
+        raise ConfigError(f"task file {path} cannot be read ({e.strerror}); pass --tasks FILE.jsonl") from e
+    return rows, available
 
 
 def _last_word(row: Any, where: str) -> Item:
@@ -128,8 +142,19 @@ def _choice(row: Any, where: str) -> Item:
     return Item(context=query.rstrip() + "\nAnswer:", continuations=tuple(" " + c for c in choices), gold=gold)
 
 
-def requests(task: Task, tokenizer: PreTrainedTokenizerBase, *, front: int | None, max_length: int) -> list[Request]:
-    """Every continuation of every item, in order. `front`: a token before each context. Long ones lose their head."""
+def requests(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    front: int | None,
+    max_length: int,
+    positions: tuple[str, int] | None = None,
+) -> list[Request]:
+    """Every continuation of every item, in order. `front`: a token before each context.
+
+    What is longer than `max_length` tokens loses its head, as in the harness. ConfigError for an item that has more
+    tokens than the model has `positions` (their name in config.json, and how many).
+    """
     out = []
     for number, item in enumerate(task.items):
         for continuation in item.continuations:
@@ -138,6 +163,11 @@ def requests(task: Task, tokenizer: PreTrainedTokenizerBase, *, front: int | Non
             if not before:
                 raise ConfigError(f"{task.name}: item {number} has an empty context; mend or remove the row")
             whole = (before + target_ids)[-(max_length + 1) :]
+            if positions is not None and len(whole) - 1 > positions[1]:
+                raise ConfigError(
+                    f"{task.name}: item {number} has {len(whole) - 1} tokens, more than the model has positions "
+                    f"({positions[0]} {positions[1]} in its config.json); shorten or remove the row"
+                )
             out.append(
                 Request(
                     item=number,

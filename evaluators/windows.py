@@ -10,20 +10,27 @@ Shapes: S tokens of the text, T tokens of a window
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from compress import calibration, tokens
+from compress import tokens
+from compress.calibration import read_stream
 from compress.errors import ConfigError
+from compress.positions import refuse_longer
 from compress.runtime.runner import Tokens
+from compress.sampling import sample_from_folder
+from compress.tell import SILENT, Tell
+from compress.texts import EVALUATION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Bos = Literal["auto", "always", "never"]
+SAMPLING_SEED = 20251125
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,8 @@ class Windows:
     bos: bool
     source: str
     text_sha256: str
+    source_sha256: str | None
+    """Of the bytes of the file; None where there is no file."""
     ids_sha256: str
     num_bytes: int
     """UTF-8 bytes of the scored tokens, for bits per byte."""
@@ -61,13 +70,51 @@ def load_windows(
     max_tokens: int,
     model: Path,
     vocab_size: int,
+    device: str = "cpu",
+    tell: Tell = SILENT,
 ) -> Windows:
     """The windows of a text (a file or `hf:` data set, as for calibration), from at most `max_tokens` tokens of it.
 
-    stride defaults to context, min_context to `context - stride` but at least 1, so that no token is scored twice.
-    bos="auto" does what the tokenizer does in front of a text. Raises ConfigError for sizes that do not fit together,
-    and when not one window fills.
+    spec may also be `self`: each window is then sampled from the original in the folder `model` (see `_sampled`), the
+    only use of `device`. stride defaults to context, min_context to `context - stride` but at least 1, so that no
+    token is scored twice. bos="auto" does what the tokenizer does in front of a text; begin-of-text before the first
+    document is left out, since each window has its own or is to have none. Raises ConfigError for sizes that do not
+    fit together or do not fit the model's positions, and when not one window fills.
     """
+    stride, min_context = _sizes(context, stride, min_context)
+    refuse_longer(model, context, "--context")
+    if max_tokens < context - 1:
+        raise ConfigError(f"--max-tokens {max_tokens} does not fill one window of {context} tokens; lower --context")
+    if spec == "self":
+        if stride != context or bos != "auto":
+            raise ConfigError("--data self samples each window from its beginning; leave out --stride and --bos")
+        return _sampled(model, tokenizer, context, min_context, max_tokens, device, tell)
+    front = bos_id(tokenizer, bos)
+    body = context - (front is not None)
+    text = read_stream(spec, tokenizer, max_tokens=max_tokens + 1, vocab_size=vocab_size, purpose=EVALUATION)
+    ids_S = text.ids_S
+    begins = len(ids_S) and int(ids_S[0]) == tokens.begin_id(tokenizer)
+    ids_S = ids_S[1:] if begins else ids_S[:max_tokens]
+    sequences = cut(ids_S, body=body, step=min(stride, body), front=front, first=min_context - 1)
+    if not sequences:
+        shorter = f", or --context {1 << (len(ids_S).bit_length() - 1)}" if len(ids_S) > 1 else ""
+        raise ConfigError(f"{text.source} gives {len(ids_S)} tokens, one window needs {body}; pass more text{shorter}")
+    return Windows(
+        sequences=sequences,
+        context=context,
+        stride=stride,
+        min_context=min_context,
+        bos=front is not None,
+        source=text.source,
+        text_sha256=text.text_sha256,
+        source_sha256=text.source_sha256,
+        ids_sha256=tokens.ids_sha256(ids_S[None]),
+        num_bytes=_scored_bytes(tokenizer, sequences, min_context),
+    )
+
+
+def _sizes(context: int, stride: int | None, min_context: int | None) -> tuple[int, int]:
+    """stride and min_context with their defaults filled in; ConfigError when they do not fit together."""
     stride = context if stride is None else stride
     least = max(1, context - stride)
     min_context = least if min_context is None else min_context
@@ -78,40 +125,47 @@ def load_windows(
             f"--min-context {min_context} is outside {least}..{context - 1} for --context {context} --stride {stride}; "
             "tokens would be scored twice, or none at all"
         )
-    front = bos_id(tokenizer, bos)
-    body = context - (front is not None)
-    if body < 1 or max_tokens < body:
-        raise ConfigError(f"--max-tokens {max_tokens} does not fill one window of {context} tokens; lower --context")
-    step = min(stride, body)
-    text = calibration.load(
-        spec,
+    return stride, min_context
+
+
+def _sampled(
+    model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    min_context: int,
+    max_tokens: int,
+    device: str,
+    tell: Tell,
+) -> Windows:
+    """Windows that the original wrote itself, from a seed that calibration does not use unless told to."""
+    rows_NT = sample_from_folder(
+        model,
         tokenizer,
-        num_samples=max_tokens,
-        seq_len=1,
-        seed=0,
-        model=model,
-        is_reference=False,
-        vocab_size=vocab_size,
+        num_samples=max(1, max_tokens // context),
+        seq_len=context,
+        seed=SAMPLING_SEED,
+        device=device,
+        tell=tell,
     )
-    ids_S = text.ids_NT.reshape(-1)
-    sequences = cut(ids_S, body=body, step=step, front=front, first=min_context - 1)
-    if not sequences:
-        raise ConfigError(
-            f"{text.source} gives {len(ids_S)} tokens, one window needs {body}; pass more text, or --context "
-            f"{1 << (len(ids_S).bit_length() - 1)}"
-        )
-    scored = [tokenizer.decode(s.ids_T[min_context:].tolist()) for s in sequences]
+    sequences = [Tokens(ids_T=row_T, first=min_context - 1) for row_T in rows_NT]
+    own = tokens.ids_sha256(rows_NT)
     return Windows(
         sequences=sequences,
         context=context,
-        stride=stride,
+        stride=context,
         min_context=min_context,
-        bos=front is not None,
-        source=text.source,
-        text_sha256=text.text_sha256,
-        ids_sha256=tokens.ids_sha256(ids_S[None]),
-        num_bytes=sum(len(t.encode("utf-8", errors="replace")) for t in scored),
+        bos=tokens.begin_id(tokenizer) is not None,
+        source="self",
+        text_sha256=own,
+        source_sha256=None,
+        ids_sha256=own,
+        num_bytes=_scored_bytes(tokenizer, sequences, min_context),
     )
+
+
+def _scored_bytes(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Tokens], min_context: int) -> int:
+    texts = [tokenizer.decode(s.ids_T[min_context:].tolist()) for s in sequences]
+    return sum(len(text.encode("utf-8", errors="replace")) for text in texts)
 
 
 def cut(ids_S: Tensor, *, body: int, step: int, front: int | None, first: int) -> list[Tokens]:
@@ -127,12 +181,10 @@ def cut(ids_S: Tensor, *, body: int, step: int, front: int | None, first: int) -
 
 def bos_id(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
     """The token to put in front of every window, or None. "auto" asks what the tokenizer puts before a text."""
-    own = tokenizer.bos_token_id
     if bos == "never":
         return None
-    if bos == "always":
-        if own is None:
-            raise ConfigError("--bos always: this tokenizer has no begin-of-text token; pass --bos never")
-        return int(own)
-    before = list(tokenizer("a", add_special_tokens=True).input_ids)
-    return int(own) if own is not None and before[:1] == [own] else None
+    if bos == "auto":
+        return tokens.begin_id(tokenizer)
+    if tokenizer.bos_token_id is None:
+        raise ConfigError("--bos always: this tokenizer has no begin-of-text token; pass --bos never")
+    return int(tokenizer.bos_token_id)

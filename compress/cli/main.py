@@ -46,6 +46,10 @@ _COMMANDS = {
         "compress.cli.evaluate",
         "Judge an artifact against its original; the accuracy gate for CI.",
     ),
+    "bench": (
+        "compress.cli.bench",
+        "Measure first-token time, time between tokens and memory speed, in turns.",
+    ),
     "doctor": (
         "compress.cli.doctor",
         "Check this machine and installation; each lack comes with the command that mends it.",

@@ -150,7 +150,20 @@ def plan(config: Mapping[str, Any], checkpoint: Checkpoint) -> LayerPlan:
 
 def shape(checkpoint: Checkpoint, layer: str, scheme: LayerScheme) -> Shape:
     """See `Format.shape`."""
-    in_features, words = checkpoint.info(f"{layer}.qweight").shape
+    assert scheme.weight is not None
+    if scheme.weight.num_bits != 4:
+        raise UnsupportedError(f"{checkpoint.path}: AWQ with {scheme.weight.num_bits} bits is not read, only with 4")
+    qweight, qzeros, scales = (checkpoint.info(f"{layer}.{leaf}") for leaf in LEAVES)
+    in_features, words = qweight.shape if len(qweight.shape) == 2 else (0, 0)
+    group_size = scheme.weight.group_size if scheme.weight.group_size > 0 else max(1, in_features)
+    fits = qzeros.shape == (in_features // group_size, words) and scales.shape == (qzeros.shape[0], words * PACK)
+    dtypes = qweight.dtype, qzeros.dtype, scales.dtype in ("F16", "BF16", "F32")
+    if not in_features or in_features % group_size or not fits or dtypes != ("I32", "I32", True):
+        raise ArtifactError(
+            f"{checkpoint.path}: {layer}.qweight {qweight.dtype} {qweight.shape}, qzeros {qzeros.dtype} {qzeros.shape} "
+            f"and scales {scales.dtype} {scales.shape} are not one layer of group_size {scheme.weight.group_size}; "
+            "its config does not match its weights"
+        )
     return words * PACK, in_features
 
 

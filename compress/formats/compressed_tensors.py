@@ -390,8 +390,11 @@ def is_symmetric(checkpoint: Checkpoint, layer: str, scheme: LayerScheme) -> boo
 
 def shape(checkpoint: Checkpoint, layer: str, scheme: LayerScheme) -> Shape:
     """See `Format.shape`."""
-    if f"{layer}.weight_packed" not in checkpoint:
-        rows, columns = checkpoint.info(f"{layer}.weight").shape
-        return rows, columns
-    rows, columns = (int(n) for n in checkpoint.tensor(f"{layer}.weight_shape"))
-    return rows, columns
+    name = f"{layer}.weight_packed" if f"{layer}.weight_packed" in checkpoint else f"{layer}.weight"
+    held = checkpoint.info(name).shape
+    shape = held if name.endswith(".weight") else tuple(checkpoint.tensor(f"{layer}.weight_shape").flatten().tolist())
+    if len(shape) != 2 or len(held) != 2 or shape[0] != held[0] or not 0 <= shape[1] <= 32 * held[1]:
+        raise ArtifactError(
+            f"{checkpoint.path}: {name} {held} does not hold a weight of {shape}; its tensors do not fit each other"
+        )
+    return shape[0], shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
@@ -164,8 +165,10 @@ def _quantize(
         is_reference=request.source.is_reference,
         vocab_size=model.vocab_size,
         device=request.device,
+        trust_remote_code=request.trust_remote_code,
+        tell=_Said(say),
     )
-    ids_NT, notes = with_own_text(request, model.checkpoint, tokenizer, texts.ids_NT, say)
+    ids_NT, notes = with_own_text(request, model.checkpoint, tokenizer, texts, say)
     # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
     check_free_space(out.parent, 2 * estimated_bytes(model, request) + 64_000_000)
     identity = {
@@ -208,14 +211,8 @@ def _quantize(
         "options": request.options(),
         "parent": {"path": _parent_path(request), "sha256": parent_sha256},
         "calibration": {
-            "source": texts.source,
+            **texts.record(),
             **_calibration_path(texts.source, out),
-            "sha256": texts.sha256,
-            "text_sha256": texts.text_sha256,
-            "num_samples": texts.ids_NT.shape[0],
-            "seq_len": texts.ids_NT.shape[1],
-            "num_documents": texts.num_documents,
-            "num_tokens_unused": texts.num_tokens_unused,
             "num_sampled_from_model": len(ids_NT) - len(texts.ids_NT),
         },
         "versions": versions(),
@@ -294,7 +291,7 @@ def with_own_text(
     request: AwqRequest,
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
-    ids_NT: Tensor,
+    texts: calibration.CalibrationSet,
     say: Callable[[str], None],
 ) -> tuple[Tensor, list[str]]:
     """The calibration rows and, behind them, rows sampled from the model itself; and what to tell the user.
@@ -303,9 +300,10 @@ def with_own_text(
     knows, so effort `best` tops a short calibration set up to `ENOUGH_ROWS`, unless told otherwise or the model is too
     large to be sampled from (sampling holds all of it in memory).
     """
-    asked = request.self_samples
+    asked, ids_NT = request.self_samples, texts.ids_NT
     if asked is None:
-        asked = max(0, ENOUGH_ROWS - len(ids_NT)) if request.effort == "best" else 0
+        wants_more = request.effort == "best" and texts.source != "self"
+        asked = max(0, ENOUGH_ROWS - len(ids_NT)) if wants_more else 0
         size = _weight_bytes(checkpoint)
         if asked and size > SAMPLED_FROM_BYTES:
             note = (
@@ -315,8 +313,10 @@ def with_own_text(
             return ids_NT, [note]
     if not asked:
         return ids_NT, []
-    if request.calib == "self":
-        raise ConfigError("--self-samples adds to a text, but --calib self samples all rows already; raise --samples")
+    if texts.source == "self":
+        raise ConfigError(
+            "--self-samples adds to a text, but all rows are sampled from the model itself already; raise --samples"
+        )
     say(f"sampling {asked} rows of {ids_NT.shape[1]} tokens from the model itself, token by token")
     own_NT = sampling.sample_from_model(
         sampling.load_model_float32(request.source.path, request.device),
@@ -451,6 +451,22 @@ def _outcome_of(out: Path, request: AwqRequest, notes: list[str]) -> AwqOutcome:
         verified=0,
         notes=notes,
     )
+
+
+class _Said(Tell):
+    """Tells of what goes on before the blocks in lines, a tenth of it at a time."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say  # type: ignore[method-assign,assignment]
+        self.total = 0
+
+    def start(self, what: str, total: int) -> None:
+        self.what, self.total, self.started = what, total, time.monotonic()
+
+    def step(self, done: int | None = None, doing: str = "", **_: Any) -> None:
+        if done and self.total and done * 10 // self.total > (done - 1) * 10 // self.total:
+            left = (time.monotonic() - self.started) / done * (self.total - done)
+            self.say(f"{self.what} {done}/{self.total}, about {left:.0f} s left")
 
 
 class _Stages(Tell):

@@ -141,10 +141,8 @@ class GpuDecoder:
         return out.t()
 
     def advance(self) -> Tensor:
-        """The greedy next ids `[B]` (on the GPU), which the step then takes in."""
-        ids = self.ids_B.clone()
         self._run()
-        return ids
+        return self.ids_B
 
     @property
     def vocab_size(self) -> int:

@@ -63,9 +63,8 @@ class OrtDecoder:
         return self._run(ids_B[:, None])
 
     def advance(self) -> Tensor:
-        ids = self._ids
-        self.step(ids)
-        return ids
+        self.step(self._ids)
+        return self._ids
 
     def _run(self, ids_BT: Tensor) -> Tensor:
         count = ids_BT.shape[1]

@@ -76,9 +76,8 @@ class TorchDecoder:
         return self._forward(ids_B[:, None])
 
     def advance(self) -> Tensor:
-        ids = self._ids
-        self.step(ids)
-        return ids
+        self.step(self._ids)
+        return self._ids
 
     def _forward(self, ids_BT: Tensor) -> Tensor:
         count = ids_BT.shape[1]

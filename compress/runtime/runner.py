@@ -86,5 +86,5 @@ class Decoder(Protocol):
         ...
 
     def advance(self) -> Tensor:
-        """One greedy step: the likeliest next ids `[B]`, which become the sequences' next tokens."""
+        """One greedy step: the likeliest tokens after the last call go in; the likeliest `[B]` after them come out."""
         ...

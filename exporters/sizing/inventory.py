@@ -17,8 +17,8 @@ from compress.checkpoint import INDEX, SINGLE, Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import read_json
 from compress.formats import Stored, stored
-from compress.model import meta_model
 from compress.scheme import Scheme
+from compress.skeleton import meta_model
 
 # Names of config.json's figures, in the order in which they are looked for; the first is today's.
 _KEYS = {

@@ -30,7 +30,7 @@ def windows_of(rows: list[Tokens], min_context: int = 1) -> Windows:
     n = len(rows[0].ids_T)
     return Windows(
         sequences=rows, context=n, stride=n, min_context=min_context, bos=False, source="", text_sha256="",
-        ids_sha256="", num_bytes=100,
+        source_sha256=None, ids_sha256="", num_bytes=100,
     )  # fmt: skip
 
 

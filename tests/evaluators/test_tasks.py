@@ -98,3 +98,24 @@ def test_long_contexts_lose_their_start(reference_model: Path, tmp_path: Path) -
     task = load_task(str(write(tmp_path / "t.jsonl", [{"text": "word " * 600 + "river"}])))
     (request,) = requests(task, tokenizer, front=None, max_length=64)
     assert len(request.tokens.ids_T) == 64 and request.tokens.first + len(request.target) == 64
+
+
+def test_only_a_line_feed_ends_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    rows = [{"text": f"the old{end}man"} for end in (" \x85", " \u2028", " \u2029")]
+    path.write_bytes(b"\r\n".join(json.dumps(row, ensure_ascii=False).encode() for row in rows))
+    assert [i.continuations for i in load_task(str(path)).items] == [(f" {end}man",) for end in "\x85\u2028\u2029"]
+    assert load_task(str(path), limit=1).num_available == 3
+    for content, message in ((b'{"text": "\xff"}', "line 1: not a JSON object"), (b"[" * 100_000, "nested too deeply")):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            load_task(str(path))
+
+
+def test_items_longer_than_the_model_are_refused(reference_model: Path, tmp_path: Path) -> None:
+    task = load_task(str(write(tmp_path / "t.jsonl", [TEXTS[0], {"text": "the old man " * 40 + "went"}])))
+    tokenizer = tokens.load_tokenizer(reference_model)
+    limit = ("max_position_embeddings", 64)
+    with pytest.raises(ConfigError, match=r"t: item 1 has \d+ tokens.*\(max_position_embeddings 64 in"):
+        requests(task, tokenizer, front=None, max_length=512, positions=limit)
+    assert len(requests(task, tokenizer, front=None, max_length=64, positions=limit)) == 2

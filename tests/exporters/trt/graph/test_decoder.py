@@ -148,7 +148,7 @@ def test_other_models_are_refused_by_name(build_model: Any) -> None:
 
 def test_encoders_are_refused(build_model: Any) -> None:
     model = build_model("Gemma3Text", use_bidirectional_attention=True)
-    with pytest.raises(UnsupportedError, match="gemma3_text with bidirectional attention is not supported"):
+    with pytest.raises(UnsupportedError, match="reads a text in both directions"):
         architecture.read(StreamedModel.open(model))
 
 

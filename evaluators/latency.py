@@ -1,0 +1,272 @@
+"""How quick a decoder is: first token, the tokens after it, memory, and the share of the memory's speed it reaches.
+
+Several decoders are measured in turns within one process, so that what disturbs one disturbs all, and their ratio comes
+with an interval. `DEFINITIONS` goes into every result file: tools mean different things by the same words.
+
+Shapes: B sequences, T tokens
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.errors import ConfigError
+from compress.runtime.runner import Decoder
+from compress.tell import SILENT, Tell
+
+DEFINITIONS = {
+    "ttft": "seconds from handing over the prompt to having the first new token's id on the host: prefill and one pick",
+    "itl": "seconds between two successive tokens' ids on the host, every gap of every round pooled (vLLM's ITL)",
+    "tpot": "(time of the last token - time of the first) / (tokens - 1), one a round (vLLM's TPOT, AIPerf's ITL)",
+    "output_throughput": "new tokens of all sequences after the first, over the time that they took",
+    "total_token_throughput": "prompt and new tokens of all sequences over prefill and decode together",
+    "bytes_a_token": "bytes that one decode step must read: weights once, and the cache at its mean length",
+    "bandwidth": "bytes a second of summing one large float32 tensor on the decoder's device, best of 7, this run",
+    "share_of_bandwidth": "bytes_a_token / median itl / bandwidth",
+    "ratio": "geometric mean over rounds of the other's tpot over the first's of that round; 95 % interval (t)",
+}
+ENOUGH_ROUNDS = 5
+# Fall of the clock from the first to the last round above which the run says so.
+CLOCK_FELL = 0.05
+# 97.5 % quantile of Student's t by degrees of freedom, 1 to 30; the normal one beyond.
+_T = (
+    12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09,
+    2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Lengths in tokens. rounds are measured, warm_ups run before them and are not."""
+
+    prompt_len: int = 128
+    new_tokens: int = 128
+    batch: int = 1
+    rounds: int = 10
+    warm_ups: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 2:
+            raise ConfigError(f"--new-tokens {self.new_tokens}: the time between tokens needs at least 2")
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """One decoder with its measurements, round by round. cache_bytes: of keys and values a token, 0 if unknown."""
+
+    label: str
+    decoder: Decoder
+    cache_bytes: int = 0
+    ttfts: list[float] = field(default_factory=list)
+    itls: list[list[float]] = field(default_factory=list)
+    replays: int = 0
+    launches: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """What the card said of itself at one moment; None where it says nothing."""
+
+    mhz: int | None
+    used_bytes: int | None
+    utilisation: int | None
+
+
+def measure(subjects: Sequence[Subject], settings: Settings, tell: Tell = SILENT) -> list[Clock]:
+    """Run every subject once a round, in turns; fills the subjects. Returns the card's state after each round."""
+    prompts = _prompts(subjects, settings)
+    clocks = []
+    tell.start("round", settings.warm_ups + settings.rounds)
+    for number in range(settings.warm_ups + settings.rounds):
+        for subject in subjects:
+            ttft, gaps = once(subject.decoder, prompts, settings.new_tokens)
+            graph = getattr(subject.decoder, "graph", None)
+            if graph is not None:
+                subject.replays, subject.launches = graph.replays, graph.launches
+            if number >= settings.warm_ups:
+                subject.ttfts.append(ttft)
+                subject.itls.append(gaps)
+        clocks.append(card_state())
+        tell.step(number + 1, f"{subjects[-1].label}: {1000 * statistics.median(gaps):.2f} ms a token")
+    return clocks[settings.warm_ups :]
+
+
+def _prompts(subjects: Sequence[Subject], settings: Settings) -> Tensor:
+    """Random ids that every subject's vocabulary has: what is said does not matter to the time it takes."""
+    vocabulary = min(s.decoder.vocab_size for s in subjects)
+    for s in subjects:
+        need = settings.prompt_len + settings.new_tokens
+        if s.decoder.capacity < need:
+            raise ConfigError(
+                f"{s.label}: {settings.prompt_len} + {settings.new_tokens} tokens are asked for and its cache holds "
+                f"{s.decoder.capacity}; pass a smaller --prompt-len or --new-tokens"
+            )
+        if s.decoder.batch != settings.batch:
+            raise ConfigError(f"{s.label}: was opened for a batch of {s.decoder.batch}, not {settings.batch}")
+    generator = torch.Generator().manual_seed(settings.seed)
+    return torch.randint(0, vocabulary, (settings.batch, settings.prompt_len), generator=generator)
+
+
+def once(decoder: Decoder, prompts_BT: Tensor, new_tokens: int) -> tuple[float, list[float]]:
+    """Seconds to the first token, and between the others, each token's ids fetched to the host as a server would."""
+    start = time.perf_counter()
+    decoder.prefill(prompts_BT).argmax(-1).cpu()
+    marks = [time.perf_counter()]
+    for _ in range(new_tokens - 1):
+        decoder.advance().cpu()  # waits for the device
+        marks.append(time.perf_counter())
+    return marks[0] - start, [b - a for a, b in zip(marks, marks[1:], strict=False)]
+
+
+def card_state() -> Clock:
+    """From NVML, if there is a card and its Python binding (nvidia-ml-py); Jetson has none, and says nothing here."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        return Clock(
+            mhz=int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+            used_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+            utilisation=int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+        )
+    except Exception:  # no binding, no driver, no card: each raises its own
+        return Clock(mhz=None, used_bytes=None, utilisation=None)
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes a second of reading: a sum over 4 GiB of a GPU's memory, or 256 MiB of the host's."""
+    x = torch.ones((1 << 30) if device.startswith("cuda") else (64 << 20), device=device)
+
+    def run() -> float:
+        start = time.perf_counter()
+        float(x.sum())
+        return time.perf_counter() - start
+
+    run()
+    return x.numel() * x.element_size() / min(run() for _ in range(7))
+
+
+def bytes_a_token(subject: Subject, settings: Settings) -> int:
+    mean_length = settings.prompt_len + settings.new_tokens // 2
+    return subject.decoder.bytes_a_token + settings.batch * mean_length * subject.cache_bytes
+
+
+def result(subject: Subject, settings: Settings, bandwidth: float) -> dict[str, Any]:
+    """One subject's figures under vLLM's names (milliseconds, a second), and what is ours beside them."""
+    gaps = [g for round_ in subject.itls for g in round_]
+    tpots = [statistics.fmean(round_) for round_ in subject.itls]
+    decode = sum(gaps)
+    prompt, new = settings.prompt_len, settings.new_tokens
+    rounds = len(subject.ttfts)
+    median = statistics.median(gaps)
+    read = bytes_a_token(subject, settings)
+    return {
+        "label": subject.label,
+        "runtime": subject.decoder.runtime,
+        "completed": rounds * settings.batch,
+        "failed": 0,
+        "total_input_tokens": rounds * settings.batch * prompt,
+        "total_output_tokens": rounds * settings.batch * new,
+        "duration": sum(subject.ttfts) + decode,
+        "output_throughput": settings.batch * len(gaps) / decode,
+        "total_token_throughput": rounds * settings.batch * (prompt + new) / (sum(subject.ttfts) + decode),
+        **_spread("ttft", subject.ttfts),
+        **_spread("tpot", tpots),
+        **_spread("itl", gaps),
+        "bytes_a_token": read,
+        "share_of_bandwidth": read / median / bandwidth,
+        "graph_replays": subject.replays,
+        "launches_a_step": subject.launches,
+    }
+
+
+def _spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    values = 1000 * np.asarray(seconds)
+    found = {f"mean_{name}_ms": values.mean(), f"std_{name}_ms": values.std(), f"median_{name}_ms": np.median(values)}
+    found |= {f"p{q}_{name}_ms": np.percentile(values, q) for q in (90, 99)}
+    return {key: float(value) for key, value in found.items()}
+
+
+def ratio(first: Subject, other: Subject) -> dict[str, Any]:
+    """How many times as long the other takes for a token; with fewer than `ENOUGH_ROUNDS` the reason instead."""
+    logs = [math.log(statistics.fmean(b) / statistics.fmean(a)) for a, b in zip(first.itls, other.itls, strict=True)]
+    if len(logs) < ENOUGH_ROUNDS:
+        return {
+            "ratio": None,
+            "reason": f"{len(logs)} rounds are too few for an interval; pass --rounds {ENOUGH_ROUNDS}",
+        }
+    mean = statistics.fmean(logs)
+    t = _T[len(logs) - 2] if len(logs) - 2 < len(_T) else 1.96
+    half = t * statistics.stdev(logs) / math.sqrt(len(logs))
+    return {"ratio": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
+
+
+def warnings(clocks: Sequence[Clock]) -> list[str]:
+    """What makes the figures doubtful."""
+    mhz = [c.mhz for c in clocks if c.mhz]
+    if len(mhz) > 1 and min(mhz) < (1 - CLOCK_FELL) * mhz[0]:
+        return [f"the card's clock fell from {mhz[0]} to {min(mhz)} MHz during the run; let it cool, or run it again"]
+    return []
+
+
+def report(
+    subjects: Sequence[Subject], settings: Settings, bandwidths: Mapping[str, float], clocks: Sequence[Clock]
+) -> dict[str, Any]:
+    """The result file."""
+    results = [result(s, settings, bandwidths[s.label]) for s in subjects]
+    for subject, found in zip(subjects[1:], results[1:], strict=True):
+        found["against_first"] = ratio(subjects[0], subject)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {
+        "definitions": DEFINITIONS,
+        "load": {"kind": "closed loop", "value": settings.batch},
+        "settings": dict(vars(settings)),
+        "machine": machine(),
+        "bandwidth_bytes_per_second": dict(bandwidths),
+        "peak_device_memory_bytes": peak,
+        "clocks": [vars(c) for c in clocks],
+        "warnings": warnings(clocks),
+        "results": results,
+    }
+
+
+def served(label: str, rounds: Sequence[tuple[float, list[float]]], settings: Settings) -> dict[str, Any]:
+    """The result file of a server, of which only times are known: one request at a time."""
+    gaps = [g for _, round_ in rounds for g in round_]
+    found = {
+        "label": label,
+        "runtime": "endpoint",
+        "completed": len(rounds),
+        "failed": 0,
+        "duration": sum(first + sum(round_) for first, round_ in rounds),
+        "output_throughput": len(gaps) / sum(gaps),
+        **_spread("ttft", [first for first, _ in rounds]),
+        **_spread("tpot", [statistics.fmean(round_) for _, round_ in rounds]),
+        **_spread("itl", gaps),
+    }
+    return {
+        "definitions": DEFINITIONS,
+        "load": {"kind": "closed loop", "value": 1},
+        "settings": dict(vars(settings)),
+        "machine": machine(),
+        "warnings": [],
+        "results": [found],
+    }
+
+
+def machine() -> dict[str, Any]:
+    import platform
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine()}
