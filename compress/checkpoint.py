@@ -203,5 +203,14 @@ def torch_dtype(name: str) -> torch.dtype:
     return _TORCH_DTYPES[name]
 
 
-__all__ = ["INDEX", "SINGLE", "Checkpoint", "TensorInfo", "bytes_of", "checked_config", "dtype_name", "read_header", "torch_dtype",
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "TensorInfo",
+    "bytes_of",
+    "checked_config",
+    "dtype_name",
+    "read_header",
+    "torch_dtype",
 ]

@@ -10,22 +10,33 @@ Shapes: N rows, T tokens in a row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from compress.distill.rows import Rows, RowsWriter, shares
+from compress.chat import Rendered, render
+from compress.distill.rows import ROWS, Rows, RowsWriter, shares
 from compress.errors import ConfigError
-from compress.texts import Tally, documents
-from compress.tokens import ids_sha256, token_ids
+from compress.long_text import ids_of, token_ids
+from compress.passages import passages
+from compress.texts import Purpose, Tally, documents, source_sha256
+from compress.tokens import begin_id, ids_sha256, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SELF = "self"
+TRAINING = Purpose(
+    "training", "pass --data FILE.txt (or .jsonl, .parquet), --data hf:DATASET:SPLIT:COLUMN or --data self"
+)
+# Tokens of a source whose passages are kept in the manifest.
+SKETCHED_TOKENS = 4_000_000
 # (number of rows) -> int64 `[N, T]` on the CPU, sampled from the teacher
 Sample = Callable[[int], Tensor]
 
@@ -73,7 +84,7 @@ def build(
     if num_rows is None and (len(mix.sources) > 1 or mix.sources[0] == SELF or mix.sources[0].startswith("hf:")):
         raise ConfigError("--tokens is needed with several sources, with hf:... and with self; pass --tokens 1000000")
     wanted = [None] if num_rows is None else shares(num_rows, mix.weights)
-    writer = RowsWriter(folder, seq_len)
+    writer = RowsWriter(folder, seq_len, begin_id(tokenizer))
     facts = []
     for source, weight, count in zip(mix.sources, mix.weights, wanted, strict=True):
         before = writer.num_rows
@@ -86,38 +97,51 @@ def build(
         if rows == 0 or (count is not None and rows < count and not fewer):
             _refuse_short(source, rows, count, seq_len, found["num_tokens_total"], len(mix.sources))
         facts.append({**found, "weight": weight, "num_rows": rows})
-    return writer.finish(facts)
+    return writer.finish([_with_passages(folder, fact, seq_len, tokenizer) for fact in facts])
+
+
+def _with_passages(
+    folder: Path, fact: dict[str, Any], seq_len: int, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What a manifest keeps of a text, so that nothing is judged on it later; see `passages`."""
+    first = fact.pop("first_row")
+    ids = np.fromfile(
+        folder / ROWS, dtype="<i4", offset=4 * first * seq_len, count=min(fact["num_rows"] * seq_len, SKETCHED_TOKENS)
+    )
+    text = text_of(tokenizer, torch.from_numpy(ids.astype(np.int64)))
+    return {**fact, "passages": passages(text).to_json()}
 
 
 def _read(
     writer: RowsWriter, source: str, tokenizer: PreTrainedTokenizerBase, most: int | None, vocab_size: int
 ) -> dict[str, Any]:
-    tally = Tally(documents(source))
-    total = 0
-    for ids, offset in _documents_ids(tally, tokenizer):
+    tally = Tally(documents(source, purpose=TRAINING, render=partial(render, tokenizer)))
+    total, first_row = 0, writer.num_rows
+    for ids, begins in _pieces(tally, tokenizer):
+        if begins:
+            writer.begin()
         total += len(ids)
         if ids and max(ids) >= vocab_size:
             raise ConfigError(
                 f"the tokenizer gives id {max(ids)}, the models' common vocabulary has {vocab_size} entries; use the "
                 "tokenizer that belongs to them"
             )
-        writer.document(ids, offset=offset, most=most)
+        writer.take(ids, most=most)
         if most is not None and writer.num_rows >= most:
             break
     return {
         "source": source if source.startswith("hf:") else f"file:{source}",
         "text_sha256": tally.sha256(),
+        "source_sha256": source_sha256(source),
         "num_documents": tally.count,
         "num_tokens_total": total,
         "num_tokens_unused": writer.end_source(),
+        "first_row": first_row,
     }
 
 
-def _documents_ids(texts: Iterator[str] | Tally, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
-    """Of each document, its ids and where in them it begins: behind the end-of-text token that closes the one before.
-
-    Special tokens as in `tokens.pack`: those that the tokenizer puts around a text, else end-of-text between two.
-    """
+def _pieces(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], bool]]:
+    """The documents' ids in pieces, and whether a document begins with each; special tokens as in `tokens.pack`."""
     marks_documents = bool(token_ids(tokenizer, "", special=True))
     end_of_text = tokenizer.eos_token_id
     separator = [] if marks_documents or end_of_text is None else [int(end_of_text)]
@@ -125,25 +149,34 @@ def _documents_ids(texts: Iterator[str] | Tally, tokenizer: PreTrainedTokenizerB
     for text in texts:
         if not text:
             continue
-        before = [] if first else separator
-        yield before + token_ids(tokenizer, text, special=marks_documents), len(before)
+        rendered = isinstance(text, Rendered)
+        if not first and not rendered:
+            yield separator, False
+        begins = True
+        for piece in ids_of(tokenizer, text, special=marks_documents and not rendered):
+            if piece:
+                yield piece, begins
+                begins = False
         first = False
 
 
 def _sampled(writer: RowsWriter, ids_NT: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Rows that the teacher wrote; a new text begins behind each end-of-text token."""
-    end_of_text = tokenizer.eos_token_id
+    end_of_text, first_row = tokenizer.eos_token_id, writer.num_rows
     for row in ids_NT.tolist():
         ends = [i + 1 for i, token in enumerate(row[:-1]) if token == end_of_text and i]
         for start, stop in zip([0, *ends], [*ends, len(row)], strict=True):
-            writer.document(row[start:stop])
+            writer.begin()
+            writer.take(row[start:stop])
     writer.end_source()
     return {
         "source": SELF,
         "text_sha256": ids_sha256(ids_NT),
+        "source_sha256": None,
         "num_documents": len(ids_NT),
         "num_tokens_total": ids_NT.numel(),
         "num_tokens_unused": 0,
+        "first_row": first_row,
     }
 
 

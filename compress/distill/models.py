@@ -5,7 +5,7 @@ Unlike the rest of this toolkit, distillation holds both models entirely.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint, torch_dtype
-from compress.dense import read_dense
 from compress.distill.heads import Head
-from compress.errors import ArtifactError, ConfigError, UnsupportedError
-from compress.formats import Stored, stored
-from compress.model import find_blocks, meta_model
-from compress.names import source_names
+from compress.errors import ConfigError, UnsupportedError
+from compress.formats import Stored
+from compress.model import StreamedModel
 from compress.tokens import load_tokenizer
 
 PROBE_TOKENS = 12
@@ -28,23 +26,16 @@ PROBE_TOKENS = 12
 class LoadedModel:
     """A causal language model in memory and the folder that it came from, with how that stores quantized layers.
 
-    names: the model's state names -> the folder's. Tied parameters are tied, and so have one name in the folder.
+    base: the model without its head. names: the model's state names -> the folder's (`.weight` for a quantized layer).
+    Tied parameters are tied, and so have one name in the folder.
     """
 
     checkpoint: Checkpoint
     stored: Stored
     model: nn.Module
+    base: nn.Module
+    blocks: Sequence[nn.Module]
     names: Mapping[str, str]
-
-    @property
-    def base(self) -> nn.Module:
-        """The model without its head."""
-        base: nn.Module = getattr(self.model, str(self.model.base_model_prefix))
-        return base
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return list(find_blocks(self.model)[1])
 
     @property
     def vocab_size(self) -> int:
@@ -57,29 +48,20 @@ class LoadedModel:
 
 
 def load(path: Path, *, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
-    """The model in the folder `path`, quantized weights dequantized, every parameter in `dtype`. In evaluation mode."""
-    checkpoint = Checkpoint.open(path)
-    model = meta_model(checkpoint, trust_remote_code=trust_remote_code)
-    folder = stored(checkpoint)
-    names = source_names(folder, model)
-    state: dict[str, Tensor] = {}
-    read: dict[str, Tensor] = {}
-    for name, old in model.state_dict().items():
-        source = names[name]
-        if source not in read:
-            value = read_dense(folder, [source])[source]
-            if tuple(value.shape) != tuple(old.shape):
-                raise ArtifactError(
-                    f"{path}: tensor {source} has shape {tuple(value.shape)}, but config.json says "
-                    f"{tuple(old.shape)}; the config belongs to another model"
-                )
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise ArtifactError(f"{path}: tensor {source} has NaN or infinite values; fetch the model again")
-            read[source] = value.to(device, dtype if value.is_floating_point() else value.dtype)
-        state[name] = read[source]
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()  # type: ignore[operator]
-    return LoadedModel(checkpoint=checkpoint, stored=folder, model=model.to(device), names=names)
+    """The model in the folder `path`, quantized weights dequantized, every parameter in `dtype`. In evaluation mode.
+
+    No parameter takes a gradient. A folder whose plan quantizes inputs has linears that do.
+    """
+    opened = StreamedModel.open(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    opened.load_whole()
+    return LoadedModel(
+        checkpoint=opened.checkpoint,
+        stored=opened.stored,
+        model=opened.model,
+        base=opened.base,
+        blocks=opened.blocks,
+        names={name: opened.source_name(name) for name in opened.model.state_dict()},
+    )
 
 
 def output_layer(loaded: LoadedModel) -> nn.Linear:

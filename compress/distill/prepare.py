@@ -104,6 +104,7 @@ def load_student(request: DistillRequest) -> LoadedModel:
         trust_remote_code=request.trust_remote_code,
     )
     models.proven_head(loaded)
+    loaded.model.requires_grad_(True)
     if request.checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return loaded

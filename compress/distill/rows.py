@@ -87,37 +87,50 @@ class Rows:
 
 
 class RowsWriter:
-    """Cuts documents, given as token ids one after the other, into rows; what does not fill one is left out."""
+    """Cuts documents, given as token ids one after the other, into rows; what does not fill one is left out.
 
-    def __init__(self, folder: Path, seq_len: int) -> None:
+    front: the token that every row begins with, where the tokenizer begins a text with one: a row from within a
+    document gets one of its own.
+    """
+
+    def __init__(self, folder: Path, seq_len: int, front: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FACTS).unlink(missing_ok=True)
         self.folder = folder
         self.seq_len = seq_len
+        self.front = front
         self._file = open(folder / ROWS, "wb")
         self._starts: list[int] = []
         self._pending: list[int] = []
+        self._pending_starts: list[int] = []
         self.num_rows = 0
 
-    def document(self, ids: Sequence[int], *, offset: int = 0, most: int | None = None) -> None:
-        """Append a document that begins at `ids[offset]` (before it stands what separates it from the last one).
+    def begin(self) -> None:
+        """A document begins with the next ids."""
+        self._pending_starts.append(len(self._pending))
 
-        most: rows after which the rest is dropped.
-        """
-        self._starts.append(self.num_rows * self.seq_len + len(self._pending) + offset)
+    def take(self, ids: Sequence[int], *, most: int | None = None) -> None:
+        """More ids of the document, or of what separates two. most: rows after which the rest is dropped."""
         self._pending += ids
-        full = len(self._pending) // self.seq_len
-        if most is not None:
-            full = min(full, most - self.num_rows)
-        if full:
-            self._file.write(np.asarray(self._pending[: full * self.seq_len], dtype="<i4").tobytes())
-            del self._pending[: full * self.seq_len]
-            self.num_rows += full
+        taken, rows = 0, []
+        while most is None or self.num_rows < most:
+            added = [] if self.front is None or self._pending[taken : taken + 1] == [self.front] else [self.front]
+            stop = taken + self.seq_len - len(added)
+            if stop > len(self._pending):
+                break
+            rows.append([*added, *self._pending[taken:stop]])
+            place = self.num_rows * self.seq_len + len(added) - taken
+            self._starts += [place + s for s in self._pending_starts if taken <= s < stop]
+            self.num_rows += 1
+            taken = stop
+        if rows:
+            self._file.write(np.asarray(rows, dtype="<i4").tobytes())
+        del self._pending[:taken]
+        self._pending_starts = [s - taken for s in self._pending_starts if s >= taken]
 
     def end_source(self) -> int:
         """Drop what fills no row, so that no row holds text of two sources; returns how many tokens that were."""
-        left, self._pending = len(self._pending), []
-        self._starts = [s for s in self._starts if s < self.num_rows * self.seq_len]
+        left, self._pending, self._pending_starts = len(self._pending), [], []
         return left
 
     def finish(self, sources: list[dict[str, Any]]) -> Rows:

@@ -36,7 +36,9 @@ def test_rows_are_the_stream_cut(
 ) -> None:
     writer = RowsWriter(tmp_path_factory.mktemp("rows"), seq_len)
     for ids in documents:
-        writer.document(ids, most=most)
+        writer.begin()
+        writer.take(ids[:3], most=most)
+        writer.take(ids[3:], most=most)
     stream = [i for ids in documents for i in ids]
     num = len(stream) // seq_len if most is None else min(most, len(stream) // seq_len)
     if num == 0:
@@ -53,11 +55,28 @@ def test_rows_are_the_stream_cut(
             assert rows.positions(row)[t] == place - max([row * seq_len, *before])
 
 
+def write_documents(writer: RowsWriter, *documents: list[int], separator: list[int] | None = None) -> None:
+    """separator: before the second document only."""
+    for number, ids in enumerate(documents):
+        if number == 1 and separator:
+            writer.take(separator)
+        writer.begin()
+        writer.take(ids)
+
+
+def test_every_row_begins_as_a_text_does(tmp_path: Path) -> None:
+    """With a begin-of-text token: one of its own for a row from within a document, none added where one stands."""
+    writer = RowsWriter(tmp_path, 5, front=1)
+    write_documents(writer, [1, 2, 3], [1, 4, 5, 6, 7, 8, 9], [1, 10, 11, 12, 13])
+    assert writer.end_source() == 2
+    rows = writer.finish([])
+    assert rows.ids_NT.tolist() == [[1, 2, 3, 1, 4], [1, 5, 6, 7, 8], [1, 9, 1, 10, 11]]
+    assert rows.starts.tolist() == [0, 3, 12]
+
+
 def test_labels_stop_at_documents_when_they_are_isolated(tmp_path: Path) -> None:
     writer = RowsWriter(tmp_path, 6)
-    writer.document([1, 2, 3, 4])
-    writer.document([9, 5, 6, 7], offset=1)  # 9 ends the document before
-    writer.document([8, 8, 8, 8])
+    write_documents(writer, [1, 2, 3, 4], [5, 6, 7], [8, 8, 8, 8], separator=[9])
     rows = writer.finish([])
     joined = rows.batch([1, 0], isolate=False)
     assert joined.positions_BT is None
@@ -76,8 +95,7 @@ def test_isolated_documents_are_read_as_texts_of_their_own(tmp_path: Path, build
     for family in ("Llama", "Qwen3", "Gemma2"):
         model = AutoModelForCausalLM.from_pretrained(build_model(family, name=family)).eval()  # type: ignore[operator]
         writer = RowsWriter(tmp_path / f"rows-{family}", 10)
-        writer.document([11, 12, 13, 14])
-        writer.document([21, 22, 23, 24, 25, 26])
+        write_documents(writer, [11, 12, 13, 14], [21, 22, 23, 24, 25, 26])
         rows = writer.finish([])
         apart, joined = rows.batch([0], isolate=True), rows.batch([0], isolate=False)
         with torch.no_grad():
@@ -169,7 +187,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
 
 def test_damaged_rows_are_refused(tmp_path: Path) -> None:
     writer = RowsWriter(tmp_path, 4)
-    writer.document(list(range(8)))
+    write_documents(writer, list(range(8)))
     writer.finish([])
     whole = (tmp_path / "rows.bin").read_bytes()
     (tmp_path / "rows.bin").write_bytes(whole[:-4])
