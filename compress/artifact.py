@@ -1,18 +1,24 @@
 """An artifact: a model folder with `compress.json`, the manifest that says how it was made and from what.
 
-The manifest holds no dates, durations or host names, so that the same run gives the same bytes.
+The manifest holds no dates, durations or host names, so that the same run gives the same bytes. It lists the hash of
+every file of the artifact and ends in a hash of itself, so that whoever reads the files anyway notices what was damaged
+or changed since. Once published, nothing in the folder changes: evaluations lie beside it (`evaluators.memory`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
-from compress.files import json_bytes, read_json, write_bytes_atomically
+from compress.files import IO_THREADS, file_sha256, json_bytes, read_json, write_bytes_atomically
 
 MANIFEST = "compress.json"
 SCHEMA = 1
@@ -31,7 +37,8 @@ CARRIED = (
 class Manifest:
     """What `compress.json` says. `lineage[0]` is the stage that made this artifact, the last its oldest ancestor's.
 
-    Each record holds: stage, options, parent {path, sha256}, calibration, versions, layers, groups.
+    Each record holds: stage, options, parent {path, sha256}, calibration, versions, layers, groups, files.
+    reports: evaluations, in artifacts of versions that kept them here.
     """
 
     lineage: list[dict[str, Any]]
@@ -48,32 +55,169 @@ class Manifest:
         parent: Mapping[str, Any] = self.lineage[-1]["parent"]
         return parent
 
+    @property
+    def files(self) -> Mapping[str, str] | None:
+        """sha256 of each file of the artifact, by its path in the folder; None where an older version listed none."""
+        return self.record.get("files")
+
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, "lineage": self.lineage, "reports": self.reports}
+        return {"schema": SCHEMA, "lineage": self.lineage, **({"reports": self.reports} if self.reports else {})}
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, or None if no stage of ours made it."""
+    """The folder's manifest, or None if no stage of ours made it.
+
+    Raises ArtifactError when it is damaged, was edited, or is of another program or version.
+    """
     path = folder / MANIFEST
     if not path.exists():
         return None
     value = read_json(path)
-    if value.get("schema") != SCHEMA or not value.get("lineage"):
+    if value.get("schema") != SCHEMA:
         raise ArtifactError(
-            f"{path}: manifest schema {value.get('schema')!r} is not {SCHEMA}; it was written by another version"
+            f"{path}: manifest schema {_short(value.get('schema'))} is not {SCHEMA}; another version or another "
+            "program wrote it"
         )
-    return Manifest(lineage=value["lineage"], reports=value.get("reports", []))
+    _refuse_changed(path, value)
+    lineage = value.get("lineage")
+    if not isinstance(lineage, list) or not lineage:
+        raise ArtifactError(f"{path}: names no stage that made the folder; another program wrote it")
+    for record in lineage:
+        _check_record(path, record)
+    reports = value.get("reports", [])
+    if not isinstance(reports, list) or not all(isinstance(r, dict) for r in reports):
+        raise ArtifactError(f"{path}: its reports are not a list of objects; fetch or make the artifact again")
+    return Manifest(lineage=lineage, reports=reports)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_bytes_atomically(folder / MANIFEST, json_bytes(manifest.to_json()))
+def _refuse_changed(path: Path, value: dict[str, Any]) -> None:
+    """Compare a manifest with the hash of itself that it ends in. Older versions wrote none."""
+    unknown = sorted(set(value) - {"schema", "lineage", "reports", "sha256"})
+    stated = value.pop("sha256", None)
+    if not unknown and stated is None:
+        return
+    try:
+        written = path.read_bytes() == json_bytes({**value, "sha256": stated}) and stated == _digest(value)
+    except ValueError:  # NaN
+        written = False
+    if unknown or not written:
+        raise ArtifactError(f"{path}: is not as it was written, damaged or edited; fetch or make the artifact again")
 
 
-def add_report(folder: Path, report: dict[str, Any]) -> None:
-    """Append a report (evaluation, verdict) to the folder's manifest; a folder without one is left alone."""
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_bytes(value)).hexdigest()
+
+
+# What other code takes for granted of a record, in the shapes that every version wrote: name -> (type, may be absent).
+_RECORD: dict[str, tuple[type, bool]] = {
+    "stage": (str, False), "parent": (dict, False), "options": (dict, True), "format": (str, True),
+    "calibration": (dict, True), "files": (dict, True), "versions": (dict, True), "layers": (list, True),
+    "groups": (list, True),
+}  # fmt: skip
+_CALIBRATION: dict[str, tuple[type, bool]] = {
+    "source": (str, False), "sha256": (str, False), "text_sha256": (str, True), "num_samples": (int, False),
+    "seq_len": (int, False), "path": (str, True),
+}  # fmt: skip
+
+
+def _check_record(path: Path, record: Any) -> None:
+    _check_shape(path, "a record", record, _RECORD)
+    _check_shape(path, "parent", record["parent"], {"path": (str, False), "sha256": (str, False)})
+    if "calibration" in record:
+        _check_shape(path, "calibration", record["calibration"], _CALIBRATION)
+    for name, digest in record.get("files", {}).items():
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\0" in name or not isinstance(digest, str):
+            raise ArtifactError(f"{path}: lists {_short(name)}, which is no file of this folder; refused")
+
+
+def _check_shape(path: Path, what: str, value: Any, shape: Mapping[str, tuple[type, bool]]) -> None:
+    for name, (kind, optional) in shape.items() if isinstance(value, dict) else [("", (dict, False))]:
+        found = value.get(name) if name else value
+        if (found is None and optional) or (isinstance(found, kind) and not isinstance(found, bool)):
+            continue
+        raise ArtifactError(
+            f"{path}: {what}{' ' * bool(name)}{name} is {_short(found)} and not {_KINDS[kind]}; fetch or make the "
+            "artifact again"
+        )
+
+
+_KINDS = {str: "a text", dict: "an object", list: "a list", int: "a whole number"}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_manifest(folder: Path, manifest: Manifest, files: Mapping[str, str] | None = None) -> Manifest:
+    """Write the manifest of the finished folder, with the hash of every file in it (`files`, if known); returns it."""
+    hashes = dict(file_hashes(folder, names_in(folder)) if files is None else files)
+    record, *before = manifest.lineage
+    signed = Manifest(lineage=[{**record, "files": hashes}, *before], reports=manifest.reports)
+    value = signed.to_json()
+    write_bytes_atomically(folder / MANIFEST, json_bytes({**value, "sha256": _digest(value)}))
+    return signed
+
+
+def names_in(folder: Path) -> list[str]:
+    """Every file of an artifact but its manifest: paths inside the folder, sorted."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+
+
+def file_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """sha256 of files by name. Releases the interpreter lock, so it may run in a thread."""
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True))
+
+
+# Names of files that change what the model computes or reads, if they are added to a folder.
+_TELLING = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.onnx", "genai_config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A model folder whose bytes were read once. hashes: of its files, by name. note: for the user, or None."""
+
+    hashes: Mapping[str, str]
+    note: str | None
+
+
+def check_files(folder: Path) -> Checked:
+    """Read every file that the folder's manifest lists and compare; without a manifest, hash config and weights.
+
+    Raises ArtifactError that names the file which is gone, differs, or was added and would be read.
+    """
     manifest = read_manifest(folder)
-    if manifest is not None:
-        write_manifest(folder, Manifest(lineage=manifest.lineage, reports=[*manifest.reports, report]))
+    listed = manifest.files if manifest else None
+    if listed is None:
+        what = "" if manifest is None else f"{folder}: its compress.json, of an older version, lists no hashes to check"
+        names = Checkpoint.open(folder).content_files() if (folder / "config.json").exists() else names_in(folder)
+        return Checked(hashes=file_hashes(folder, names), note=what or None)
+    for name in listed:
+        if not (folder / name).is_file():
+            raise ArtifactError(
+                f"{folder}: {name} is gone, which compress.json lists; fetch or make the artifact again"
+            )
+    added = [n for n in names_in(folder) if n not in listed and "/" not in n and is_read(n)]
+    if added:
+        raise ArtifactError(
+            f"{folder}: {added[0]} was added since the artifact was published and would be read; move it elsewhere"
+        )
+    hashes = file_hashes(folder, list(listed))
+    for name, digest in listed.items():
+        if hashes[name] != digest:
+            raise ArtifactError(
+                f"{folder}: {name} is not what was published (sha256 {hashes[name][:12]} and not {digest[:12]}): it "
+                "was damaged or changed; fetch or make the artifact again"
+            )
+    return Checked(hashes=hashes, note=None)
+
+
+def is_read(name: str) -> bool:
+    """Whether a file of this name in a model folder changes what is computed."""
+    legal = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+    return any(fnmatch(name, p) for p in (*_TELLING, *CARRIED) if p not in legal)
 
 
 def parent_path(parent: Mapping[str, Any], folder: Path) -> Path:

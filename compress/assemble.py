@@ -1,29 +1,29 @@
 """From finished blocks to a finished artifact: the tensors around the blocks, shards, config, manifest, verification.
 
-Everything is made inside the working folder, read back and compared, and only then renamed to its final place.
+Everything is made inside the scratch folder, read back and compared; `compress.output` then gives it its place.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from compress.artifact import Manifest, carried_files, write_manifest
-from compress.files import file_sha256, json_bytes, read_json, write_bytes_atomically
-from compress.journal import Journal, publish
+from compress.artifact import Manifest, carried_files, file_hashes, names_in, write_manifest
+from compress.background import meanwhile
+from compress.errors import ArtifactError
+from compress.files import file_sha256, json_bytes, write_bytes_atomically
+from compress.journal import Journal, read_record, write_record
 from compress.model import StreamedModel
 from compress.shards import link_shards, merge_shards, save_atomically, save_in_parts, tensor_sha256
 from compress.verify import verify_written
 
 MAX_SHARD_BYTES = 5_000_000_000
-PUBLISHING = "publishing"
-
 
 # Tensors around the blocks that are converted and written at once: the embedding and the output matrix, gigabytes each.
 REST_THREADS = 2
@@ -37,8 +37,8 @@ def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor
     paths = [journal.folder / f"rest-{number:05d}.safetensors" for number in range(len(names))]
 
     def write(name: str, path: Path) -> None:
-        record = path.with_suffix(".json")
-        if record.exists() and path.exists() and file_sha256(path) == read_json(record)["sha256"]:
+        kept = read_record(path.with_suffix(".json"), journal.run, path)
+        if kept is not None and kept["name"] == name:
             return
         info = model.checkpoint.info(name)
         rows = max(1, info.shape[0] * PART_BYTES // max(1, info.num_bytes)) if info.shape else 1
@@ -53,7 +53,7 @@ def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor
             value = convert(model.checkpoint.tensor(name), name)
             save_atomically(path, {name: value})
             stored, content = file_sha256(path), tensor_sha256(value)
-        write_bytes_atomically(record, json_bytes({"sha256": stored, "meant": {name: content}}))
+        write_record(path.with_suffix(".json"), journal.run, {"name": name, "sha256": stored, "meant": {name: content}})
 
     with ThreadPoolExecutor(REST_THREADS) as pool:
         list(pool.map(write, names, paths))
@@ -63,21 +63,16 @@ def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor
 def assemble(
     journal: Journal,
     model: StreamedModel,
-    out: Path,
+    staged: Path,
     *,
     rest: list[Path],
     config: Mapping[str, Any],
     manifest: Manifest,
 ) -> int:
-    """Merge the journal's tensors into `out`, write what goes with them, verify, publish.
+    """Merge the journal's tensors into the empty folder `staged`, write what goes with them, verify, sign.
 
-    Returns how many tensors were read back and compared. Raises ArtifactError, leaving `out` as it was, when one
-    differs.
+    Returns how many tensors were read back and compared. Raises ArtifactError when one differs.
     """
-    staged = journal.folder / "final"
-    if staged.exists():
-        shutil.rmtree(staged)
-    staged.mkdir()
     parts = rest + [journal.tensors_path(i) for i in range(model.num_blocks)]
     if sum(part.stat().st_size for part in parts) > MAX_SHARD_BYTES:
         link_shards(parts, staged)  # what would be several shards anyhow becomes one a block, without a copy
@@ -86,20 +81,14 @@ def assemble(
     write_bytes_atomically(staged / "config.json", json_bytes(config))
     for path in carried_files(model.checkpoint.path):
         write_bytes_atomically(staged / path.name, path.read_bytes())
-    write_manifest(staged, manifest)
     meant: dict[str, str] = {}
-    for record in [
-        *(journal.record_path(i) for i in range(model.num_blocks)),
-        *(p.with_suffix(".json") for p in rest),
-    ]:
-        meant.update(read_json(record)["meant"])
-    compared = verify_written(staged, meant)
-    write_bytes_atomically(journal.folder / PUBLISHING, b"")
-    publish(staged, out)
-    journal.close()
+    for part in parts:
+        record = read_record(part.with_suffix(".json"), journal.run)
+        if record is None:
+            raise ArtifactError(f"{part}: its record was lost while the run worked; run the same command again")
+        meant.update(record["meant"])
+    # The manifest's hashes and the comparison read the same bytes side by side, so that the disk gives them once.
+    with meanwhile(partial(file_hashes, staged, names_in(staged))) as hashed:
+        compared = verify_written(staged, meant)
+    write_manifest(staged, manifest, hashed())
     return compared
-
-
-def was_published(folder: Path, out: Path) -> bool:
-    """Whether an earlier run was killed after its artifact was in place but before its working folder was removed."""
-    return out.exists() and (folder / PUBLISHING).exists() and not (folder / "final").exists()

@@ -6,7 +6,6 @@ Nothing here loads a whole model, and nothing here unpickles: only safetensors i
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -152,21 +151,27 @@ class Checkpoint:
 
         Streams at the speed of the disk; releases the interpreter lock, so it may run in a thread.
         """
-        total = hashlib.sha256()
-        names = ["config.json", *sorted({info.file for info in self.tensors.values()})]
+        names = self.content_files()
         with ThreadPoolExecutor(IO_THREADS) as pool:
-            for name, found in zip(names, pool.map(file_sha256, [self.path / n for n in names]), strict=True):
-                total.update(f"{name}\0{found}\n".encode())
-        return total.hexdigest()
+            found = pool.map(file_sha256, [self.path / n for n in names])
+            return content_of(dict(zip(names, found, strict=True)), names)
 
-    def identity(self) -> str:
-        """A cheap stand-in for `content_sha256` on this machine: names, sizes and modification times.
+    def content_files(self) -> list[str]:
+        """The files that `content_sha256` is taken of."""
+        return ["config.json", *sorted({info.file for info in self.tensors.values()})]
 
-        Only ever compared with an earlier run over the same folder, to decide whether it may be resumed.
-        """
-        files = sorted({info.file for info in self.tensors.values()})
-        stats = [(f, (s := (self.path / f).stat()).st_size, s.st_mtime_ns) for f in ["config.json", *files]]
-        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    def stamp(self) -> list[tuple[str, int, int, int]]:
+        """Name, size, modification time and inode of each of them: whether one was changed while it was read."""
+        stats = [(name, (self.path / name).stat()) for name in self.content_files()]
+        return [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats]
+
+
+def content_of(hashes: Mapping[str, str], names: Iterable[str]) -> str:
+    """`Checkpoint.content_sha256` from the sha256 of its files."""
+    total = hashlib.sha256()
+    for name in names:
+        total.update(f"{name}\0{hashes[name]}\n".encode())
+    return total.hexdigest()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -10,15 +10,20 @@ order and gets other last bits, because what was summed one by one cannot be had
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from compress.errors import CompressError
+
 T = TypeVar("T")
+# The others wait while the first process samples text, reads the model and writes the artifact.
+PATIENCE = timedelta(hours=12)
 
 
 @contextmanager
@@ -35,7 +40,7 @@ def joined(device: str) -> Iterator[str]:
     if on_gpu:
         device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield device
     finally:
@@ -116,6 +121,33 @@ def from_first(value: Tensor) -> Tensor:
     out = value.contiguous() if rank() == 0 else torch.empty(shape.tolist(), dtype=value.dtype, device=value.device)
     dist.broadcast(out, 0)
     return out
+
+
+def told_by_first(compute: Callable[[], T]) -> T:
+    """What `compute` gives in the first process, which alone calls it; an error of ours is raised in every process."""
+    if not running():
+        return compute()
+    told: list[tuple[T | None, BaseException | None]] = [(None, None)]
+    if rank() == 0:
+        try:
+            told = [(compute(), None)]
+        except CompressError as e:
+            told = [(None, e)]
+        except BaseException as e:
+            dist.broadcast_object_list([(None, CompressError(f"the first process failed ({type(e).__name__})"))], 0)
+            raise
+    dist.broadcast_object_list(told, 0)
+    value, error = told[0]
+    if error is not None:
+        raise error
+    return cast(T, value)
+
+
+def first_does(compute: Callable[[], T]) -> T | None:
+    """What `compute` gives, in the first process; None in the others, which wait. See `told_by_first` for errors."""
+    made: list[T] = []
+    told_by_first(lambda: made.append(compute()))
+    return made[0] if made else None
 
 
 def wait_for_all() -> None:

@@ -1,64 +1,45 @@
 """A run's working folder: finished blocks on disk, so that a killed run goes on where it was.
 
 A block is finished once `block-00003.json` exists; it is renamed into place after its tensors are on disk, so a kill at
-any moment leaves either a finished block or one that will be done again. The folder is called OUT.partial and becomes
-OUT by a rename, so nothing half-made is ever called OUT.
+any moment leaves either a finished block or one that will be done again. A record says of which run and which block
+it is and holds a hash of itself and of its tensors: what the disk changed, or another run left, is done again.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
+import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from compress import distributed
 from compress.block import BlockResult
-from compress.errors import ArtifactError, ConfigError
-from compress.files import IO_THREADS, file_sha256, fsync_dir, json_bytes, read_json, write_bytes_atomically
+from compress.errors import ArtifactError
+from compress.files import IO_THREADS, file_sha256, json_bytes, read_json, write_bytes_atomically
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
 from compress.shards import save_atomically, tensor_sha256
 
-RUN = "run.json"
 Pack = Callable[[QuantizedWeight], dict[str, Tensor]]
 Unpack = Callable[[Mapping[str, Tensor], Scheme, str], QuantizedWeight]
 
 
 class Journal:
-    """The store of `blocks.stream` over a working folder. `suffixes` are the format's tensor names."""
+    """The store of `blocks.stream` over a scratch folder. `suffixes` are the format's tensor names; `run` its id."""
 
-    def __init__(self, folder: Path, scheme: Scheme, pack: Pack, unpack: Unpack, suffixes: tuple[str, ...]) -> None:
+    def __init__(
+        self, folder: Path, run: str, scheme: Scheme, pack: Pack, unpack: Unpack, suffixes: tuple[str, ...]
+    ) -> None:
         self.folder = folder
+        self.run = run
         self.scheme = scheme
         self.pack = pack
         self.unpack = unpack
         self.suffixes = suffixes
-
-    def start(self, identity: dict[str, Any], *, resume: bool) -> None:
-        """Make the folder, or take up the one that an earlier run with the same `identity` left.
-
-        Raises ConfigError when the earlier run was another one; nothing of it is deleted unless `resume` is False.
-        """
-        if self.folder.exists() and not resume:
-            shutil.rmtree(self.folder)
-        if (self.folder / RUN).exists():
-            found = read_json(self.folder / RUN)
-            for key, value in identity.items():
-                if found.get(key) != value:
-                    raise ConfigError(
-                        f"{self.folder} holds an unfinished run with {key}={found.get(key)!r}, not {value!r}; "
-                        "finish it with its own options, or pass --no-resume to discard it"
-                    )
-            return
-        if self.folder.exists():
-            shutil.rmtree(self.folder)  # killed before it was a run
-        self.folder.mkdir(parents=True)
-        write_bytes_atomically(self.folder / RUN, json_bytes(identity))
-        fsync_dir(self.folder.parent)
 
     def tensors_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -82,28 +63,28 @@ class Journal:
                 digests[prefix + name] = pool.submit(tensor_sha256, tensors[prefix + name])
             meant = {name: found.result() for name, found in digests.items()}
         save_atomically(self.tensors_path(index), tensors)
-        record = {
+        facts = {
+            "index": index,
             "prefix": prefix,
             "sha256": file_sha256(self.tensors_path(index)),
             "layers": sorted(result.quantized),
             "meant": meant,
             "report": result.report,
         }
-        write_bytes_atomically(self.record_path(index), json_bytes(record))
+        write_record(self.record_path(index), self.run, facts)
 
-    def record(self, index: int) -> dict[str, Any]:
-        return read_json(self.record_path(index))
+    def record(self, index: int) -> dict[str, Any] | None:
+        """What is kept of a finished block, or None where there is nothing that can be believed."""
+        record = read_record(self.record_path(index), self.run, self.tensors_path(index))
+        return record if record is not None and record["index"] == index else None
 
     def load(self, index: int) -> BlockResult | None:
-        path, tensors_path = self.record_path(index), self.tensors_path(index)
-        if not path.exists():
-            return None
-        record = read_json(path)
-        if not tensors_path.exists() or file_sha256(tensors_path) != record["sha256"]:
-            path.unlink()  # the disk lost or changed it: do the block again
+        """The block, if an earlier process finished it. Nothing is removed: a block that is not believed is redone."""
+        record = self.record(index)
+        if record is None:
             return None
         prefix = record["prefix"]
-        tensors = _all_tensors(tensors_path)
+        tensors = _all_tensors(self.tensors_path(index))
         quantized = {}
         for name in record["layers"]:
             parts = {s: tensors.pop(f"{prefix}{name}.{s}") for s in self.suffixes}
@@ -111,41 +92,50 @@ class Journal:
         dense = {name.removeprefix(prefix): value for name, value in tensors.items()}
         return BlockResult(quantized=quantized, dense=dense, report=record["report"])
 
-    def close(self) -> None:
-        """Remove the working folder once the artifact is in place."""
-        shutil.rmtree(self.folder)
+
+@dataclass(frozen=True)
+class SharedStore:
+    """The journal as several processes see it: the first one has it, and what it finds there comes to all."""
+
+    journal: Journal | None
+
+    def load(self, index: int) -> BlockResult | None:
+        return distributed.told_by_first(lambda: self.journal.load(index) if self.journal else None)
+
+    def save(self, index: int, prefix: str, result: BlockResult) -> None:
+        if self.journal is not None:
+            self.journal.save(index, prefix, result)
+
+
+def write_record(path: Path, run: str, facts: dict[str, Any]) -> None:
+    """Keep `facts` of a file that is on disk: from here on, it counts as finished for the run with this id."""
+    value = {"run": run, **facts}
+    write_bytes_atomically(path, json_bytes({**value, "record_sha256": _digest(value)}))
+
+
+def read_record(path: Path, run: str, tensors: Path | None = None) -> dict[str, Any] | None:
+    """The facts kept at `path`; None unless they are there, whole, and of this run.
+
+    tensors: the file that they are about, to be compared with its hash, which is the fact `sha256`.
+    """
+    if not path.is_file() or not (tensors is None or tensors.is_file()):
+        return None
+    try:
+        value = read_json(path)
+        stated = value.pop("record_sha256", None)
+        whole = stated == _digest(value)
+    except (ArtifactError, ValueError, RecursionError):  # damaged
+        return None
+    if not whole or value["run"] != run or (tensors is not None and file_sha256(tensors) != value["sha256"]):
+        return None
+    return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json_bytes(value)).hexdigest()
 
 
 def _all_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     return dict(load(path.read_bytes()))
-
-
-def publish(staged: Path, out: Path) -> None:
-    """Rename the finished folder `staged` to `out`; an old `out` is replaced, and never half-replaced."""
-    old = out.with_name(f".{out.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
-    if out.exists():
-        os.rename(out, old)
-    os.rename(staged, out)
-    fsync_dir(out.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def check_free_space(folder: Path, needed_bytes: int) -> None:
-    """Raise ArtifactError when the disk under `folder` has less than `needed_bytes` free."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise ArtifactError(
-            f"{folder}: the run needs {needed_bytes / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; free some "
-            "space or pass -o on another disk"
-        )
-
-
-__all__ = ["Journal", "check_free_space", "publish"]

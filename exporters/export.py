@@ -1,26 +1,25 @@
 """`compress export` from start to end: resolve, size, fit the layout, write, account, publish. One visible sequence.
 
-A format is a module with `LAYOUT` and `write` (see `exporters.reader`). Everything that it writes lies in OUT.partial
-until the manifest is there; then one rename makes OUT, so a kill at any moment leaves no OUT.
+A format is a module with `LAYOUT` and `write` (see `exporters.reader`). Everything that it writes lies in a scratch
+folder until the manifest is there; then one rename makes OUT (`compress.output`), so a kill leaves no half of it.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import BUNDLED, Manifest, read_manifest, rebased, write_manifest
-from compress.checkpoint import Checkpoint
+from compress.artifact import BUNDLED, Checked, Manifest, check_files, read_manifest, rebased, write_manifest
+from compress.checkpoint import Checkpoint, content_of
+from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
-from compress.files import file_sha256
 from compress.formats import stored
-from compress.journal import check_free_space, publish
+from compress.output import Place, reserved
 from compress.scheme import Scheme
 from compress.workspace import WORKSPACE, Source
 from exporters.reader import Job, Layout, Written
@@ -37,7 +36,6 @@ FORMATS: dict[str, str] = {
 }
 # The pip extra that a format's own imports come from.
 EXTRAS = {"onnx": "onnx", "onnx-trt": "onnx", "edge": "edge"}
-STAGED = "staged"
 
 
 class Format(Protocol):
@@ -92,13 +90,18 @@ def export(
     big, and whatever the format raises; in every case nothing is left at the output folder.
     """
     report = report or Report()
-    target = request.target
-    name = format_of(request.format, target, formats)
+    name = format_of(request.format, request.target, formats)
     module = load_format(name, formats)
     artifact = request.source.path
     refuse_exports(artifact)
-    out = request.out or WORKSPACE / f"{request.source.name}-{target.name}-{name}"
-    refuse_out(out, artifact, force=request.force)
+    out = request.out or WORKSPACE / f"{request.source.name}-{request.target.name}-{name}"
+    with reserved(out, {"the artifact": artifact}, force=request.force) as place:
+        return _export(request, name, module, place, report)
+
+
+def _export(request: ExportRequest, name: str, module: Format, place: Place, report: Report) -> ExportOutcome:
+    """See `export`; the output is ours."""
+    target, artifact = request.target, request.source.path
     model = read_model(artifact)
     plan = Plan(
         format=name,
@@ -108,24 +111,21 @@ def export(
     )
     sizing = check(model, plan, target)
     wanted = wanted_codes(module.LAYOUT, artifact)
+    checked = check_files(artifact)
     requantized = None
     if wanted is not None:
-        requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", out, report)
+        requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", place.out, report)
         artifact, model = requantized, read_model(requantized)
-        sizing = check(model, plan, target)
-    check_free_space(out.parent, 2 * sizing.weights + 64_000_000)
-    working = out.with_name(out.name + ".partial")
-    if working.exists():
-        shutil.rmtree(working)
-    staged = working / STAGED
-    staged.mkdir(parents=True)
+        sizing, checked = check(model, plan, target), check_files(artifact)
+    check_free_space(place.real.parent, 2 * sizing.weights + 64_000_000)
     report.say(f"writing {name} for {target.name}: context {plan.context}, batch {plan.batch}")
+    run = place.start(_identity(request, name, plan), resume=False)
     job = Job(
         artifact=artifact,
         target=target,
         context=plan.context,
         batch=plan.batch,
-        staged=staged,
+        staged=run.new_staged(),
         options=request.options,
         say=report.say,
     )
@@ -135,15 +135,14 @@ def export(
             raise ArtifactError(
                 f"format {name} does not say what it verified, or what it wrote; the export was not kept"
             )
-        record = _record(request, name, plan, sizing, artifact, requantized, out, written, staged)
-        write_manifest(staged, _manifest(record, artifact, out))
+        record = _record(request, plan, sizing, checked, model, requantized, place.out, written)
+        record = write_manifest(job.staged, _manifest(record, artifact, place.out)).record
     except Exception:
-        shutil.rmtree(working)  # what was not verified is not kept
+        run.discard()  # what was not verified is not kept
         raise
-    publish(staged, out)
-    shutil.rmtree(working)
+    run.publish()
     return ExportOutcome(
-        out=out,
+        out=place.out,
         record=record,
         sizing=sizing,
         parts=dict(written.parts),
@@ -151,8 +150,19 @@ def export(
         fp16_bytes=2 * model.num_parameters,
         fp32_bytes=4 * model.num_parameters,
         requantized=requantized,
-        notes=list(written.notes),
+        notes=[*written.notes, *filter(None, [checked.note]), *place.notes],
     )
+
+
+def _identity(request: ExportRequest, name: str, plan: Plan) -> dict[str, Any]:
+    """What tells one export's scratch folder from another's."""
+    return {
+        "stage": "export",
+        "format": name,
+        "target": request.target.name,
+        "artifact": str(request.source.path.resolve()),
+        "options": {"context": plan.context, "batch": plan.batch, **request.options},
+    }
 
 
 # ---- what can be asked for -----------------------------------------------------------------------------
@@ -217,36 +227,29 @@ def refuse_exports(artifact: Path) -> None:
         raise ConfigError(f"{artifact} is an export already; pass the artifact that it was made from, {origin}")
 
 
-def refuse_out(out: Path, artifact: Path, *, force: bool) -> None:
-    if out.exists() and not force:
-        raise ConfigError(f"{out} exists already; pass --force to replace it, or -o for another place")
-    if out.resolve() == artifact.resolve():
-        raise ConfigError(f"{out} is the artifact itself; pass another folder with -o")
-
-
 # ---- the manifest --------------------------------------------------------------------------------------
 
 
 def _record(
     request: ExportRequest,
-    name: str,
     plan: Plan,
     sizing: Sizing,
-    artifact: Path,
+    checked: Checked,
+    model: Model,
     requantized: Path | None,
     out: Path,
     written: Written,
-    staged: Path,
 ) -> dict[str, Any]:
-    """The export's record: what was asked, what was made of it, how large, how verified, and every file's hash."""
+    """The export's record: what was asked, what was made of it, how large, how verified."""
     total = sum(written.parts.values())
-    model = read_model(artifact)
+    artifact = requantized or request.source.path
+    content = content_of(checked.hashes, Checkpoint.open(artifact).content_files())
     return {
         "stage": "export",
-        "format": name,
+        "format": plan.format,
         "target": request.target.name,
         "options": {"context": plan.context, "batch": plan.batch, **request.options},
-        "parent": {"path": _path_from(out, artifact), "sha256": Checkpoint.open(artifact).content_sha256()},
+        "parent": {"path": _path_from(out, artifact), "sha256": content},
         "requantized_from": _path_from(out, request.source.path) if requantized else None,
         "machine": {k: getattr(request.target, k) for k in ("sm", "jetpack", "tensorrt", "memory_bytes", "usable")},
         "sizing": sizing.to_json(),
@@ -256,7 +259,6 @@ def _record(
         "ratio_to_fp32": round(4 * model.num_parameters / total, 4),
         "written": written.record,
         "notes": list(written.notes),
-        "files": {p.relative_to(staged).as_posix(): file_sha256(p) for p in sorted(staged.rglob("*")) if p.is_file()},
         "versions": {"compress": compress.__version__},
     }
 

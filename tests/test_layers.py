@@ -7,9 +7,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVEL = {
     "errors": 0, "siblings": 0, "tell": 0, "scheme": 0, "plan": 0, "numerics": 0, "quantized": 0, "activations": 0,
     "files": 0, "checkpoint": 0, "shards": 0, "formats": 0, "linear": 0, "headers": 0, "weights": 0, "folders": 0,
+    "lock": 0, "disk": 0,
     "names": 1, "dense": 1, "skeleton": 1, "decoder": 1, "texts": 1, "tokens": 1, "sampling": 1,
     "model": 1, "groups": 1, "statistics": 1, "block": 1, "blocks": 1, "calibration": 1, "artifact": 1, "workspace": 1,
-    "devices": 1, "doctor": 1,
+    "devices": 1, "doctor": 1, "output": 1,
     "journal": 1, "verify": 1, "assemble": 1, "runtime": 1, "background": 1, "distributed": 1,
     "rows": 1, "chat": 1, "long_text": 1, "passages": 1, "positions": 1,
     "quantize": 2, "prune": 2, "distill": 2,

@@ -15,18 +15,21 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import calibration, distributed, sampling, tokens
-from compress.artifact import BUNDLED, Manifest, read_manifest, rebased
-from compress.assemble import assemble, was_published, write_rest
+from compress import calibration, distributed, output, sampling, tokens
+from compress.artifact import BUNDLED, Manifest, check_files, read_manifest, rebased
+from compress.assemble import assemble, write_rest
 from compress.background import meanwhile
-from compress.block import BlockDone, BlockResult
+from compress.block import BlockDone
 from compress.blocks import stream
-from compress.checkpoint import Checkpoint
+from compress.calibration import CalibrationSet
+from compress.checkpoint import Checkpoint, content_of
+from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import awq_gemm
-from compress.journal import Journal, check_free_space
+from compress.journal import Journal, SharedStore
 from compress.linear import is_conv1d, linears, skipped, weight_OI
 from compress.model import StreamedModel
+from compress.output import Place, Run
 from compress.plan import DENSE, LayerPlan, LayerScheme
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
 from compress.quantize.tune import TuneOptions
@@ -114,34 +117,29 @@ def quantize_awq(
     Under `torchrun`, the processes share the calibration set and the first one writes; all return the outcome. Raises
     CompressError subclasses, each before anything is at `request.out`.
     """
-    with distributed.joined(request.device) as device:
-        outcome = _quantize(replace(request, device=device), on_start, on_block, on_stage, say)
+    with distributed.joined(request.device) as device, ExitStack() as held:
+        request = replace(request, device=device)
+        reads = {"the model": request.source.path, **output.file_read(request.calib)}
+
+        def reserve() -> Place:
+            return held.enter_context(output.reserved(request.out, reads, force=request.force))
+
+        place = distributed.first_does(reserve)
+        outcome = _quantize(request, place, on_start, on_block, on_stage, say)
         distributed.wait_for_all()
         return outcome or _outcome_of(request.out, request, [])
 
 
 def _quantize(
     request: AwqRequest,
+    place: Place | None,
     on_start: Callable[[int, str], None],
     on_block: Callable[[BlockDone], None],
     on_stage: Callable[[int, str], None],
     say: Callable[[str], None],
 ) -> AwqOutcome | None:
-    """See `quantize_awq`. None in a process that does not write."""
+    """See `quantize_awq`. None, as `place` is, in a process that does not write."""
     out = request.out
-    partial_folder = out.with_name(out.name + ".partial")
-    journal = Journal(partial_folder, request.scheme, awq_gemm.tensors, _read, awq_gemm.LEAVES)
-    finished = was_published(partial_folder, out)
-    distributed.wait_for_all()
-    writes = distributed.rank() == 0
-    if finished:
-        if writes:
-            journal.close()
-        return _outcome_of(out, request, ["an earlier run had finished this artifact; nothing was left to do"])
-    if out.exists() and not request.force:
-        raise ConfigError(f"{out} exists already; pass --force to replace it, or -o for another place")
-    if out.resolve() == request.source.path.resolve():
-        raise ConfigError(f"{out} is the model itself; pass another folder with -o")
     model = StreamedModel.open(
         request.source.path,
         dtype=DTYPES[request.dtype],
@@ -154,34 +152,31 @@ def _quantize(
             f"--effort best tunes each block on all rows in one process, and {distributed.num_processes()} were "
             "started; start one, or use --effort balanced"
         )
-    tokenizer = tokens.load_tokenizer(request.source.path)
-    texts = calibration.load(
-        request.calib,
-        tokenizer,
-        num_samples=request.samples,
-        seq_len=request.seq_len,
-        seed=request.seed,
-        model=request.source.path,
-        is_reference=request.source.is_reference,
-        vocab_size=model.vocab_size,
-        device=request.device,
-        trust_remote_code=request.trust_remote_code,
-        tell=_Said(say),
-    )
-    ids_NT, notes = with_own_text(request, model.checkpoint, tokenizer, texts, say)
-    # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
-    check_free_space(out.parent, 2 * estimated_bytes(model, request) + 64_000_000)
-    identity = {
-        "stage": "awq",
-        "model": str(request.source.path.resolve()),
-        "content": model.checkpoint.identity(),
-        **request.options(),
-        "calibration": tokens.ids_sha256(ids_NT),
-        "versions": versions(),
-    }
-    if writes:
-        journal.start(identity, resume=request.resume)
-    distributed.wait_for_all()
+    # One process reads: several that read might find different rows.
+    texts, ids_NT, notes = distributed.told_by_first(lambda: calibration_rows(request, model, say))
+    stamp = model.checkpoint.stamp()
+
+    def begin() -> tuple[Run, str]:
+        assert place is not None
+        # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
+        check_free_space(place.real.parent, 2 * estimated_bytes(model, request) + 64_000_000)
+        checked = check_files(model.checkpoint.path)
+        notes.extend(filter(None, [checked.note]))
+        parent_sha256 = content_of(checked.hashes, model.checkpoint.content_files())
+        identity = {
+            "stage": "awq",
+            "content": parent_sha256,
+            **request.options(),
+            "calibration": tokens.ids_sha256(ids_NT),
+            "versions": versions(),
+        }
+        return place.start(identity, resume=request.resume), parent_sha256
+
+    run, parent_sha256 = distributed.first_does(begin) or (None, "")
+    if distributed.told_by_first(lambda: run is not None and run.is_published()):
+        if run:
+            run.close()
+        return _outcome_of(out, request, ["an earlier run had finished this artifact; nothing was left to do"])
     on_start(model.num_blocks, texts.source)
     options = AwqOptions(
         scheme=request.scheme,
@@ -192,19 +187,17 @@ def _quantize(
         tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
     )
     method = partial(awq_block, options=options)
-    store = journal if writes else _ReadOnly(journal)
+    journal = Journal(run.folder, run.id, request.scheme, awq_gemm.tensors, _read, awq_gemm.LEAVES) if run else None
     with ExitStack() as threads:
-        if writes:  # neither needs the blocks, so both are done while those are computed
-            parent_hash = threads.enter_context(meanwhile(model.checkpoint.content_sha256))
+        if journal:  # needs no blocks, so it is done while those are computed
             written_rest = threads.enter_context(meanwhile(partial(write_rest, journal, model, to_stored)))
         done = []
-        for step in stream(model, ids_NT, method, store, paths=options.paths, tell=_Stages(on_stage)):
+        for step in stream(model, ids_NT, method, SharedStore(journal), paths=options.paths, tell=_Stages(on_stage)):
             done.append(step)
             on_block(step)
-        if not writes:
+        if place is None or run is None or journal is None:
             return None
         rest = written_rest()
-        parent_sha256 = parent_hash()
     record = {
         "stage": "awq",
         "format": "awq-gemm",
@@ -226,7 +219,11 @@ def _quantize(
     before = rebased(earlier.lineage, request.source.path, out) if earlier else []
     manifest = Manifest(lineage=[record, *before], reports=[])
     config = out_config(model.checkpoint, request, left_dense(model, request))
-    verified = assemble(journal, model, out, rest=rest, config=config, manifest=manifest)
+    verified = assemble(journal, model, run.new_staged(), rest=rest, config=config, manifest=manifest)
+    if model.checkpoint.stamp() != stamp:
+        run.discard()
+        raise ArtifactError(f"{request.source.path} was changed while it was read; run the same command again")
+    run.publish()
     return AwqOutcome(
         out=out,
         record=record,
@@ -234,7 +231,7 @@ def _quantize(
         out_bytes=_weight_bytes(Checkpoint.open(out)),
         verified=verified,
         resumed=sum(step.resumed for step in done),
-        notes=notes,
+        notes=[*notes, *place.notes],
     )
 
 
@@ -285,6 +282,27 @@ def _recorded_calibration(record: Mapping[str, Any], folder: Path) -> str | None
             f"{record['parent']['path']} again with `compress awq --calib FILE`"
         )
     return str(path)
+
+
+def calibration_rows(
+    request: AwqRequest, model: StreamedModel, say: Callable[[str], None]
+) -> tuple[CalibrationSet, Tensor, list[str]]:
+    """What the text gives, all rows to calibrate on (`with_own_text`), and notes."""
+    tokenizer = tokens.load_tokenizer(request.source.path, trust_remote_code=request.trust_remote_code)
+    texts = calibration.load(
+        request.calib,
+        tokenizer,
+        num_samples=request.samples,
+        seq_len=request.seq_len,
+        seed=request.seed,
+        model=request.source.path,
+        is_reference=request.source.is_reference,
+        vocab_size=model.vocab_size,
+        device=request.device,
+        trust_remote_code=request.trust_remote_code,
+        tell=_Said(say),
+    )
+    return texts, *with_own_text(request, model.checkpoint, tokenizer, texts, say)
 
 
 def with_own_text(
@@ -482,19 +500,6 @@ class _Stages(Tell):
         resumed: bool = False,
     ) -> None:
         self.on_stage(0, doing)
-
-
-@dataclass(frozen=True)
-class _ReadOnly:
-    """The journal as a process sees it that does not write: all processes come to the same blocks."""
-
-    journal: Journal
-
-    def load(self, index: int) -> BlockResult | None:
-        return self.journal.load(index)
-
-    def save(self, index: int, prefix: str, result: BlockResult) -> None:
-        pass
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:

@@ -7,7 +7,6 @@ configuration (index, proxy, certificates) is honoured.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -16,13 +15,13 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import ConfigError, UnsupportedError
 from compress.files import json_bytes, read_json, write_bytes_atomically
+from compress.lock import locked
 
 VERSION = "0.11.0"
 # The `export` extra of tensorrt-edgellm 0.11.0, and three packages that it leaves open and that shape the bytes of an
@@ -98,7 +97,11 @@ def ensure(say: Say, environ: Mapping[str, str] = os.environ) -> Environment:
         )
     folder = cache_folder(environ)
     _make_parent(folder)
-    with _only_one(folder.with_name(folder.name + ".lock"), say):
+
+    def wait(holder: str) -> None:
+        say(f"waiting for {holder}, which makes the environment")
+
+    with locked(folder.with_name(folder.name + ".lock"), str(folder), wait=wait):
         found = ready(environ)  # another process may have made it while we waited
         return found if found is not None else _make(folder, say, environ)
 
@@ -145,6 +148,8 @@ def _make(folder: Path, say: Say, environ: Mapping[str, str]) -> Environment:
     """Make, check and publish. What is there under the final name is complete; anything else is removed first."""
     check_disk(folder.parent)
     partial = folder.with_name(folder.name + ".partial")
+    if folder.exists() and not (folder / STAMP).is_file():
+        raise ConfigError(f"{folder} is in the way and was not made by this tool; move it elsewhere")
     for old in (partial, folder):
         shutil.rmtree(old, ignore_errors=True)
     say(f"making an environment for TensorRT Edge-LLM {VERSION} (once)")
@@ -260,18 +265,6 @@ def stream(
                 process.kill()
                 process.wait()
     return code, list(tail)
-
-
-@contextmanager
-def _only_one(lock: Path, say: Say) -> Iterator[None]:
-    """Hold a lock file: two exports at once must not make the environment twice."""
-    with open(lock, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say("waiting for another process that makes the environment")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _make_parent(folder: Path) -> None:

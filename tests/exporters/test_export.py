@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.artifact import parent_path, read_manifest
+from compress.artifact import Manifest, parent_path, read_manifest, write_manifest
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256, read_json
@@ -79,6 +79,12 @@ def contents(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def rewritten(path: Path, old: str, new: str) -> None:
+    """A manifest with other words, signed as our own code signs it."""
+    value = json.loads(path.read_text().replace(old, new))
+    write_manifest(path.parent, Manifest(lineage=value["lineage"], reports=[]))
+
+
 def test_hf_export_is_the_artifact_with_a_manifest(artifact: Path) -> None:
     outcome = run(artifact, "small-a100-hf", context=128, batch=4)
     made = contents(outcome.out)
@@ -94,7 +100,7 @@ def test_hf_export_is_the_artifact_with_a_manifest(artifact: Path) -> None:
     assert record["parent"] == {"path": "../small", "sha256": Checkpoint.open(artifact).content_sha256()}
     assert [r["stage"] for r in manifest.lineage] == ["export", "awq"]
     assert record["requantized_from"] is None
-    assert not list(artifact.parent.glob("*.partial"))
+    assert not list(artifact.parent.glob(".*"))
     # size honesty: the parts are the files' bytes, and the ratio is to what the parameters would take
     size = sum((outcome.out / n).stat().st_size for n in made if "/" not in n and n != "compress.json")
     assert abs(outcome.total_bytes - size) < 20_000, "all but safetensors headers"
@@ -170,7 +176,7 @@ def test_a_recipe_recorded_on_a_gpu_runs_without_one(artifact: Path, symmetric: 
     again = artifact.parent / "for-export" / "small-sym"
     made_here = contents(again)
     path = artifact / "compress.json"
-    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    rewritten(path, '"device": "cpu"', '"device": "cuda"')
     said: list[str] = []
     run(artifact, "reused", "orin", formats=symmetric, report=Report(say=said.append))
     assert any("used as it is" in line for line in said), "sums in another order make no other recipe"
@@ -218,8 +224,7 @@ def test_requantization_is_refused_with_the_command_that_helps(
     model.rename(tmp_path / "moved")
     refused(ArtifactError, "its parent ../../model is gone; fetch that model and run: compress awq MODEL --bits 4")
     (tmp_path / "moved").rename(model)
-    manifest = (artifact / "compress.json").read_text()
-    (artifact / "compress.json").write_text(manifest.replace('"effort"', '"unheard_of"'))
+    rewritten(artifact / "compress.json", '"effort"', '"unheard_of"')
     refused(ArtifactError, "records option unheard_of, which this version cannot run again")
     (artifact / "compress.json").unlink()
     refused(ArtifactError, "has no compress.json that says how to make them; quantize its original")
@@ -235,7 +240,7 @@ def test_an_artifact_of_another_recipe_in_the_way(artifact: Path, symmetric: dic
     path = artifact.parent / "for-export" / "small-sym" / "compress.json"
     manifest = read_manifest(artifact)
     assert manifest is not None
-    path.write_text(path.read_text().replace(manifest.record["calibration"]["sha256"], "0" * 64))
+    rewritten(path, manifest.record["calibration"]["sha256"], "0" * 64)
     with pytest.raises(ConfigError, match="small-sym exists and was made by another recipe"):
         run(artifact, "again", "orin", formats=symmetric)
 
@@ -245,7 +250,7 @@ def test_a_failed_write_leaves_nothing(artifact: Path, symmetric: dict[str, str]
     before = contents(made)
     with pytest.raises(ArtifactError, match="does not compute what the artifact says"):
         run(artifact, "out", "orin", formats=symmetric, force=True, options={"fail": True})
-    assert contents(made) == before and not list(artifact.parent.glob("*.partial"))
+    assert contents(made) == before and not list(artifact.parent.glob(".*"))
     with pytest.raises(ArtifactError):
         run(artifact, "new", "orin", formats=symmetric, options={"fail": True})
     with pytest.raises(ArtifactError, match="does not say what it verified"):
@@ -271,10 +276,15 @@ def test_a_kill_in_the_middle_leaves_no_out(artifact: Path, symmetric: dict[str,
     command = [sys.executable, "-c", KILLED, str(artifact), str(out)]
     code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120).returncode
     assert code == -9
-    assert not out.exists() and (artifact.parent / "out.partial" / "staged" / "half").exists()
-    assert not is_model(artifact.parent / "out.partial")
+    (scratch,) = artifact.parent.glob(".out.*.partial")
+    assert not out.exists() and (scratch / "final" / "half").exists()
+    assert not is_model(scratch)
     made = run(artifact, "out", "orin", formats=symmetric)
-    assert not (artifact.parent / "out.partial").exists() and not (made.out / "half").exists()
+    assert any(str(scratch) in note for note in made.notes), "an export with other options is not this one's to remove"
+    assert not (made.out / "half").exists()
+    shutil.rmtree(made.out)
+    code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120).returncode
+    assert code == -9 and [*artifact.parent.glob(".out.*.partial")] == [scratch], "the same command finds it again"
 
 
 # ---- refusals ----------------------------------------------------------------------------------------
