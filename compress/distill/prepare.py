@@ -328,7 +328,6 @@ def check_memory(
 ) -> None:
     """ConfigError when the passes are predicted not to fit what is free beside the weights loaded already."""
     compute = DTYPES[request.dtype]
-    checkpointed = bool(getattr(student.model, "is_gradient_checkpointing", False))
     token_bytes, kept_bytes = memory.probe(
         student.model, student.base, len(student.blocks), student.hidden_size, compute
     )
@@ -343,7 +342,7 @@ def check_memory(
         tokens=micro * request.seq_len,
         token_bytes=token_bytes,
         kept_bytes=kept_bytes,
-        checkpointing=checkpointed,
+        checkpointing=request.checkpointing,
         shares=shares,
         on_gpu=request.device.startswith("cuda"),
     )

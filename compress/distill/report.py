@@ -88,7 +88,8 @@ def loss_plot(curve: Sequence[Mapping[str, float]], looks: Sequence[Mapping[str,
         axes.plot([r["tokens"] for r in curve], [r["loss"] for r in curve], color="#e69f00", label="loss")
         axes.set_xlabel("tokens")
         axes.set_ylabel("loss, nats a token")
-        axes.set_yscale("log")
+        if all(r["loss"] > 0 for r in curve):
+            axes.set_yscale("log")
         if looks:
             right = axes.twinx()
             right.plot([r["tokens"] for r in looks], [r["perplexity"] for r in looks], "o-", color="#56b4e9")

@@ -294,10 +294,14 @@ def _facts(request: DistillRequest, ready: Prepared, training: Training, state: 
         "tokens": state.step * tokens,
         "micro_batch": ready.plan.micro,
         "curve": [{**r, "tokens": r["step"] * tokens} for r in state.curve[every - 1 :: every]],
-        "watch": None if ready.watch is None else {"sha256": ready.watch.rows.sha256, "looks": state.watched},
+        "watch": None if ready.watch is None else _watched(ready.watch, state),
         "gradient_bytes": saved,
         "flops_per_token": ready.flops,
     }
+
+
+def _watched(watch: Watch, state: State) -> dict[str, Any]:
+    return {"sha256": watch.rows.sha256, "by": watch.by, "looks": state.watched, "sources": watch.rows.sources}
 
 
 def _record(request: DistillRequest, hashes: dict[str, str], facts: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from compress import distributed, output
+from compress import distributed
 from compress.artifact import Manifest, write_manifest
 from compress.distill import cache, models, prepare
 from compress.distill.cache import Facts, Settings, Sparse
@@ -28,6 +28,7 @@ from compress.distill.request import DistillRequest
 from compress.distill.rows import FACTS, ROWS, STARTS, Rows, read_rows
 from compress.distill.teacher import LiveTeacher
 from compress.files import copy_durably, file_sha256, json_bytes, read_json, write_bytes_atomically
+from compress.output import Run, file_read, reserved
 from compress.tell import SILENT, Tell
 from compress.workspace import Source
 
@@ -99,13 +100,11 @@ def teach(request: TeachRequest, *, tell: Tell = SILENT) -> TeachOutcome:
         request = replace(request, device=device)
         reads = {"the teacher": request.teacher.path}
         for source in request.data.sources:
-            reads.update(output.file_read(source))
-        place = distributed.first_does(
-            lambda: held.enter_context(output.reserved(request.out, reads, force=request.force))
-        )
+            reads.update(file_read(source))
+        place = distributed.first_does(lambda: held.enter_context(reserved(request.out, reads, force=request.force)))
         sha256 = content(request.teacher)
 
-        def start() -> output.Run:
+        def start() -> Run:
             assert place is not None
             identity = {"stage": "teach", "teacher": sha256, **request.options(), "versions": versions()}
             return place.start(identity, resume=request.resume)
@@ -179,7 +178,7 @@ def _said(loaded: LoadedModel, rows: Rows, which: range, micro: int, settings: S
     return cache.joined(found)
 
 
-def _publish(run: output.Run | None, request: TeachRequest, sha256: str) -> None:
+def _publish(run: Run | None, request: TeachRequest, sha256: str) -> None:
     assert run is not None
     vocabulary = prepare.output_rows(request.teacher.path)
     facts = read_json(run.folder / "rows" / FACTS)

@@ -206,14 +206,17 @@ class Training:
         return int(self._orders[epoch][within])
 
     def _diverged(self, loss: float, norm: float, rate: float) -> str:
+        return (
+            f"loss {loss:.4g}, gradient norm {norm:.4g} at step {self.state.step + 1} (rate {rate:.3g}): {self._kept()}"
+        )
+
+    def _kept(self) -> str:
+        """What is left of a run that diverged, and what to do."""
         steps = self.checkpoints.steps()
         kept = (
-            f"{self.checkpoints.path(steps[-1])} is the last good checkpoint" if steps else "no checkpoint was due yet"
+            f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was due yet"
         )
-        return (
-            f"loss {loss:.4g}, gradient norm {norm:.4g} at step {self.state.step + 1} (rate {rate:.3g}): {kept}; "
-            "pass a smaller --lr with --no-resume"
-        )
+        return f"{kept}; pass a smaller --lr with --no-resume"
 
     # ---- watching another text -----------------------------------------------------------------------
 
@@ -246,7 +249,11 @@ class Training:
         return bool(every) and self.state.step % every == 0
 
     def save(self) -> Path:
-        """Write a checkpoint of now."""
+        """Write a checkpoint of now. Diverged where the last update made weights that are not finite."""
+        sums = torch.stack([checkpoint.local(p).detach().sum() for _, p in self.engine.named_parameters()])
+        if not math.isfinite(self.engine.agree([float(sums.sum())])[0]):
+            rate = self.plan.rate.at(self.state.step - 1, self.plan.steps)
+            raise Diverged(f"the weights are not finite after step {self.state.step} (rate {rate:.3g}): {self._kept()}")
         tensors = checkpoint.training_tensors(
             self.engine.named_parameters(), self.engine.optimizer.optimizer, writes=self._writes
         )
