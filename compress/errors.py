@@ -36,6 +36,19 @@ class GateFailed(CompressError):
         self.exit_code = exit_code
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run that keeps what it has finished; the message says what the same command does then."""
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """For the part of a run that a later one takes up: Ctrl-C in it says so."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        raise Interrupted("the same command goes on from the last finished block") from e
+
+
 # What of a foreign message is shown: some libraries print a whole file.
 REASON_CHARS = 200
 
@@ -77,7 +90,8 @@ def out_of_room(error: BaseException) -> CompressError | None:
     """The sentence for a full disk, quota or memory, wherever it was met; None for anything else."""
     text = str(error)
     no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if no_space or "No space left on device" in text or "os error 28" in text:
+    # safetensors gives the number in its text only
+    if no_space or "No space left on device" in text or any(f"os error {n})" in text for n in (27, 28, 122)):
         where = getattr(error, "filename", None)
         return ArtifactError(
             f"the disk is full{f' at {where}' if where else ''}: what was being written is incomplete; free some space "

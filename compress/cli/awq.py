@@ -1,16 +1,17 @@
-"""`compress awq`: options, progress and the closing summary. The work is in `compress.quantize.run`."""
+"""`compress awq`: options, progress and the closing summary. The work is in `compress.quantize.awq_stage`."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from compress.cli.progress import Steps, peak_memory_bytes, seconds_text
+from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 
 
 @click.command("awq")
@@ -51,6 +52,7 @@ from compress.cli.progress import Steps, peak_memory_bytes, seconds_text
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling from the model and of tuning.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Layers to leave in float16, such as '*.down_proj'.")
+@click.option("--allow-damage", is_flag=True, help="Go on when a layer's output would be mostly error, and list it.")
 @click.option(
     "-o",
     "--out",
@@ -87,35 +89,20 @@ def command(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
-    from compress.quantize.run import AwqRequest, quantize_awq
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq
 
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
-    loaded = [time.monotonic()]
-    with Steps("block", quiet=as_json) as steps:
-
-        def begin(total: int, text: str) -> None:
-            print(f"calibration: {text}, {request.samples} x {request.seq_len} tokens at most", file=sys.stderr)
-            steps.start(total)
-            loaded.append(time.monotonic())
-
-        outcome = quantize_awq(
-            request,
-            on_start=begin,
-            on_stage=lambda index, stage: steps.note(stage),
-            on_block=lambda done: steps.step(_block_text(done.report, done.resumed), computed=not done.resumed),
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-        )
+    with Shown(quiet=as_json, describe=_block_text) as shown:
+        outcome = quantize_awq(request, shown)
     ended = time.monotonic()
     if as_json:
-        print(json.dumps(_as_json(outcome, ended - loaded[-1], ended - started), indent=2))
+        print(json.dumps(_as_json(outcome, ended - (shown.started or started), ended - started), indent=2))
     else:
         _print_summary(outcome, ended - started)
 
 
-def _block_text(report: dict[str, Any], resumed: bool) -> str:
-    if resumed:
-        return "read back"
+def _block_text(report: Mapping[str, Any]) -> str:
     worst = max(report["layers"], key=lambda layer: layer["error"], default=None)
     if worst is None:
         return "nothing to quantize"
@@ -165,6 +152,15 @@ def _print_summary(outcome: Any, seconds: float) -> None:
         console.print(
             f"no smoothing for {len(unfolded)} of {len(record['groups'])} groups ({names}): see compress.json"
         )
+    lifted = [g for g in record["groups"] if g.get("lift")]
+    if lifted:
+        names = ", ".join(f"block {g['block']} {g['layers'][0]}" for g in lifted[:3])
+        console.print(
+            f"the weights of {len(lifted)} groups lay below what float16 scales hold; a power of two was moved there "
+            f"from what comes before them ({names}{', ...' if len(lifted) > 3 else ''})"
+        )
+    if record["damaged"]:
+        console.print(f"DAMAGED, as you allowed: {', '.join(record['damaged'])}", soft_wrap=True)
     calibration = record["calibration"]
     if calibration["num_samples"] < record["options"]["samples"]:
         console.print(

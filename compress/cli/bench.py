@@ -81,9 +81,8 @@ def _refuse_places(*paths: Path | None) -> None:
 def _folders(models: tuple[str, ...], graphs: str, runtime: Any, settings: Settings, *, quiet: bool) -> dict[str, Any]:
     import torch
 
-    from compress.cli.progress import Steps
+    from compress.cli.progress import Shown
     from compress.errors import ConfigError
-    from compress.tell import Tell
     from evaluators import latency
 
     wanted = graphs.split(",")
@@ -93,16 +92,8 @@ def _folders(models: tuple[str, ...], graphs: str, runtime: Any, settings: Setti
     best = "cuda" if torch.cuda.is_available() else "cpu"
     devices = {s.label: "cpu" if s.decoder.runtime == "onnxruntime" else best for s in subjects}
     speeds = {device: latency.read_bandwidth(device) for device in set(devices.values())}
-    with Steps("round", quiet=quiet) as steps:
-
-        class Shown(Tell):
-            def start(self, what: str, total: int) -> None:
-                steps.start(total)
-
-            def step(self, done: int | None = None, doing: str = "", **_: Any) -> None:
-                steps.step(doing)
-
-        clocks = latency.measure(subjects, settings, Shown())
+    with Shown(quiet=quiet) as shown:
+        clocks = latency.measure(subjects, settings, shown)
     return latency.report(subjects, settings, {k: speeds[d] for k, d in devices.items()}, clocks)
 
 

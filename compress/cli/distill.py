@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.progress import peak_memory_bytes, seconds_text
-from compress.cli.training import Shown
+from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
+from compress.tell import SILENT
 
 if TYPE_CHECKING:
     from compress.distill.request import DistillOutcome, DistillRequest
@@ -136,17 +136,19 @@ def command(
         **rest,
     )
     first = int(os.environ.get("RANK", "0")) == 0  # of those that torchrun started
-    with Shown(quiet=as_json or not first) as shown:
-        shown.say(f"student: {learner.said}\nteacher: {master.said}\ncomputed on: {described(device)}, {request.dtype}")
+    with _Steps(quiet=as_json or not first) as shown:
+        if first:
+            shown.say(f"student: {learner.said}\nteacher: {master.said}")
+            shown.say(f"computed on: {described(device)}, {request.dtype}")
         run = _Run(request, shown, report if first else None, tensorboard)
-        outcome = distill(request, tell=shown, heard=run.heard, describe=run.describe)
+        outcome = distill(request, tell=shown if first else SILENT, heard=run.heard, describe=run.describe)
         run.finish(outcome)
     if not first:
         return
     if as_json:
         print(json.dumps(_as_json(outcome, run, time.monotonic() - started), indent=2))
     else:
-        _print_summary(outcome, run, [*outcome.notes, *shown.notes], time.monotonic() - started)
+        _print_summary(outcome, run, outcome.notes, time.monotonic() - started)
 
 
 def _student(asked: str | None) -> Source:
@@ -175,6 +177,12 @@ def _teacher(asked: str | None, student: Source) -> Source:
     return resolve(str(parent_path(manifest.root, student.path)))
 
 
+class _Steps(Shown):
+    """Steps of a training run take seconds: without a terminal they get a line now and then."""
+
+    LINE_SECONDS = 15.0
+
+
 class _Run:
     """Speeds and curve of one run, as the command line shows them."""
 
@@ -201,7 +209,7 @@ class _Run:
             per_step = outcome.record["tokens"] / max(1, outcome.record["steps"])
             looks = [{**w, "tokens": w["step"] * per_step} for w in watch["looks"]] if watch else []
             files = self.report.finish(outcome.record["curve"], looks)
-            self.shown.say(f"wrote {', '.join(str(f) for f in files)}")
+            self.shown.note(f"wrote {', '.join(str(f) for f in files)}")
 
 
 def _as_json(outcome: DistillOutcome, run: _Run, seconds: float) -> dict[str, Any]:

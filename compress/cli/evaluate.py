@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.progress import Steps
+from compress.cli.progress import Shown
 from compress.errors import ConfigError, GateFailed
 
 if TYPE_CHECKING:
@@ -93,8 +92,9 @@ def command(
         print(said, file=sys.stderr)
     from evaluators import cache, evaluate, memory
     from evaluators.gate import EXIT_CODES
-    from evaluators.report import to_json, to_text, write_reports
+    from evaluators.report import to_json, to_text
     from evaluators.request import Request
+    from evaluators.written import write_reports
 
     request = Request(
         candidate=source.path,
@@ -110,11 +110,15 @@ def command(
         found = evaluate.evaluate(request, shown)
     print(to_json(found).decode().rstrip() if as_json else to_text(found))
     if report is not None:
-        files, note = write_reports(found, report, memory.others(found, WORKSPACE))
+        others, notes = memory.others(found, WORKSPACE)
+        for line in notes:
+            print(f"note: {line}", file=sys.stderr)
+        files, note = write_reports(found, report, others)
         print(f"wrote {', '.join(str(f) for f in files)}", file=sys.stderr)
         if note:
             print(note, file=sys.stderr)
-    memory.remember(source.path, found)
+    if unkept := memory.remember(source.path, found):
+        print(f"note: {unkept}", file=sys.stderr)
     _exit(found, EXIT_CODES)
 
 
@@ -143,31 +147,19 @@ class _Shown:
     """Progress of each model in turn; see `evaluators.evaluate.Progress`."""
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.steps: Steps | None = None
+        self.shown = Shown(quiet=quiet)
 
     def __enter__(self) -> _Shown:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        if self.steps is not None:
-            self.steps.__exit__(None, None, None)
-            self.steps = None
+        self.shown.end()
 
     def stage(self, what: str) -> None:
-        self._end()
+        self.shown.end()
         self.what = what
-        self.started = time.monotonic()
-        if what == "comparing" and not self.quiet:
-            print("comparing the two models' predictions", file=sys.stderr)
 
     def block(self, done: int, total: int) -> None:
-        if self.steps is None:
-            self.steps = Steps(f"{self.what} block", quiet=self.quiet).__enter__()
-            self.steps.start(total)
-            self.steps.done = done - 1
-            self.steps.started = self.started
-        self.steps.step("done")
+        if self.shown.pace is None:
+            self.shown.start(f"{self.what} block", total)
+        self.shown.step(done)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.progress import Steps, peak_memory_bytes, seconds_text
+from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ def command(
     started = time.monotonic()
     from compress.workspace import is_model, resolve
     from exporters.export import ExportRequest, export, format_of, target_named
-    from exporters.requantize import Report
     from exporters.sizing.predict import DoesNotFit
 
     machine = target_named(target)
@@ -94,56 +93,17 @@ def command(
         force=force,
         options=options,
     )
-    with _Blocks(quiet=as_json) as blocks:
-        report = Report(
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-            on_blocks=blocks.start,
-            on_stage=lambda index, stage: blocks.note(stage),
-            on_block=lambda done: blocks.step("read back" if done.resumed else "quantized", not done.resumed),
-        )
+    with Shown(quiet=as_json, describe=lambda found: "quantized") as shown:
         try:
-            outcome = export(request, report=report)
+            outcome = export(request, tell=shown)
         except DoesNotFit as e:
-            blocks.end()
+            shown.end()
             _print_too_big(e, as_json)
             raise
     if as_json:
         print(json.dumps(_as_json(outcome, time.monotonic() - started), indent=2))
     else:
         _print(outcome, time.monotonic() - started)
-
-
-class _Blocks:
-    """Progress of a re-quantization, if there is one."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.steps: Steps | None = None
-
-    def __enter__(self) -> _Blocks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def start(self, total: int) -> None:
-        self.steps = Steps("block", quiet=self.quiet).__enter__()
-        self.steps.start(total)
-
-    def step(self, text: str, computed: bool) -> None:
-        assert self.steps is not None
-        self.steps.step(text, computed=computed)
-        if self.steps.done == self.steps.total:
-            self.end()
-
-    def note(self, text: str) -> None:
-        if self.steps is not None:
-            self.steps.note(text)
-
-    def end(self) -> None:
-        if self.steps is not None:
-            self.steps.__exit__(None, None, None)
-            self.steps = None
 
 
 def _as_json(outcome: ExportOutcome, seconds: float) -> dict[str, Any]:

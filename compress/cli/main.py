@@ -1,19 +1,22 @@
 """The command line. Commands load on use, so that `compress --help` answers at once.
 
-Exit codes: 0 done, 1 the input or a file is at fault, 2 wrong usage, 3 the gate failed, 4 the gate is inconclusive,
-130 interrupted.
+Exit codes: 0 done, 1 the input, a file or the machine is at fault, 2 wrong usage, 3 the gate failed, 4 the gate is
+inconclusive, 70 a bug of ours, 130 interrupted. COMPRESS_DEBUG=1 shows every traceback.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import tempfile
+import traceback
 from typing import Any
 
 import click
 
-from compress import __version__
-from compress.errors import CompressError
+from compress import __version__, threads
+from compress.errors import CompressError, Interrupted, out_of_room, reason
 from compress.siblings import check_siblings
 
 # command -> (module, first line of its help)
@@ -80,16 +83,61 @@ class _Commands(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        # The one place where our errors become exit codes; anything else is a bug and keeps its traceback.
+        # The one place where errors become sentences and exit codes.
         try:
+            threads.configure()  # before any command loads torch
             check_siblings()
-            return super().invoke(ctx)
-        except CompressError as e:
-            click.echo(f"error: {e}", err=True)
-            sys.exit(e.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted; the same command goes on from the last finished block", err=True)
-            sys.exit(130)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a full disk behind a redirection is met here, not on the way out
+            return result
+        except (Exception, KeyboardInterrupt) as e:
+            if isinstance(e, _CLICKS_OWN) or isinstance(e, BrokenPipeError) or _debugging(e):
+                raise
+            text, code = told(e)
+            click.echo(text, err=True)
+            sys.exit(code)
+
+
+_CLICKS_OWN = (click.ClickException, click.Abort, click.exceptions.Exit)
+
+
+def _debugging(error: BaseException) -> bool:
+    return bool(os.environ.get("COMPRESS_DEBUG")) and not isinstance(error, (CompressError, KeyboardInterrupt))
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """What the user is told of an exception, in one line that no name in it can break, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        note = f"; {error}" if isinstance(error, Interrupted) else ""
+        return f"interrupted{note}", 130
+    full = out_of_room(error)
+    if isinstance(error, CompressError):
+        text, code = str(error), error.exit_code
+    elif full is not None:
+        text, code = str(full), full.exit_code
+    elif isinstance(error, OSError):
+        text, code = f"{reason(error)}; the file system refused it, mend that and run the same command again", 1
+    else:
+        text, code = _bug(error), 70
+    return f"error: {printable(text)}", code
+
+
+def _bug(error: BaseException) -> str:
+    """The sentence for an exception that nobody foresaw; its traceback is kept where the user can send it from."""
+    text = f"this is a bug of compress ({type(error).__name__}: {reason(error)})"
+    try:
+        handle, path = tempfile.mkstemp(prefix="compress-bug-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as f:
+            f.write(f"compress {__version__}, {sys.version}\n{' '.join(sys.argv)}\n\n")
+            traceback.print_exception(error, file=f)
+    except OSError:
+        return f"{text}; run it again with COMPRESS_DEBUG=1 and report the traceback"
+    return f"{text}; please report it with {path}, which holds the traceback"
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with every character escaped that a terminal would act on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,14 +1,20 @@
-"""Progress on stderr: a live line on a terminal, one plain line a step elsewhere. Results never go through here."""
+"""Progress on stderr: a live line on a terminal, plain lines elsewhere. Results never go through here."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
+from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
+
+from compress.tell import Tell
 
 
 def peak_memory_bytes() -> int:
@@ -27,59 +33,153 @@ def seconds_text(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-class Steps:
-    """Counts equal steps and says how many are left and for how long. Use as a context manager."""
+class Pace:
+    """How long the steps that are left of a job will take, from how long the later half of those done took.
 
-    def __init__(self, what: str, *, quiet: bool = False) -> None:
-        self.what = what
-        self.quiet = quiet
-        self.total = 0
-        self.done = 0
-        self.computed = 0
-        self.started = time.monotonic()
-        console = Console(stderr=True)
-        self.live = console.is_terminal and not quiet
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            transient=True,
-        )
-        self.task = self.progress.add_task(what, total=1, note="")
+    The first step of a job often takes longer than the others (a kernel is compiled, a file is not in memory yet), and
+    a machine gets busy or free: so what was measured last counts, and not the mean since the start.
+    """
 
-    def __enter__(self) -> Steps:
-        if self.live:
-            self.progress.start()
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.done = total, 0
+        self._clock = clock
+        self._last = clock()
+        self._each: list[tuple[float, int]] = []
+
+    def step(self, done: int, *, resumed: bool = False) -> None:
+        """`done` steps are finished. Those that were `resumed` say nothing about the others."""
+        now = self._clock()
+        if done > self.done and not resumed:
+            self._each.append((now - self._last, done - self.done))
+        self.done, self._last = max(done, self.done), now
+
+    def seconds_left(self) -> float | None:
+        """None while nothing is known. What the step now running has taken already is not left."""
+        if not self._each or self.done >= self.total:
+            return None
+        later = self._each[len(self._each) // 2 :]
+        each = sum(seconds for seconds, _ in later) / sum(steps for _, steps in later)
+        running = min(self._clock() - self._last, each)
+        return each * (self.total - self.done) - running
+
+
+class _Left(ProgressColumn):
+    """The time left, going down between two steps as well."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        pace: Pace | None = task.fields.get("pace")
+        left = pace.seconds_left() if pace else None
+        if left is not None:
+            return Text(f"{seconds_text(left)} left")
+        return Text("" if pace is None or pace.done >= pace.total else "time left unknown yet", style="dim")
+
+
+class Shown(Tell):
+    """Shows a run on stderr. Use as a context manager.
+
+    On a terminal one line says what is done, what is left, and what goes on; elsewhere each step gets a plain line, but
+    steps that follow each other within a second share one. `describe` turns what a step found into words. Notes are
+    shown at once and kept in `notes`. `quiet`: what is said is shown, steps and notes are not. `started`: when the last
+    job began, by `clock`.
+    """
+
+    LINE_SECONDS = 1.0
+
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        describe: Callable[[Mapping[str, Any]], str] = lambda found: "",
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.quiet, self.describe, self.clock = quiet, describe, clock
+        self.console = Console(file=file, stderr=file is None)
+        self.live = self.console.is_terminal and not quiet
+        self.notes: list[str] = []
+        self.pace: Pace | None = None
+        self.started: float | None = None
+        self._what = ""
+        self._said = -1e9
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Shown:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if self.live:
-            self.progress.stop()
+        self.end()
 
-    def start(self, total: int) -> None:
-        self.total = total
-        self.started = time.monotonic()
-        self.progress.update(self.task, total=total)
+    def end(self) -> None:
+        """The job is over, or given up; the live line goes."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress, self.pace = None, None
+
+    def say(self, text: str) -> None:
+        self._line(text)
 
     def note(self, text: str) -> None:
-        """What is being done inside the current step; shown on a terminal only."""
-        if self.live:
-            self.progress.update(self.task, note=text)
+        self.notes.append(text)
+        if not self.quiet:
+            self._line(f"note: {text}")
 
-    def step(self, text: str, *, computed: bool = True) -> None:
-        """One step is done. Steps that cost nothing (read back) do not count for the estimate."""
-        self.done += 1
-        self.computed += computed
-        left = self.total - self.done
-        eta = ""
-        if left and self.computed:
-            each = (time.monotonic() - self.started) / self.computed
-            eta = f", {seconds_text(each * left)} left"
-        note = f"{text}{eta}, peak memory {peak_memory_bytes() / 2**20:.0f} MiB"
+    def start(self, what: str, total: int) -> None:
+        self.end()
+        self._what, self._said, self.started = what, -1e9, self.clock()
+        self.pace = Pace(total, self.clock)
         if self.live:
-            self.progress.update(self.task, completed=self.done, note=note)
-        elif not self.quiet:
-            print(f"{self.what} {self.done}/{self.total}: {note}", file=sys.stderr, flush=True)
+            self._progress = _bar(self.console)
+            self._task = self._progress.add_task(what, total=total, doing="", memory="", pace=self.pace)
+            self._progress.start()
+
+    def step(
+        self,
+        done: int | None = None,
+        doing: str = "",
+        *,
+        found: Mapping[str, Any] | None = None,
+        resumed: bool = False,
+    ) -> None:
+        pace = self.pace
+        if pace is None:
+            return
+        if done is not None:
+            pace.step(done, resumed=resumed)
+        text = "read back" if resumed else doing or (self.describe(found) if found is not None else "")
+        if self._progress is not None:
+            memory = f"peak {peak_memory_bytes() / 2**20:.0f} MiB"
+            self._progress.update(self._task, completed=pace.done, doing=text, memory=memory)
+        elif done is not None and not self.quiet:
+            now = self.clock()
+            if found is not None or pace.done == pace.total or now - self._said >= self.LINE_SECONDS:
+                self._said = now
+                self._line(self._plain(pace, text))
+
+    def _plain(self, pace: Pace, text: str) -> str:
+        left = pace.seconds_left()
+        parts = [text, f"{seconds_text(left)} left" if left is not None else ""]
+        parts.append(f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB")
+        return f"{self._what} {pace.done}/{pace.total}: {', '.join(p for p in parts if p)}"
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _bar(console: Console) -> Progress:
+    """What comes first stays when the terminal is narrow: how far, how long, and only then what is going on."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        _Left(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[memory]}", table_column=Column(no_wrap=True)),
+        TextColumn(
+            "{task.fields[doing]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        ),
+        console=console,
+        transient=True,
+        expand=True,
+    )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from compress.cli.progress import peak_memory_bytes, seconds_text
-from compress.cli.training import Shown
+from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
+from compress.tell import SILENT
 
 
 @click.command("teach")
@@ -81,8 +80,9 @@ def command(
     )
     first = int(os.environ.get("RANK", "0")) == 0
     with Shown(quiet=as_json or not first) as shown:
-        shown.say(f"teacher: {source.said}\ncomputed on: {described(device)}, {request.dtype}")
-        outcome = teach(request, tell=shown)
+        if first:
+            shown.say(f"teacher: {source.said}\ncomputed on: {described(device)}, {request.dtype}")
+        outcome = teach(request, tell=shown if first else SILENT)
     if not first:
         return
     seconds = time.monotonic() - started
@@ -96,8 +96,6 @@ def command(
         }
         print(json.dumps(found, indent=2))
         return
-    for note in shown.notes:
-        print(note, file=sys.stderr)
     print(
         f"wrote {outcome.out}/  {outcome.tokens:,} tokens, {outcome.token_bytes} bytes each; {seconds_text(seconds)}, "
         f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB"

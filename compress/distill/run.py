@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from compress import distributed, output
-from compress.artifact import Manifest, parent_path, read_manifest, rebased
+from compress.artifact import manifest_of, path_from, read_manifest
 from compress.distill import flops, lora, models, prepare, teacher
 from compress.distill.cache import CachedTeacher
 from compress.distill.checkpoint import Checkpoints
 from compress.distill.engine import Engine, EngineOptions
 from compress.distill.gradients import GradientCompression
-from compress.distill.manifest import content, named, versions
+from compress.distill.manifest import content, versions
 from compress.distill.meter import Meter
 from compress.distill.models import LoadedModel
 from compress.distill.optim import Rate, adamw
@@ -32,7 +32,6 @@ from compress.distill.write import curve_csv, write_model
 from compress.errors import ConfigError
 from compress.output import Place, Run
 from compress.tell import SILENT, Tell
-from compress.workspace import Source
 
 # Looks at the watched text in a run, unless told how often.
 LOOKS = 10
@@ -127,8 +126,6 @@ def _distill(
     def finish() -> tuple[dict[str, Any], int]:
         assert run is not None
         record = _record(request, hashes, facts)
-        earlier = read_manifest(request.student.path)
-        before = rebased(earlier.lineage, request.student.path, request.out) if earlier else []
         staged = run.new_staged()
         verified = write_model(
             run.folder,
@@ -136,7 +133,7 @@ def _distill(
             ready.student,
             {name.removeprefix("model."): value for name, value in whole.items()},
             curve=curve_csv(state.curve, request.batch * request.seq_len),
-            manifest=Manifest(lineage=[record, *before], reports=[]),
+            manifest=manifest_of(record, request.student.path, request.out),
         )
         run.publish()
         return record, verified
@@ -309,17 +306,11 @@ def _record(request: DistillRequest, hashes: dict[str, str], facts: dict[str, An
         "stage": "distill",
         "format": "huggingface",
         "options": request.options(),
-        "parent": {"path": named(request.student.path, request.out), "sha256": hashes["student"]},
-        "teacher": {"path": named(request.teacher.path, request.out), "sha256": hashes["teacher"]},
+        "parent": {"path": path_from(request.out, request.student.path), "sha256": hashes["student"]},
+        "teacher": {"path": path_from(request.out, request.teacher.path), "sha256": hashes["teacher"]},
         "versions": versions(),
         **facts,
     }
-
-
-def original_of(student: Source) -> Path | None:
-    """The oldest ancestor of an artifact: the teacher unless another is named."""
-    manifest = read_manifest(student.path)
-    return None if manifest is None else parent_path(manifest.root, student.path)
 
 
 def _outcome_of(out: Path, notes: list[str]) -> DistillOutcome:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from compress import distributed
-from compress.artifact import Manifest, write_manifest
+from compress.artifact import Manifest, path_from, read_manifest, write_manifest
 from compress.distill import cache, models, prepare
 from compress.distill.cache import Facts, Settings, Sparse
 from compress.distill.data import Mix
-from compress.distill.manifest import content, named, versions
+from compress.distill.manifest import content, versions
 from compress.distill.models import LoadedModel
 from compress.distill.request import DistillRequest
 from compress.distill.rows import FACTS, ROWS, STARTS, Rows, read_rows
@@ -190,7 +190,7 @@ def _publish(run: Run | None, request: TeachRequest, sha256: str) -> None:
         _link(path, staged / path.name)
     told = Facts(
         settings=_settings(request, vocabulary),
-        teacher={"path": named(request.teacher.path, request.out), "sha256": sha256},
+        teacher={"path": path_from(request.out, request.teacher.path), "sha256": sha256},
         rows_sha256=rows.sha256,
         part_rows=max(1, PART_TOKENS // rows.seq_len),
         parts=hashes,
@@ -216,8 +216,6 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _outcome(out: Path) -> TeachOutcome:
-    from compress.artifact import read_manifest
-
     manifest = read_manifest(out)
     assert manifest is not None
     facts = cache.read_facts(out)

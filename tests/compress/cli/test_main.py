@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import compress.workspace as compress_workspace
 from compress.cli.main import main
+from compress.errors import ArtifactError, Interrupted
 
 
 @pytest.fixture
@@ -82,3 +84,50 @@ def test_original_against_itself_passes(compress: Any, reference_model: Path) ->
     assert result.exit_code == 0 and "perplexity: 100.00% of the reference" in result.stdout and "PASS" in result.stdout
     no_reference = compress("evaluate", str(reference_model))
     assert no_reference.exit_code == 1 and "pass --reference MODEL" in no_reference.stderr
+
+
+class _Surprise:
+    """Stands for a command; raises what nobody foresaw."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ValueError("odd\n\x1b[31mname"), 70, r"a bug of compress (ValueError: odd \x1b[31mname); please report it"),
+        (OSError(28, "No space left on device", "/x/y"), 1, "error: the disk is full at /x/y"),
+        (
+            PermissionError(13, "Permission denied", "/x/y"),
+            1,
+            "error: Permission denied: /x/y; the file system refused",
+        ),
+        (MemoryError(), 1, "memory does not suffice"),
+        (ArtifactError("a\nb"), 1, "error: a b\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Interrupted("the same command goes on"), 130, "interrupted; the same command goes on\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_happens_is_one_sentence(
+    compress: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
+) -> None:
+    monkeypatch.delenv("COMPRESS_DEBUG")
+    monkeypatch.setattr(compress_workspace, "resolve", _Surprise(error))
+    result = compress("inspect")
+    assert result.exit_code == code and says in result.stderr and result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+    if code == 70:
+        report = Path(result.stderr.split("report it with ")[1].split(", which")[0])
+        assert "Traceback" in report.read_text() and "test_main.py" in report.read_text()
+        report.unlink()
+
+
+def test_a_bug_shows_its_traceback_where_it_is_asked_for(compress: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compress_workspace, "resolve", _Surprise(ValueError("odd")))
+    with pytest.raises(ValueError, match="odd"):
+        compress("inspect")
