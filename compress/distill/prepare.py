@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress import distributed, sampling
@@ -25,6 +26,7 @@ from compress.distill.student import matching_states
 from compress.distill.teacher import Lessons, LiveTeacher, NoLessons
 from compress.errors import ConfigError
 from compress.files import file_sha256, json_bytes, write_bytes_atomically
+from compress.shards import save_atomically
 from compress.tell import Tell
 from compress.tokens import load_tokenizer
 
@@ -288,8 +290,6 @@ def sample_rows(request: DistillRequest, folder: Path, count: int, load: Callabl
 def _sample_file(
     request: DistillRequest, folder: Path, start: int, count: int, model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    from compress.shards import save_atomically
-
     ids_NT = sampling.sample_from_model(
         model,
         tokenizer,
@@ -307,8 +307,6 @@ def _sampled_path(folder: Path, start: int) -> Path:
 
 
 def read_sampled(folder: Path) -> Tensor:
-    from safetensors.torch import load_file
-
     return torch.cat([load_file(p)["ids"].long() for p in sorted(folder.glob("rows-*.safetensors"))])
 
 
