@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import file_hashes, manifest_of, names_in, path_from, read_manifest, write_manifest
-from compress.checkpoint import content_of
+from compress.artifact import manifest_of, path_from, read_manifest, write_manifest
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.output import Place, reserved
@@ -98,6 +97,7 @@ def export(request: ExportRequest, *, formats: Mapping[str, str] = FORMATS, tell
 def _export(request: ExportRequest, name: str, module: Format, place: Place, tell: Tell) -> ExportOutcome:
     """See `export`; the output is ours."""
     target, artifact = request.target, Artifact(path=request.source.path)
+    artifact.look()
     plan = Plan(
         format=name,
         context=context_for(artifact.model, target, request.context),
@@ -132,10 +132,8 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
                 f"format {name} does not say what it verified, or what it wrote; the export was not kept"
             )
         record = _record(request, plan, sizing, artifact, requantized, place.out, written)
-        others = [name for name in names_in(job.staged) if name not in written.hashes]
-        hashes = {**written.hashes, **file_hashes(job.staged, others)}
         manifest = manifest_of(record, artifact.path, place.out)
-        record = write_manifest(job.staged, manifest, dict(sorted(hashes.items()))).record
+        record = write_manifest(job.staged, manifest, written.hashes).record
     except Exception:
         run.discard()  # what was not verified is not kept
         raise
@@ -242,7 +240,7 @@ def _record(
 ) -> dict[str, Any]:
     """The export's record: what was asked, what was made of it, how large, how verified."""
     total = sum(written.parts.values())
-    content = content_of(artifact.checked.hashes, artifact.folder.checkpoint.content_files())
+    content = artifact.checked.content_sha256(artifact.folder.checkpoint)
     return {
         "stage": "export",
         "format": plan.format,

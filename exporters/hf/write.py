@@ -18,9 +18,10 @@ import yaml  # type: ignore[import-untyped]
 
 from compress.artifact import MANIFEST, carried_files
 from compress.checkpoint import INDEX, Checkpoint
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, UnsupportedError
 from compress.files import copy_durably, file_sha256, write_bytes_atomically
 from compress.formats import Stored, awq_gemm, stored
+from compress.model import StreamedModel
 from exporters.hf import modelopt, serve, vllm_rules
 from exporters.reader import Artifact, Job, Layout, Written
 from exporters.sizing.inventory import inventory, part_of
@@ -31,12 +32,13 @@ LAYOUT = Layout(num_bits=(4, 8), group_sizes=(128, 64, 32, -1))
 
 def write(job: Job) -> Written:
     """Write `job.staged`. Raises ArtifactError when a file or tensor is not the artifact's."""
+    notes = _compare_with_architecture(job.artifact)
     hashes = _copy(job.source, job.staged)
     job.say(f"reading {len(hashes)} files back")
     folder = stored(Checkpoint.open(job.staged))
     made = folder.checkpoint
     opened = _reopen(folder, job)
-    notes = vllm_rules.check(folder)
+    notes += vllm_rules.check(folder)
     layers, note = _modelopt(folder, job)
     if note:
         notes.append(note)
@@ -67,6 +69,15 @@ def write(job: Job) -> Written:
         },
     }
     return Written(record=record, parts=_parts(folder), notes=notes, hashes=hashes)
+
+
+def _compare_with_architecture(artifact: Path) -> list[str]:
+    """Every tensor of the model must be there, in its shape, and no other. A note where we do not know the model."""
+    try:
+        StreamedModel.open(artifact)
+    except UnsupportedError as e:
+        return [f"the tensors were not compared with the model's architecture: {e}"]
+    return []
 
 
 def _copy(artifact: Artifact, staged: Path) -> dict[str, str]:

@@ -356,7 +356,7 @@ def test_stages_pick_sensibly(artifact: Path) -> None:
     assert resolve(None, accept=is_judgeable, workspace=workspace).path == made, "evaluate judges exports too"
     graph = workspace / "graph"
     graph.mkdir()
-    (graph / "compress.json").write_text(json.dumps(read_json(made / "compress.json")))
+    shutil.copy(made / "compress.json", graph)
     os.utime(graph / "compress.json", ns=(2**62 + 1, 2**62 + 1))
     assert resolve(None, accept=is_judgeable, workspace=workspace).path == made
     (graph / "model.onnx").touch()
@@ -384,7 +384,7 @@ def test_an_hf_export_hashes_the_weights_once_and_opens_them_little(
     monkeypatch.setattr(Checkpoint, "open", classmethod(open_counted))
     outcome = run(artifact, "counted")
     assert hashed.count("model.safetensors") == 1
-    assert len(opened) <= 3, opened
+    assert len(opened) <= 4, opened
     monkeypatch.undo()
     manifest = read_manifest(outcome.out)
     assert manifest is not None and manifest.files is not None
