@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import calibration_data
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
 from compress.files import IO_THREADS, file_sha256, json_bytes, read_json, write_bytes_atomically
@@ -226,8 +227,6 @@ def parent_path(parent: Mapping[str, Any], folder: Path) -> Path:
     Raises ArtifactError, with the way out, when it is gone.
     """
     if parent["path"] == BUNDLED:
-        import calibration_data
-
         return calibration_data.reference_model()
     path = Path(folder, str(parent["path"])).resolve()
     if not path.is_dir():
@@ -235,6 +234,18 @@ def parent_path(parent: Mapping[str, Any], folder: Path) -> Path:
             f"{folder}: its parent {parent['path']} is no longer there; pass the original model explicitly"
         )
     return path
+
+
+def path_from(out: Path, folder: Path) -> str:
+    """A model as a manifest in `out` names it: bundled, or relative to the artifact so that a workspace can move."""
+    path = folder.resolve()
+    return BUNDLED if path == calibration_data.reference_model().resolve() else os.path.relpath(path, out.resolve())
+
+
+def manifest_of(record: dict[str, Any], source: Path, out: Path) -> Manifest:
+    """The manifest of what a stage made in `out` from the model in `source`: its record, and what came before."""
+    earlier = read_manifest(source)
+    return Manifest(lineage=[record, *(rebased(earlier.lineage, source, out) if earlier else [])], reports=[])
 
 
 def rebased(lineage: Sequence[Mapping[str, Any]], old: Path, new: Path) -> list[dict[str, Any]]:

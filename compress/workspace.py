@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import calibration_data
 from compress.artifact import BUNDLED, MANIFEST, parent_path, read_manifest
 from compress.checkpoint import INDEX, SINGLE
 from compress.errors import ArtifactError, ConfigError
-from compress.files import read_json
+from compress.files import file_sha256, read_json
 from compress.folders import check_model_file
 
 WORKSPACE = Path("artifacts")
@@ -115,17 +116,11 @@ def _from_workspace(quantizable: bool, accept: Accept, workspace: Path) -> Sourc
 
 
 def _bundled(said: str) -> Source:
-    import calibration_data
-
     return Source(path=calibration_data.reference_model(), name="reference-lm", said=said, is_reference=True)
 
 
 def is_reference(path: Path) -> bool:
     """Whether a folder's weights are the bundled reference model's (or quantized from them), byte for byte."""
-    import calibration_data
-    from compress.checkpoint import SINGLE
-    from compress.files import file_sha256
-
     bundled = calibration_data.reference_model()
     if path.resolve() == bundled.resolve():
         return True

@@ -10,6 +10,7 @@ from compress import tokens
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256
+from compress.model import StreamedModel
 from compress.runtime.ort import OnnxRunner, find_graph
 from compress.runtime.streamed import TorchRunner
 from evaluators.request import Progress, Request
@@ -69,8 +70,6 @@ def subject(path: Path) -> Subject:
 
 def _parameters(checkpoint: Checkpoint) -> int:
     """Parameters of the model as it computes, tied ones once, however they are stored."""
-    from compress.model import StreamedModel
-
     model = StreamedModel.open(checkpoint.path)
     parameters = dict(model.model.named_parameters())
     return sum({model.source_name(name): p.numel() for name, p in parameters.items()}.values())

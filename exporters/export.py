@@ -7,14 +7,13 @@ folder until the manifest is there; then one rename makes OUT (`compress.output`
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import BUNDLED, Checked, Manifest, check_files, read_manifest, rebased, write_manifest
+from compress.artifact import Checked, check_files, manifest_of, path_from, read_manifest, write_manifest
 from compress.checkpoint import Checkpoint, content_of
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
@@ -134,7 +133,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
                 f"format {name} does not say what it verified, or what it wrote; the export was not kept"
             )
         record = _record(request, plan, sizing, checked, model, requantized, place.out, written)
-        record = write_manifest(job.staged, _manifest(record, artifact, place.out)).record
+        record = write_manifest(job.staged, manifest_of(record, artifact, place.out)).record
     except Exception:
         run.discard()  # what was not verified is not kept
         raise
@@ -247,8 +246,8 @@ def _record(
         "format": plan.format,
         "target": request.target.name,
         "options": {"context": plan.context, "batch": plan.batch, **request.options},
-        "parent": {"path": _path_from(out, artifact), "sha256": content},
-        "requantized_from": _path_from(out, request.source.path) if requantized else None,
+        "parent": {"path": path_from(out, artifact), "sha256": content},
+        "requantized_from": path_from(out, request.source.path) if requantized else None,
         "machine": {k: getattr(request.target, k) for k in ("sm", "jetpack", "tensorrt", "memory_bytes", "usable")},
         "sizing": sizing.to_json(),
         "parts": dict(written.parts),
@@ -259,15 +258,3 @@ def _record(
         "notes": list(written.notes),
         "versions": {"compress": compress.__version__},
     }
-
-
-def _manifest(record: dict[str, Any], artifact: Path, out: Path) -> Manifest:
-    earlier = read_manifest(artifact)
-    return Manifest(lineage=[record, *(rebased(earlier.lineage, artifact, out) if earlier else [])], reports=[])
-
-
-def _path_from(out: Path, folder: Path) -> str:
-    import calibration_data
-
-    path = folder.resolve()
-    return BUNDLED if path == calibration_data.reference_model().resolve() else os.path.relpath(path, out.resolve())

@@ -92,8 +92,9 @@ def command(
         print(said, file=sys.stderr)
     from evaluators import cache, evaluate, memory
     from evaluators.gate import EXIT_CODES
-    from evaluators.report import to_json, to_text, write_reports
+    from evaluators.report import to_json, to_text
     from evaluators.request import Request
+    from evaluators.written import write_reports
 
     request = Request(
         candidate=source.path,
