@@ -20,13 +20,14 @@ from torch import Tensor
 
 import compress
 from compress import distributed, output
-from compress.artifact import MANIFEST, carried_files, check_files, manifest_of, path_from, read_manifest
+from compress.artifact import MANIFEST, carried_files, manifest_of, path_from, read_manifest
 from compress.assemble import Cut, assemble, nothing_cut, write_rest
 from compress.background import meanwhile
 from compress.block import BlockDone, BlockResult, LoadedBlock
 from compress.blocks import stream
 from compress.calibration_rows import Rows, Text, read_rows, weight_bytes
-from compress.checkpoint import Checkpoint, content_of
+from compress.checkpoint import Checkpoint
+from compress.contents import check_files
 from compress.disk import check_free_space
 from compress.errors import ArtifactError
 from compress.formats import Format
@@ -221,7 +222,7 @@ def _begin(ready: _Prepared, place: Place | None) -> _Begun:
     # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
     check_free_space(place.real.parent, 2 * estimated_bytes(model, ready.plan) + _SLACK)
     checked = check_files(model.checkpoint.path)
-    parent_sha256 = content_of(checked.hashes, model.checkpoint.content_files())
+    parent_sha256 = checked.content_sha256(model.checkpoint)
     identity = {
         "stage": stage.name,
         "content": parent_sha256,

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import Checked, check_files, manifest_of, path_from, read_manifest, write_manifest
-from compress.checkpoint import Checkpoint, content_of
+from compress.artifact import manifest_of, path_from, read_manifest, write_manifest
+from compress.checkpoint import Checkpoint
+from compress.contents import SMALL_BYTES, Checked, check_files
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import stored
@@ -99,6 +100,7 @@ def export(request: ExportRequest, *, formats: Mapping[str, str] = FORMATS, tell
 def _export(request: ExportRequest, name: str, module: Format, place: Place, tell: Tell) -> ExportOutcome:
     """See `export`; the output is ours."""
     target, artifact = request.target, request.source.path
+    checked = check_files(artifact, below=SMALL_BYTES)
     model = read_model(artifact)
     plan = Plan(
         format=name,
@@ -107,8 +109,8 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         kv_bits=native_kv_bits(name),
     )
     sizing = check(model, plan, target)
+    checked = check_files(artifact, known=checked.hashes)
     wanted = wanted_codes(module.LAYOUT, artifact)
-    checked = check_files(artifact)
     requantized = None
     if wanted is not None:
         requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", place.out, tell)
@@ -124,6 +126,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         batch=plan.batch,
         staged=run.new_staged(),
         options=request.options,
+        hashes=checked.hashes,
         tell=tell,
     )
     try:
@@ -133,7 +136,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
                 f"format {name} does not say what it verified, or what it wrote; the export was not kept"
             )
         record = _record(request, plan, sizing, checked, model, requantized, place.out, written)
-        record = write_manifest(job.staged, manifest_of(record, artifact, place.out)).record
+        record = write_manifest(job.staged, manifest_of(record, artifact, place.out), written.hashes).record
     except Exception:
         run.discard()  # what was not verified is not kept
         raise
@@ -240,7 +243,7 @@ def _record(
     """The export's record: what was asked, what was made of it, how large, how verified."""
     total = sum(written.parts.values())
     artifact = requantized or request.source.path
-    content = content_of(checked.hashes, Checkpoint.open(artifact).content_files())
+    content = checked.content_sha256(Checkpoint.open(artifact))
     return {
         "stage": "export",
         "format": plan.format,

@@ -45,7 +45,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One export. `staged` is an empty folder; `context` and `batch` count tokens and sequences."""
+    """One export. `staged` is an empty folder; `context` and `batch` count tokens and sequences.
+
+    hashes: sha256 of the artifact's files, by name, as they were read and compared with its manifest.
+    """
 
     artifact: Path
     target: Target
@@ -53,6 +56,7 @@ class Job:
     batch: int
     staged: Path
     options: Mapping[str, Any] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
     tell: Tell = SILENT
 
     def say(self, text: str) -> None:
@@ -65,9 +69,11 @@ class Written:
     """What a format made.
 
     record: JSON for the manifest (versions of the tools used, dialect, and under `verified` the tolerance and the
-    largest difference seen). parts: bytes by name of part, such as `decoder linears`, `lm_head`, `embedding`.
+    largest difference seen). parts: bytes by name of part, such as `decoder linears`, `lm_head`, `embedding`. hashes:
+    sha256 of files that were read back, by their path in the folder.
     """
 
     record: dict[str, Any]
     parts: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    hashes: Mapping[str, str] = field(default_factory=dict)
