@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,6 +99,8 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
     """See `export`; the output is ours."""
     target, artifact = request.target, Artifact(path=request.source.path)
     artifact.look()
+    with suppress(UnsupportedError):  # the format says itself what it cannot hold
+        _ = artifact.streamed  # names and shapes of all tensors, whatever the format
     plan = Plan(
         format=name,
         context=context_for(artifact.model, target, request.context),

@@ -22,6 +22,7 @@ from typing import Any
 from compress.checkpoint import Checkpoint
 from compress.contents import SMALL_BYTES, Checked, check_files
 from compress.formats import Stored, stored
+from compress.model import StreamedModel
 from compress.plan import LayerPlan
 from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
@@ -69,6 +70,11 @@ class Artifact:
     def model(self) -> Model:
         """Its inventory, for sizing. A folder with nothing but a config has one too."""
         return read_model(self.path)
+
+    @cached_property
+    def streamed(self) -> StreamedModel:
+        """The model of its config, names and shapes of all tensors compared with it. UnsupportedError where unknown."""
+        return StreamedModel.open(self.path)
 
     @cached_property
     def checked(self) -> Checked:

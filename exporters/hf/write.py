@@ -21,7 +21,6 @@ from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import copy_durably, file_sha256, write_bytes_atomically
 from compress.formats import Stored, awq_gemm, stored
-from compress.model import StreamedModel
 from exporters.hf import modelopt, serve, vllm_rules
 from exporters.reader import Artifact, Job, Layout, Written
 from exporters.sizing.inventory import inventory, part_of
@@ -32,7 +31,7 @@ LAYOUT = Layout(num_bits=(4, 8), group_sizes=(128, 64, 32, -1))
 
 def write(job: Job) -> Written:
     """Write `job.staged`. Raises ArtifactError when a file or tensor is not the artifact's."""
-    notes = _compare_with_architecture(job.artifact)
+    notes = _compare_with_architecture(job.source)
     hashes = _copy(job.source, job.staged)
     job.say(f"reading {len(hashes)} files back")
     folder = stored(Checkpoint.open(job.staged))
@@ -71,10 +70,10 @@ def write(job: Job) -> Written:
     return Written(record=record, parts=_parts(folder), notes=notes, hashes=hashes)
 
 
-def _compare_with_architecture(artifact: Path) -> list[str]:
+def _compare_with_architecture(artifact: Artifact) -> list[str]:
     """Every tensor of the model must be there, in its shape, and no other. A note where we do not know the model."""
     try:
-        StreamedModel.open(artifact)
+        _ = artifact.streamed
     except UnsupportedError as e:
         return [f"the tensors were not compared with the model's architecture: {e}"]
     return []
