@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import Checkpoint
-from compress.errors import ConfigError
+from compress.errors import ConfigError, explained
 from compress.long_text import token_ids
 from compress.tell import SILENT, Tell
 
@@ -65,16 +65,13 @@ def load_model_float32(model: Path, device: str = "cpu", *, trust_remote_code: b
     """
     from transformers import AutoModelForCausalLM
 
-    try:
+    with explained(
+        f"the model in {model} cannot be loaded to sample text from it", "pass a text file instead of self", ConfigError
+    ):
         loaded = AutoModelForCausalLM.from_pretrained(
             str(model), dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"the model in {model} cannot be loaded to sample text from it ({reason}); pass a text file instead of self"
-        ) from error
-    return loaded.to(device).eval()
+        return loaded.to(device).eval()
 
 
 @torch.inference_mode()

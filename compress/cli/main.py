@@ -115,7 +115,7 @@ def told(error: BaseException) -> tuple[str, int]:
         text, code = str(error), error.exit_code
     elif full is not None:
         text, code = str(full), full.exit_code
-    elif isinstance(error, OSError):
+    elif isinstance(error, OSError) or str(error).startswith("Symlink loop"):  # a RuntimeError of Path.resolve
         text, code = f"{reason(error)}; the file system refused it, mend that and run the same command again", 1
     else:
         text, code = _bug(error), 70
