@@ -10,6 +10,7 @@ PACKAGES = ("compress", "exporters", "evaluators", "calibration_data")
 # keep their order, and there is no circle between rooms. A new room goes below the last one that it imports.
 ROOMS = """
     errors
+    advice
     threads
     disk
     files
