@@ -8,7 +8,6 @@ same for all of them: where the run may write, calibration rows, several process
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -19,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import calibration_data
 import compress
 from compress import distributed, output
-from compress.artifact import BUNDLED, MANIFEST, Manifest, carried_files, check_files, read_manifest, rebased
+from compress.artifact import MANIFEST, carried_files, manifest_of, path_from, read_manifest
 from compress.assemble import Cut, assemble, nothing_cut, write_rest
 from compress.background import meanwhile
 from compress.block import BlockDone, BlockResult, LoadedBlock
 from compress.blocks import stream
 from compress.calibration_rows import Rows, Text, read_rows, weight_bytes
-from compress.checkpoint import Checkpoint, content_of
+from compress.checkpoint import Checkpoint
+from compress.contents import check_files
 from compress.disk import check_free_space
 from compress.errors import ArtifactError
 from compress.formats import Format
@@ -223,7 +222,7 @@ def _begin(ready: _Prepared, place: Place | None) -> _Begun:
     # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
     check_free_space(place.real.parent, 2 * estimated_bytes(model, ready.plan) + _SLACK)
     checked = check_files(model.checkpoint.path)
-    parent_sha256 = content_of(checked.hashes, model.checkpoint.content_files())
+    parent_sha256 = checked.content_sha256(model.checkpoint)
     identity = {
         "stage": stage.name,
         "content": parent_sha256,
@@ -262,8 +261,6 @@ def _finish(ready: _Prepared, begun: _Begun, journal: Journal, rest: list[Path],
     if stage.format is not None:
         config["quantization_config"] = stage.format.config(ready.written_plan)
     record = _record(ready, done, begun.parent_sha256)
-    earlier = read_manifest(job.source.path)
-    before = rebased(earlier.lineage, job.source.path, job.out) if earlier else []
     verified = assemble(
         journal,
         model,
@@ -271,7 +268,7 @@ def _finish(ready: _Prepared, begun: _Begun, journal: Journal, rest: list[Path],
         rest=rest,
         num_blocks=len(ready.chosen),
         config=config,
-        manifest=Manifest(lineage=[record, *before], reports=[]),
+        manifest=manifest_of(record, job.source.path, job.out),
     )
     if model.checkpoint.stamp() != ready.stamp:
         begun.run.discard()
@@ -371,14 +368,6 @@ def estimated_bytes(model: StreamedModel, plan: LayerPlan) -> int:
             packed = rows * columns * weight.num_bits // 8 + rows * weight.groups(columns, name) * (2 + 1)
             total -= 2 * rows * columns - packed
     return total
-
-
-def path_from(out: Path, folder: Path) -> str:
-    """A model as a manifest in `out` names it: bundled, or relative to the artifact so that a workspace can move."""
-    path = folder.resolve()
-    if path == calibration_data.reference_model().resolve():
-        return BUNDLED
-    return os.path.relpath(path, out.resolve())
 
 
 def not_carried(folder: Path) -> list[str]:

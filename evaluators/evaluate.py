@@ -56,7 +56,10 @@ def evaluate(request: Request, progress: Progress) -> Report:
     import torch
 
     notes = _Notes()
-    subjects = {"candidate": subject(request.candidate), "reference": subject(request.reference)}
+    subjects = {
+        "candidate": subject(request.candidate, notes.add),
+        "reference": subject(request.reference, notes.add),
+    }
     tokenizer = _one_tokenizer(request)
     runners = {
         "reference": open_runner(request.reference, request, progress),

@@ -92,8 +92,9 @@ def command(
         print(said, file=sys.stderr)
     from evaluators import cache, evaluate, memory
     from evaluators.gate import EXIT_CODES
-    from evaluators.report import to_json, to_text, write_reports
+    from evaluators.report import to_json, to_text
     from evaluators.request import Request
+    from evaluators.written import write_reports
 
     request = Request(
         candidate=source.path,
@@ -109,11 +110,15 @@ def command(
         found = evaluate.evaluate(request, shown)
     print(to_json(found).decode().rstrip() if as_json else to_text(found))
     if report is not None:
-        files, note = write_reports(found, report, memory.others(found, WORKSPACE))
+        others, notes = memory.others(found, WORKSPACE)
+        for line in notes:
+            print(f"note: {line}", file=sys.stderr)
+        files, note = write_reports(found, report, others)
         print(f"wrote {', '.join(str(f) for f in files)}", file=sys.stderr)
         if note:
             print(note, file=sys.stderr)
-    memory.remember(source.path, found)
+    if unkept := memory.remember(source.path, found):
+        print(f"note: {unkept}", file=sys.stderr)
     _exit(found, EXIT_CODES)
 
 
