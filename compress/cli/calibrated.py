@@ -47,6 +47,9 @@ _OPTIONS = (
     click.option(
         "--skip", multiple=True, metavar="PATTERN", help="Layers to leave as they are, such as '*.down_proj'."
     ),
+    click.option(
+        "--allow-damage", is_flag=True, help="Go on when a layer's output would be mostly error, and list it."
+    ),
     click.option("--force", is_flag=True, help="Replace OUT if it exists."),
     click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run that was killed."),
     click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model's folder ships."),

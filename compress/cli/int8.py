@@ -143,6 +143,8 @@ def _print_summary(outcome: Any, seconds: float, label: str) -> None:
     if cache:
         said = ", ".join(f"{part} {max(c[part] for c in cache):.1e}" for part in ("keys", "values", "both"))
         to.print(f"INT8 KV cache, error of the worst block's output: {said}")
+    if record["damaged"]:
+        to.print(f"DAMAGED, as you allowed: {', '.join(record['damaged'])}", soft_wrap=True)
     print_rows_used(to, record)
     for note in outcome.notes:
         to.print(note)

@@ -26,6 +26,7 @@ from compress.groups import Group
 from compress.linear import linears, weight_OI
 from compress.plan import ActivationScheme, LayerPlan, LayerScheme
 from compress.quantize import int8
+from compress.quantize.damage import refuse_damage, relative_error
 from compress.quantize.feedback import Rounded, kept_share
 from compress.quantize.folding import fold_proven
 from compress.quantize.int8 import InputNoise
@@ -49,11 +50,13 @@ STACKED_WEIGHTS = 2**26
 class Int8Options:
     """Choices of the method. strength: of SmoothQuant's formula for every group, 0 for no smoothing, None to search.
 
-    dtype: what the file holds scales and everything that is not quantized in.
+    dtype: what the file holds scales and everything that is not quantized in. allow_damage: go on when a layer's output
+    is mostly error (`damage`), instead of stopping.
     """
 
     effort: str = "balanced"
     strength: float | None = None
+    allow_damage: bool = False
     dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
@@ -231,7 +234,8 @@ def _round(work: _Work, members: _Members, s_I: Tensor, report: Mapping[str, Any
     if activation is not None and not activation.dynamic:
         stacked = torch.cat(list(weights.values()))
         static = fit_static(members.rows_SI, stacked, activation, work.options.dtype)
-        work.inputs.update(dict.fromkeys(members.names, static))
+        for name in members.names:  # tensors of its own: a file holds each layer's
+            work.inputs[name] = StaticInput(scale=static.scale.clone(), zero_point=static.zero_point.clone())
     seen_SI = _seen(members.rows_SI, activation, static)
     for names in _stacks(weights):
         stack = {name: weights[name] for name in names}
@@ -242,13 +246,16 @@ def _round(work: _Work, members: _Members, s_I: Tensor, report: Mapping[str, Any
         ends = list(accumulate(len(w) for w in stack.values()))
         for (name, w), end in zip(stack.items(), ends, strict=True):
             part = slice(end - len(w), end)
-            found = rounded.rows(part)
+            layer = work.loaded.prefix + name
+            found, lost = rounded.rows(part), errors.of(part, layer)
+            if not work.options.allow_damage:
+                refuse_damage(layer, lost["error"], lost["rtn_error"])
             work.quantized[name] = QuantizedWeight.from_parts(
                 found.codes_OI, found.scale_OG, found.zero_point_OG, members.weight, work.options.dtype
             )
             work.layers[name] = {
-                "layer": work.loaded.prefix + name,
-                **errors.of(part),
+                "layer": layer,
+                **lost,
                 "strength": report["strength"],
                 "descended": report["descended"],
                 "clip": round(float(found.factor_OG.mean()), 4),
@@ -319,11 +326,14 @@ class _Errors:
     inputs_O: Tensor
     nearest_O: Tensor
 
-    def of(self, rows: slice) -> dict[str, float]:
-        """Of one layer, relative to its own squared output."""
-        signal = max(float(self.signal_O[rows].sum(dtype=torch.float64)), 1e-30)
+    def of(self, rows: slice, layer: str) -> dict[str, float]:
+        """Of one layer, relative to its own squared output. ArtifactError when they are not finite."""
+        signal = float(self.signal_O[rows].sum(dtype=torch.float64))
         named = {"error": self.ours_O, "inputs_error": self.inputs_O, "rtn_error": self.nearest_O}
-        return {key: float(f"{float(v[rows].sum(dtype=torch.float64)) / signal:.6g}") for key, v in named.items()}
+        return {
+            key: relative_error(float(lost_O[rows].sum(dtype=torch.float64)), signal, layer)
+            for key, lost_O in named.items()
+        }
 
 
 def _errors(

@@ -19,6 +19,7 @@ from compress.formats import compressed_tensors
 from compress.model import StreamedModel
 from compress.plan import ActivationScheme, KvScheme, LayerPlan, LayerScheme
 from compress.quantize.awq_stage import plan_blocks
+from compress.quantize.damage import damaged
 from compress.quantize.int8_block import Int8Options, int8_block
 from compress.quantize.stored import to_stored
 from compress.scheme import Scheme
@@ -43,7 +44,7 @@ class Int8Request:
     scale, -1 for one scale a row, which is all that readers take of w8a8. static: inputs with one calibrated range a
     layer instead of one a token. sym_activations: without zero points. kv_cache: `int8` or None. smoothing: a strength
     of SmoothQuant's formula for every group, 0 for none, None to search. self_samples: rows sampled from the model
-    itself and added to the text.
+    itself and added to the text. allow_damage: see `Int8Options`; it decides no byte of a model that is not damaged.
     """
 
     source: Source
@@ -65,6 +66,7 @@ class Int8Request:
     self_samples: int | None = None
     force: bool = False
     resume: bool = True
+    allow_damage: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -140,6 +142,7 @@ def int8_stage(request: Int8Request) -> Stage:
     options = Int8Options(
         effort=request.effort,
         strength=request.smoothing,
+        allow_damage=request.allow_damage,
         dtype=stored_dtype(Checkpoint.open(request.source.path)),
     )
     return Stage(
@@ -175,6 +178,7 @@ def record_of(done: Sequence[BlockDone], plan: LayerPlan) -> dict[str, Any]:
     record: dict[str, Any] = {
         "layers": [layer for step in done for layer in step.report["layers"]],
         "groups": [{"block": step.index, **group} for step in done for group in step.report["groups"]],
+        "damaged": damaged(layer for step in done for layer in step.report["layers"]),
         "left_dense": list(plan.left_dense),
     }
     if plan.kv is not None:
