@@ -19,12 +19,13 @@ from compress.checkpoint import Checkpoint
 from compress.contents import SMALL_BYTES, Checked, check_files
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
-from compress.formats import stored
+from compress.formats import awq_gemm, stored
 from compress.model import StreamedModel
 from compress.output import Place, reserved
 from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
 from compress.workspace import WORKSPACE, Source
+from exporters import answer
 from exporters.reader import Job, Layout, Written
 from exporters.requantize import requantize
 from exporters.sizing.inventory import Model, read_model
@@ -44,6 +45,7 @@ EXTRAS = {"onnx": "onnx", "onnx-trt": "onnx", "edge": "edge"}
 class Format(Protocol):
     """The two names of a format's module."""
 
+    __name__: str
     LAYOUT: Layout
 
     def write(self, job: Job) -> Written: ...
@@ -105,7 +107,8 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
     checked = check_files(artifact, below=SMALL_BYTES)
     model = read_model(artifact)
     with suppress(UnsupportedError):  # the format says itself what it cannot hold
-        StreamedModel.open(artifact)  # names and shapes of all tensors, whatever the format
+        opened = StreamedModel.open(artifact)  # names and shapes of all tensors, whatever the format
+        refuse_model(opened, request, name, module, context_for(model, target, request.context))
     plan = Plan(
         format=name,
         context=context_for(model, target, request.context),
@@ -222,6 +225,18 @@ def wanted_codes(layout: Layout, artifact: Path) -> Scheme | None:
     schemes = stored(Checkpoint.open(artifact)).exact_plan().groups()
     wanted = [layout.wants(scheme.weight) for scheme in schemes if scheme.weight is not None]
     return next((scheme for scheme in wanted if scheme is not None), None)
+
+
+def refuse_model(model: StreamedModel, request: ExportRequest, name: str, module: Format, context: int) -> None:
+    """Raise ConfigError, with the nearest thing that works, for a model that the format cannot hold."""
+    path = request.source.path
+    held = [scheme.weight for scheme in model.stored.exact_plan().groups() if scheme.weight is not None]
+    scheme = (module.LAYOUT.wants(held[0]) or held[0]) if held else None
+    if module.__name__ != FORMATS.get(name) or (held and model.stored.format is not awq_gemm):
+        return
+    reason = answer.refusal(model, name, context, scheme)
+    if reason is not None:
+        raise ConfigError(f"{reason}; {answer.nearest(model, path, request.target, context)}")
 
 
 def refuse_exports(artifact: Path) -> None:
