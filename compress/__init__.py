@@ -1,3 +1,23 @@
-"""Quantize, prune, distill, export and judge causal language models, one decoder block at a time."""
+"""Quantize, prune, distill, export and judge causal language models, one decoder block at a time.
+
+From Python: `quantize_awq`, `evaluate`, `export` (see `compress.api`). They load on first use, so that importing the
+package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.api import evaluate, export, quantize_awq
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "evaluate", "export", "quantize_awq"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        import importlib
+
+        return getattr(importlib.import_module("compress.api"), name)
+    raise AttributeError(f"module 'compress' has no attribute {name!r}")

@@ -12,11 +12,10 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from compress.checkpoint import Checkpoint
+import calibration_data
 from compress.errors import ArtifactError
 from compress.files import IO_THREADS, file_sha256, json_bytes, read_json, write_bytes_atomically
 
@@ -70,7 +69,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises ArtifactError when it is damaged, was edited, or is of another program or version.
     """
     path = folder / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     value = read_json(path)
     if value.get("schema") != SCHEMA:
@@ -134,7 +133,8 @@ def _check_record(path: Path, record: Any) -> None:
 def _check_shape(path: Path, what: str, value: Any, shape: Mapping[str, tuple[type, bool]]) -> None:
     for name, (kind, optional) in shape.items() if isinstance(value, dict) else [("", (dict, False))]:
         found = value.get(name) if name else value
-        if (found is None and optional) or (isinstance(found, kind) and not isinstance(found, bool)):
+        is_absent = isinstance(value, dict) and name not in value
+        if (is_absent and optional) or (isinstance(found, kind) and not isinstance(found, bool)):
             continue
         raise ArtifactError(
             f"{path}: {what}{' ' * bool(name)}{name} is {_short(found)} and not {_KINDS[kind]}; fetch or make the "
@@ -152,7 +152,10 @@ def _short(value: Any) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest, files: Mapping[str, str] | None = None) -> Manifest:
     """Write the manifest of the finished folder, with the hash of every file in it (`files`, if known); returns it."""
-    hashes = dict(file_hashes(folder, names_in(folder)) if files is None else files)
+    known = files or {}
+    names = names_in(folder)
+    read = file_hashes(folder, [name for name in names if name not in known])
+    hashes = {name: known.get(name) or read[name] for name in names}
     record, *before = manifest.lineage
     signed = Manifest(lineage=[{**record, "files": hashes}, *before], reports=manifest.reports)
     value = signed.to_json()
@@ -171,63 +174,12 @@ def file_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True))
 
 
-# Names of files that change what the model computes or reads, if they are added to a folder.
-_TELLING = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.onnx", "genai_config.json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """A model folder whose bytes were read once. hashes: of its files, by name. note: for the user, or None."""
-
-    hashes: Mapping[str, str]
-    note: str | None
-
-
-def check_files(folder: Path) -> Checked:
-    """Read every file that the folder's manifest lists and compare; without a manifest, hash config and weights.
-
-    Raises ArtifactError that names the file which is gone, differs, or was added and would be read.
-    """
-    manifest = read_manifest(folder)
-    listed = manifest.files if manifest else None
-    if listed is None:
-        what = "" if manifest is None else f"{folder}: its compress.json, of an older version, lists no hashes to check"
-        names = Checkpoint.open(folder).content_files() if (folder / "config.json").exists() else names_in(folder)
-        return Checked(hashes=file_hashes(folder, names), note=what or None)
-    for name in listed:
-        if not (folder / name).is_file():
-            raise ArtifactError(
-                f"{folder}: {name} is gone, which compress.json lists; fetch or make the artifact again"
-            )
-    added = [n for n in names_in(folder) if n not in listed and "/" not in n and is_read(n)]
-    if added:
-        raise ArtifactError(
-            f"{folder}: {added[0]} was added since the artifact was published and would be read; move it elsewhere"
-        )
-    hashes = file_hashes(folder, list(listed))
-    for name, digest in listed.items():
-        if hashes[name] != digest:
-            raise ArtifactError(
-                f"{folder}: {name} is not what was published (sha256 {hashes[name][:12]} and not {digest[:12]}): it "
-                "was damaged or changed; fetch or make the artifact again"
-            )
-    return Checked(hashes=hashes, note=None)
-
-
-def is_read(name: str) -> bool:
-    """Whether a file of this name in a model folder changes what is computed."""
-    legal = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-    return any(fnmatch(name, p) for p in (*_TELLING, *CARRIED) if p not in legal)
-
-
 def parent_path(parent: Mapping[str, Any], folder: Path) -> Path:
     """Where a manifest's parent lies: bundled, relative to the artifact's folder, or absolute.
 
     Raises ArtifactError, with the way out, when it is gone.
     """
     if parent["path"] == BUNDLED:
-        import calibration_data
-
         return calibration_data.reference_model()
     path = Path(folder, str(parent["path"])).resolve()
     if not path.is_dir():
@@ -235,6 +187,18 @@ def parent_path(parent: Mapping[str, Any], folder: Path) -> Path:
             f"{folder}: its parent {parent['path']} is no longer there; pass the original model explicitly"
         )
     return path
+
+
+def path_from(out: Path, folder: Path) -> str:
+    """A model as a manifest in `out` names it: bundled, or relative to the artifact so that a workspace can move."""
+    path = folder.resolve()
+    return BUNDLED if path == calibration_data.reference_model().resolve() else os.path.relpath(path, out.resolve())
+
+
+def manifest_of(record: dict[str, Any], source: Path, out: Path) -> Manifest:
+    """The manifest of what a stage made in `out` from the model in `source`: its record, and what came before."""
+    earlier = read_manifest(source)
+    return Manifest(lineage=[record, *(rebased(earlier.lineage, source, out) if earlier else [])], reports=[])
 
 
 def rebased(lineage: Sequence[Mapping[str, Any]], old: Path, new: Path) -> list[dict[str, Any]]:

@@ -30,25 +30,43 @@ REST_THREADS = 2
 PART_BYTES = 32 << 20
 
 
-def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor, str], Tensor]) -> list[Path]:
-    """Store every tensor that belongs to no block, converted; one file each, a part of it in memory at a time."""
+Cut = tuple[Tensor | None, ...]
+
+
+def nothing_cut(name: str, shape: tuple[int, ...]) -> Cut:
+    """Keep every index of every axis."""
+    return (None,) * len(shape)
+
+
+def write_rest(
+    journal: Journal,
+    model: StreamedModel,
+    convert: Callable[[Tensor, str], Tensor],
+    cut: Callable[[str, tuple[int, ...]], Cut] = nothing_cut,
+) -> list[Path]:
+    """Store every tensor that belongs to no block, cut and converted; one file each, a part of it in memory at a time.
+
+    cut: for each axis of a tensor the indices that are kept (int64, ascending), None for all.
+    """
     prefixes = tuple(model.block_prefix(i) for i in range(model.num_blocks))
     names = [n for n in model.checkpoint.names() if not n.startswith(prefixes)]
     paths = [journal.folder / f"rest-{number:05d}.safetensors" for number in range(len(names))]
 
     def write(name: str, path: Path) -> None:
-        kept = read_record(path.with_suffix(".json"), journal.run, path)
-        if kept is not None and kept["name"] == name:
+        done = read_record(path.with_suffix(".json"), journal.run, path)
+        if done is not None and done["name"] == name:
             return
         info = model.checkpoint.info(name)
         rows = max(1, info.shape[0] * PART_BYTES // max(1, info.num_bytes)) if info.shape else 1
         if info.shape and info.shape[0]:
+            kept = cut(name, info.shape)
+            shape = tuple(size if axis is None else len(axis) for size, axis in zip(info.shape, kept, strict=True))
             parts = (
-                convert(model.checkpoint.slice(name, start, min(start + rows, info.shape[0])), name)
+                convert(_kept(model.checkpoint.slice(name, start, min(start + rows, info.shape[0])), start, kept), name)
                 for start in range(0, info.shape[0], rows)
             )
             first = next(parts)
-            stored, content = save_in_parts(path, name, first.dtype, info.shape, chain([first], parts))
+            stored, content = save_in_parts(path, name, first.dtype, shape, chain([first], parts))
         else:  # a scalar, or nothing at all
             value = convert(model.checkpoint.tensor(name), name)
             save_atomically(path, {name: value})
@@ -60,12 +78,24 @@ def write_rest(journal: Journal, model: StreamedModel, convert: Callable[[Tensor
     return paths
 
 
+def _kept(part: Tensor, start: int, kept: Cut) -> Tensor:
+    """The kept indices of rows `start` and on of a tensor."""
+    rows = kept[0]
+    if rows is not None:
+        part = part[rows[(rows >= start) & (rows < start + len(part))] - start]
+    for axis, indices in enumerate(kept[1:], 1):
+        if indices is not None:
+            part = part.index_select(axis, indices)
+    return part
+
+
 def assemble(
     journal: Journal,
     model: StreamedModel,
     staged: Path,
     *,
     rest: list[Path],
+    num_blocks: int,
     config: Mapping[str, Any],
     manifest: Manifest,
 ) -> int:
@@ -73,7 +103,7 @@ def assemble(
 
     Returns how many tensors were read back and compared. Raises ArtifactError when one differs.
     """
-    parts = rest + [journal.tensors_path(i) for i in range(model.num_blocks)]
+    parts = rest + [journal.tensors_path(i) for i in range(num_blocks)]
     if sum(part.stat().st_size for part in parts) > MAX_SHARD_BYTES:
         link_shards(parts, staged)  # what would be several shards anyhow becomes one a block, without a copy
     else:

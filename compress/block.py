@@ -23,8 +23,10 @@ class LoadedBlock:
     index, prefix: its number in the model that is read, and what the names of its tensors there begin with.
     check_input, check_output: `[B, T, H]`, a few calibration rows as they enter this block, and its output on them with
     its original weights. inputs, targets: with two paths, all rows as they enter this block, batch by batch, and what
-    the original model has after it; else empty. forward(hidden, weights): the block's output with some parameters
-    replaced, by name; differentiable.
+    the original model has where the next block that goes on begins (or, behind the last, its final hidden states); else
+    empty. sources: all rows as they enter this block in the original model, if wanted. forward(hidden, weights): the
+    block's output with some parameters replaced, by name; differentiable. cache_errors(): what an INT8 KV cache costs
+    the block as its weights are now, see `kv_cache.relative_errors`.
     """
 
     index: int
@@ -37,7 +39,9 @@ class LoadedBlock:
     check_output: Tensor
     inputs: list[Tensor]
     targets: list[Tensor]
+    sources: list[Tensor]
     forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    cache_errors: Callable[[], dict[str, float]]
 
 
 @dataclass(kw_only=True)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -26,6 +27,7 @@ from compress.background import BackgroundStore
 from compress.block import BlockDone, BlockResult, BlockStore, LoadedBlock
 from compress.errors import ArtifactError, ConfigError, resumable
 from compress.groups import Group, find_groups
+from compress.kv_cache import relative_errors
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
 from compress.plan import LayerPlan
@@ -55,36 +57,50 @@ def stream(
     paths: int = 1,
     wanted: Wanted | None = None,
     blocks: Sequence[int] | None = None,
+    reshaping: Reshaping | None = None,
     num_parts: int = 1,
     tell: Tell = SILENT,
 ) -> Iterator[BlockDone]:
     """Hand every block to `method` in order; yields after each. The caller's grad mode is its own between blocks.
 
     ids_NT: int64 `[N, T]` calibration tokens. method: a result of None leaves the block as it was, which is all that a
-    pass that only measures does; it needs no `store`. plan: says whose inputs are quantized once the method is done.
-    paths: 1 when every block is measured on the original model's hidden states (one pass over the tokens), 2 when it is
-    measured on those of the model compressed so far and told the difference (three passes). wanted: of the statistics.
-    blocks: those that go on, ascending; the others are bypassed on the only path, or on that of the compressed model.
+    pass that only measures does; it needs no `store`. plan: says whose inputs are quantized once the method is done,
+    and how keys and values are then held on the path of the compressed model. paths: 1 when every block is measured on
+    the original model's hidden states (one pass over the tokens), 2 when it is measured on those of the model
+    compressed so far and told the difference (three passes). wanted: of the statistics. blocks: those that go on,
+    ascending; the others are bypassed on the only path, or on that of the compressed model. reshaping: with two paths,
+    what else changes where blocks become smaller.
     num_parts: how many runs of batches the statistics are summed in, in this process, before the sums are added. Of
     several processes (`distributed`) each runs its part of the rows, and all must call this alike. Deterministic: the
     same model, ids and method give the same bytes, also when some blocks come from the store.
     """
     on_gpu = model.device.type == "cuda"
     chosen = list(range(model.num_blocks) if blocks is None else blocks)
-    visited = list(range(model.num_blocks)) if paths == 2 else chosen
     with torch.no_grad():
         walk = _Walk(model, ids_NT, method, plan or LayerPlan(), paths, wanted or Wanted(), num_parts, tell)
+        if paths == 2:
+            walk.enter(reshaping or Reshaping(), range(chosen[0]))
     keeping = resumable() if store else nullcontext()
     with BackgroundStore(store) if on_gpu and store else nullcontext(store) as kept, keeping:
-        for index, following in zip(visited, [*visited[1:], None], strict=True):
+        for position, (index, following) in enumerate(zip(chosen, [*chosen[1:], None], strict=True)):
             with torch.no_grad():
-                if index not in chosen:
-                    walk.bypass(index)
-                    continue
-                position = chosen.index(index)
                 result, resumed = walk.visit(index, position, following, kept)
             report = {} if result is None else result.report
             yield BlockDone(index=position, source=index, total=len(chosen), resumed=resumed, report=report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reshaping:
+    """What the compressed path needs beside weights of other shapes. enter(h): what enters its first block.
+
+    attributes: of a block's modules, by name, that follow from its shapes: `{"attn": {"num_key_value_groups": 2}}`.
+    """
+
+    enter: Callable[[Tensor], Tensor] | None = None
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+_Collected = tuple[list[InputStatistics], Tensor, Tensor, list[Tensor]]
 
 
 class _Walk:
@@ -120,6 +136,18 @@ class _Walk:
         self.compressed = self.original
         self.probe = model.embed(ids_NT[:1, :PROBE_TOKENS])
         self.known: dict[tuple[Any, ...], list[Group]] = {}
+        self.attributes: Mapping[str, Mapping[str, Any]] = {}
+        self.narrow = False
+
+    def enter(self, reshaping: Reshaping, bypassed: Sequence[int]) -> None:
+        """Part the two paths where the compressed one differs before its first block."""
+        self.attributes = reshaping.attributes
+        self.narrow = reshaping.enter is not None
+        if reshaping.enter is not None:
+            self.compressed = [reshaping.enter(h) for h in self.original]
+        for index in bypassed:
+            self._part_ways()
+            self._bypass(index)
 
     def visit(
         self, index: int, position: int, following: int | None, store: BlockStore | None
@@ -134,25 +162,34 @@ class _Walk:
         result = store.load(position) if store else None
         resumed = result is not None
         self._part_ways()
+        collected = None
         if result is None:
-            loaded = self._loaded(index, prefix, module, groups)
+            collected = self._collect(index, groups)
+        else:
+            _advance(model, index, self.original)
+        if self.paths == 2:
+            for bypassed in range(index + 1, model.num_blocks if following is None else following):
+                self._bypass(bypassed)
+        if collected is not None:
+            loaded = self._shown(index, prefix, module, groups, collected)
             self.tell.step(doing="searching")
             result = self.method(loaded)
             if store and result is not None:
                 store.save(position, _renumbered(prefix, index, position), result)
-        else:
-            _advance(model, index, self.original)
+            del loaded, collected
         if self.paths == 2 and following is not None:  # nobody needs the last block's outputs
             self.tell.step(doing="running the compressed block")
             if result is not None:
                 install(module, result, self.plan, prefix)
-            _advance(model, index, self.compressed)
+            held, model.kv = model.kv, self.plan.kv
+            with with_attributes(module, self.attributes):
+                _advance(model, index, self.compressed)
+            model.kv = held
         self._leave(index)
         return result, resumed
 
-    def bypass(self, index: int) -> None:
+    def _bypass(self, index: int) -> None:
         """A block that does not go on: only the original model, whose path is another, runs it."""
-        self._part_ways()
         self.model.load_block(index, torch.float32)
         _advance(self.model, index, self.original)
         self._leave(index)
@@ -175,10 +212,11 @@ class _Walk:
             self.known[structure] = find_groups(module, partial(self.model.run_exact, index, self.probe))
         return self.known[structure]
 
-    def _loaded(self, index: int, prefix: str, module: nn.Module, groups: list[Group]) -> LoadedBlock:
-        """The block with its statistics; the original path moves on to its outputs."""
-        self.tell.step(doing="collecting statistics")
-        statistics, check_input, check_output = self._collect(index, groups)
+    def _shown(
+        self, index: int, prefix: str, module: nn.Module, groups: list[Group], collected: _Collected
+    ) -> LoadedBlock:
+        """The block as the method sees it."""
+        statistics, check_input, check_output, sources = collected
         return LoadedBlock(
             index=index,
             prefix=prefix,
@@ -190,25 +228,32 @@ class _Walk:
             check_output=check_output,
             inputs=self.compressed if self.paths == 2 else [],
             targets=self.original if self.paths == 2 else [],
+            sources=sources,
             forward=partial(self.model.run_with, index),
+            cache_errors=partial(relative_errors, partial(self.model.run_cached, index, check_input), check_input),
         )
 
-    def _collect(self, index: int, groups: list[Group]) -> tuple[list[InputStatistics], Tensor, Tensor]:
+    def _collect(self, index: int, groups: list[Group]) -> _Collected:
         """Run every batch through the loaded block, on both paths where they differ; `original` becomes its outputs.
 
-        Returns the statistics of the compressed path's inputs, the first rows of that path, and the block's output on
-        them.
+        Returns the statistics of the compressed path's inputs, the first rows of that path, the block's output on
+        them, and, if wanted, all rows of the original path. Where the compressed path has another width, the first rows
+        are of the original one.
         """
-        model, original, compressed = self.model, self.original, self.compressed
+        self.tell.step(doing="collecting statistics")
+        model, original, wanted = self.model, self.original, self.wanted.statistics
+        compressed = original if self.narrow else self.compressed
         check_input = compressed[0][: _check_rows(compressed)]
         check_output = check_input
+        sources = list(original) if self.wanted.sources else []
         ends = list(accumulate(len(part) for part in distributed.parts(original, self.num_parts)))[:-1]
-        with collecting(model.blocks[index], groups, model.device, self.wanted, self.positions) as collector:
+        collected = groups if wanted else []
+        with collecting(model.blocks[index], collected, model.device, self.wanted, self.positions) as collector:
             for i in range(len(original)):
                 before, other = original[i], compressed[i]
                 collector.keeping = before is not other
                 original[i] = out = model.run_block(index, before)
-                if collector.keeping:
+                if collector.keeping and (wanted or i == 0):
                     collector.keeping = False
                     out = model.run_block(index, other)
                 if i == 0:
@@ -220,7 +265,7 @@ class _Walk:
         if model.dtype != torch.float32:
             check_input = check_input.float()
             check_output = model.run_exact(index, check_input)
-        return collector.statistics, check_input, check_output
+        return collector.statistics, check_input, check_output, sources
 
 
 def _renumbered(prefix: str, index: int, position: int) -> str:
@@ -258,6 +303,24 @@ def install(module: nn.Module, result: BlockResult, plan: LayerPlan | None = Non
     for name, value in result.dense.items():
         owner, _, leaf = name.rpartition(".")
         _put(module.get_submodule(owner), leaf, value)
+
+
+@contextmanager
+def with_attributes(module: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """The block with other values of its modules' attributes; put back afterwards."""
+    owners = {name: module.get_submodule(name) for name in attributes}
+    held = {name: {key: getattr(owner, key) for key in attributes[name]} for name, owner in owners.items()}
+
+    def put(values: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, owner in owners.items():
+            for key, value in values[name].items():
+                setattr(owner, key, value)
+
+    put(attributes)
+    try:
+        yield
+    finally:
+        put(held)
 
 
 def _put(owner: nn.Module, leaf: str, value: Tensor) -> None:

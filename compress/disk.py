@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from compress.errors import ArtifactError, CompressError
-
-_DISK_FULL = {errno.ENOSPC: "is full", errno.EDQUOT: "is full (quota)", errno.EFBIG: "takes no file so large"}
+from compress.errors import ArtifactError, CompressError, out_of_room
 
 
 def check_free_space(folder: Path, needed_bytes: int) -> None:
@@ -28,26 +24,24 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
     """Turn what the libraries raise when the disk is full into one sentence; everything else passes."""
     try:
         yield
     except CompressError:
         raise
     except Exception as e:
-        what = _disk_full(e)
-        if what is None:
+        full = full_disk(e)
+        if full is None:
             raise
-        raise ArtifactError(f"{folder}: the disk {what}; free some space and run the same command again") from e
+        raise full from e
 
 
-def _disk_full(error: BaseException | None) -> str | None:
-    """What is wrong with the disk, if an error, or the one behind it, says that. safetensors gives text only."""
+def full_disk(error: BaseException | None) -> CompressError | None:
+    """The sentence for a full disk (or memory), if an error, or one behind it, is about that."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            return _DISK_FULL[error.errno]
-        for code, what in _DISK_FULL.items():
-            if f"os error {code}" in str(error) or os.strerror(code) in str(error):
-                return what
+        full = out_of_room(error)
+        if full is not None:
+            return full
         error = error.__cause__ or error.__context__
     return None

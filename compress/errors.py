@@ -90,7 +90,8 @@ def out_of_room(error: BaseException) -> CompressError | None:
     """The sentence for a full disk, quota or memory, wherever it was met; None for anything else."""
     text = str(error)
     no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if no_space or "No space left on device" in text or "os error 28" in text:
+    # safetensors gives the number in its text only
+    if no_space or "No space left on device" in text or any(f"os error {n})" in text for n in (27, 28, 122)):
         where = getattr(error, "filename", None)
         return ArtifactError(
             f"the disk is full{f' at {where}' if where else ''}: what was being written is incomplete; free some space "

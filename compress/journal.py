@@ -8,7 +8,6 @@ it is and holds a hash of itself and of its tensors: what the disk changed, or a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +19,24 @@ from compress import distributed
 from compress.block import BlockResult
 from compress.errors import ArtifactError
 from compress.files import IO_THREADS, file_sha256, json_bytes, read_json, write_bytes_atomically
-from compress.quantized import QuantizedWeight
-from compress.scheme import Scheme
+from compress.formats import Format
+from compress.formats.format import parts_of
+from compress.plan import LayerPlan
 from compress.shards import save_atomically, tensor_sha256
-
-Pack = Callable[[QuantizedWeight], dict[str, Tensor]]
-Unpack = Callable[[Mapping[str, Tensor], Scheme, str], QuantizedWeight]
 
 
 class Journal:
-    """The store of `blocks.stream` over a scratch folder. `suffixes` are the format's tensor names; `run` its id."""
+    """The store of `blocks.stream` over a scratch folder, of the run with the id `run`.
 
-    def __init__(
-        self, folder: Path, run: str, scheme: Scheme, pack: Pack, unpack: Unpack, suffixes: tuple[str, ...]
-    ) -> None:
+    format, plan: how the quantized layers are written, and their schemes by the names that they are written under; no
+    format for a stage whose layers stay dense.
+    """
+
+    def __init__(self, folder: Path, run: str, format: Format | None, plan: LayerPlan) -> None:
         self.folder = folder
         self.run = run
-        self.scheme = scheme
-        self.pack = pack
-        self.unpack = unpack
-        self.suffixes = suffixes
+        self.format = format
+        self.plan = plan
 
     def tensors_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -52,12 +49,14 @@ class Journal:
         with ThreadPoolExecutor(IO_THREADS) as pool:
             digests: dict[str, Future[str]] = {}
             for name, q in result.quantized.items():
-                q.check(prefix + name)
-                parts = {"codes": q.codes_OI, "scales": q.scale_OG, "zero_points": q.zero_point_OG}
-                for key, value in parts.items():
+                layer, static = prefix + name, result.inputs.get(name)
+                assert self.format is not None
+                q.check(layer)
+                for key, value in parts_of(q, static).items():
                     # Fetched in this thread, whose stream of the GPU may not be the pool's.
-                    digests[f"{prefix}{name}.{key}"] = pool.submit(tensor_sha256, value.cpu())
-                tensors.update({f"{prefix}{name}.{key}": value.cpu() for key, value in self.pack(q).items()})
+                    digests[f"{layer}.{key}"] = pool.submit(tensor_sha256, value.cpu())
+                packed = self.format.tensors(q, self.plan[layer], static)
+                tensors.update({f"{layer}.{leaf}": value.cpu() for leaf, value in packed.items()})
             for name, value in result.dense.items():
                 tensors[prefix + name] = value.cpu()
                 digests[prefix + name] = pool.submit(tensor_sha256, tensors[prefix + name])
@@ -85,12 +84,18 @@ class Journal:
             return None
         prefix = record["prefix"]
         tensors = _all_tensors(self.tensors_path(index))
-        quantized = {}
+        result = BlockResult(quantized={}, dense={}, report=record["report"])
         for name in record["layers"]:
-            parts = {s: tensors.pop(f"{prefix}{name}.{s}") for s in self.suffixes}
-            quantized[name] = self.unpack(parts, self.scheme, name)
-        dense = {name.removeprefix(prefix): value for name, value in tensors.items()}
-        return BlockResult(quantized=quantized, dense=dense, report=record["report"])
+            layer = prefix + name
+            assert self.format is not None
+            names = {leaf: f"{layer}.{leaf}" for leaf in self.format.LEAVES if f"{layer}.{leaf}" in tensors}
+            parts = {leaf: tensors.pop(full) for leaf, full in names.items()}
+            result.quantized[name] = self.format.read(parts, self.plan[layer], layer)
+            static = self.format.read_static(parts, self.plan[layer], layer)
+            if static is not None:
+                result.inputs[name] = static
+        result.dense.update({name.removeprefix(prefix): value for name, value in tensors.items()})
+        return result
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,6 @@ Shapes: O out_features, I in_features
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 
@@ -41,8 +38,3 @@ def set_weight_OI(module: nn.Module, w_OI: Tensor) -> None:
 def linears(block: nn.Module) -> dict[str, nn.Module]:
     """The block's linear layers by name, in order of definition."""
     return {name: m for name, m in block.named_modules() if is_linear(m)}
-
-
-def skipped(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a layer's full name matches one of the user's glob patterns, as a whole or as a part."""
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*{p}*") for p in patterns)

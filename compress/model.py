@@ -27,8 +27,10 @@ from compress.decoder import base_of, find_decoder, input_embedding
 from compress.dense import read_dense
 from compress.errors import ArtifactError, ConfigError, UnsupportedError, explained
 from compress.formats import stored
+from compress.kv_cache import Int8Cache, cache_of, with_cache
 from compress.linear import linears
 from compress.names import check_all_read, source_names
+from compress.plan import KvScheme
 from compress.skeleton import meta_model
 
 
@@ -71,6 +73,8 @@ class StreamedModel:
         self._returns_tuple = decoder.returns_tuple
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._wide = False
+        self._cache: Int8Cache | None = None
+        self.kv = self.stored.plan.kv
         self._rows: tuple[Tensor, Tensor] | None = None
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
 
@@ -95,6 +99,15 @@ class StreamedModel:
         opened = cls(checkpoint, model, dtype, torch.device(device))
         check_all_read(opened.stored, model, opened._source, opened.blocks_name, opened.num_blocks)
         return opened
+
+    @property
+    def kv(self) -> KvScheme | None:
+        """How keys and values are held while a block runs: as the folder says, until it is set otherwise."""
+        return self._kv
+
+    @kv.setter
+    def kv(self, scheme: KvScheme | None) -> None:
+        self._kv, self._cache = scheme, cache_of(scheme)
 
     @property
     def num_blocks(self) -> int:
@@ -250,11 +263,21 @@ class StreamedModel:
             index, hidden.to(wide), Call(args=_widened(call.args, wide), kwargs=_widened(call.kwargs, wide))
         )
 
+    def run_cached(self, index: int, hidden: Tensor, cache: Int8Cache | None) -> Tensor:
+        """`run_exact` with keys and values going through `cache`, whatever the plan says of them."""
+        held, self._cache = self._cache, cache
+        try:
+            return self.run_exact(index, hidden)
+        finally:
+            self._cache = held
+
     def run_with(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """`run_block` with the block's parameters named in `weights` replaced; differentiable with respect to them."""
         call = self._call(index, hidden)
         with torch.autocast(self.device.type, self.dtype, enabled=self._wide):
-            out = torch.func.functional_call(self.blocks[index], dict(weights), (hidden, *call.args), dict(call.kwargs))
+            out = torch.func.functional_call(
+                self.blocks[index], dict(weights), (hidden, *call.args), self._arguments(index, call)
+            )
         result = out[0] if isinstance(out, tuple | list) else out
         assert isinstance(result, Tensor)
         return result
@@ -268,7 +291,7 @@ class StreamedModel:
     def _run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         held = _sizes(call.kwargs)
         with self._explained(f"block {self.blocks_name}.{index} cannot be run"):
-            out = self.blocks[index](hidden, *call.args, **call.kwargs)
+            out = self.blocks[index](hidden, *call.args, **self._arguments(index, call))
         if _sizes(call.kwargs) != held:
             raise UnsupportedError(
                 f"{self.checkpoint.path}: block {self.blocks_name}.{index} hands more than hidden states to later "
@@ -335,6 +358,12 @@ class StreamedModel:
             yield
         finally:
             output._parameters.update(held)
+
+    def _arguments(self, index: int, call: Call) -> dict[str, Any]:
+        """What a block is called with by name, the cache included where keys and values are rounded."""
+        if self._cache is None:
+            return dict(call.kwargs)
+        return with_cache(call.kwargs, self._cache, f"{self.blocks_name}.{index}")
 
     def _call(self, index: int, hidden: Tensor) -> Call:
         shape = (hidden.shape[0], hidden.shape[1])

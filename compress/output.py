@@ -174,7 +174,7 @@ def reserved(out: Path, reads: Mapping[str, Path], *, force: bool) -> Iterator[P
     what no manifest of ours lists. Inside the context, a full disk becomes one sentence.
     """
     real = check(out, reads, force=force)
-    with disk_errors(real.parent):
+    with disk_errors():
         made = _make_parents(real.parent)
         try:
             with locked(real.with_name(f".{real.name}{_LOCK}"), str(out)):

@@ -30,11 +30,18 @@ _MIRROR_TILE = 512
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What a method asks for. gram: Gram matrix, magnitudes, and with two paths what tells these from each other;
-    ranges: least and greatest value of each channel; rows: how many of the tokens to keep as they are."""
+    ranges: least and greatest value of each channel; rows: how many of the tokens to keep as they are; sources: the
+    original model's hidden states before the block (no statistics, but asked for alike)."""
 
     gram: bool = True
     ranges: bool = False
     rows: int = 0
+    sources: bool = False
+
+    @property
+    def statistics(self) -> bool:
+        """Whether anything of a linear's inputs is wanted."""
+        return self.gram or self.ranges or bool(self.rows)
 
     def positions(self, num_tokens: int) -> Tensor:
         """Which tokens of `num_tokens` are kept: int64, sorted; the same for every batch size and process."""

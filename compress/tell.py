@@ -48,11 +48,13 @@ SILENT = Tell()
 class Heard(Tell):
     """Keeps what was told, in order, for tests and for callers that show everything at the end.
 
-    events: `("say", text)`, `("start", what, total)`, `("step", done, doing)`, `("note", text)`.
+    events: `("say", text)`, `("start", what, total)`, `("step", done, doing)`, `("note", text)`. finished: what each
+    finished step found, and whether it was `resumed`.
     """
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
+        self.finished: list[dict[str, Any]] = []
 
     def say(self, text: str) -> None:
         self.events.append(("say", text))
@@ -69,9 +71,16 @@ class Heard(Tell):
         resumed: bool = False,
     ) -> None:
         self.events.append(("step", done, doing))
+        if done is not None:
+            self.finished.append({"resumed": resumed, **(found or {})})
 
     def note(self, text: str) -> None:
         self.events.append(("note", text))
+
+    @property
+    def said(self) -> list[str]:
+        """The lines alone."""
+        return [event[1] for event in self.events if event[0] == "say"]
 
     @property
     def notes(self) -> list[str]:

@@ -1,22 +1,18 @@
-"""Reading an artifact back with code that shares nothing with the writer, and comparing it with what was meant.
-
-Written in numpy from the format's description, one nibble at a time, on purpose: a mistake in the packing code
-cannot also be here.
-"""
+"""Reading an artifact back with code that shares nothing with the writer, and comparing it with what was meant."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
 from compress.files import IO_THREADS
-from compress.formats.second_reader import unpack_awq
+from compress.formats import Stored, stored
+from compress.formats.second_reader import digest
 
 _CHUNK_BYTES = 16 << 20
 # What a digest calls the dtypes that an artifact holds, by their name in the file.
@@ -30,36 +26,39 @@ _KINDS = {
 def verify_written(folder: Path, meant: Mapping[str, str]) -> int:
     """Reopen every tensor of `folder` and compare with the digests in `meant`; returns how many were compared.
 
-    meant maps a tensor's name, or for a packed layer `layer.codes`, `layer.scales` and `layer.zero_points` in the
-    `[out_features, ...]` orientation, to the digest of what the run computed. Raises ArtifactError at the first
+    meant maps a tensor's name, or for a quantized layer `layer.codes`, `layer.scales` and so on as
+    `formats.format.parts_of` names them, to the digest of what the run computed. Raises ArtifactError at the first
     difference, and for tensors that are missing or that nobody meant to write. Tensors are compared side by side:
     unpacking and hashing leave the interpreter free.
     """
-    checkpoint = Checkpoint.open(folder)
+    written = stored(Checkpoint.open(folder))
+    taken = written.taken()
+    plain = [name for name in written.checkpoint.names() if name not in taken]
+    work = [partial(_layer, written, layer) for layer in written.layers]
+    work += [partial(_plain, written.checkpoint, name) for name in plain]
     seen: set[str] = set()
     with ThreadPoolExecutor(IO_THREADS) as pool:
-        for key, found in pool.map(lambda name: _found(checkpoint, name, meant), checkpoint.names()):
-            if meant.get(key) != found:
-                what = "was not meant to be there" if key not in meant else "differs from what was computed"
-                raise ArtifactError(f"{folder}: {key} {what}; the disk or memory is faulty, run again")
-            seen.add(key)
+        for found in pool.map(lambda one: one(), work):
+            for key, digest in found.items():
+                if meant.get(key) != digest:
+                    what = "was not meant to be there" if key not in meant else "differs from what was computed"
+                    raise ArtifactError(f"{folder}: {key} {what}; the disk or memory is faulty, run again")
+                seen.add(key)
     missing = sorted(set(meant) - seen)
     if missing:
         raise ArtifactError(f"{folder}: {missing[0]} was not written; run again")
     return len(seen)
 
 
-def _found(checkpoint: Checkpoint, name: str, meant: Mapping[str, str]) -> tuple[str, str]:
-    """What a stored tensor is called in `meant`, and the digest of what it holds."""
-    layer, _, leaf = name.rpartition(".")
-    if leaf == "qweight":
-        return f"{layer}.codes", _digest("torch.uint8", unpack_awq(checkpoint.tensor(name).numpy()).T)
-    if leaf == "qzeros":
-        return f"{layer}.zero_points", _digest("torch.uint8", unpack_awq(checkpoint.tensor(name).numpy()).T)
-    if leaf == "scales" and name in meant:
-        return name, _digest("torch.float16", np.ascontiguousarray(checkpoint.tensor(name).numpy().T))
+def _layer(written: Stored, layer: str) -> dict[str, str]:
+    """Digests of what a second reader finds in a quantized layer."""
+    return {f"{layer}.{key}": digest(again) for key, again in written.read_again(layer).items()}
+
+
+def _plain(checkpoint: Checkpoint, name: str) -> dict[str, str]:
+    """The digest of what a tensor holds that is stored as it is."""
     info = checkpoint.info(name)
-    digest = hashlib.sha256(f"{_KINDS[info.dtype]}{info.shape}".encode())
+    found = hashlib.sha256(f"{_KINDS[info.dtype]}{info.shape}".encode())
     with open(checkpoint.path / info.file, "rb") as f:  # in chunks: an embedding has gigabytes
         f.seek(info.offset)
         left = info.num_bytes
@@ -67,12 +66,6 @@ def _found(checkpoint: Checkpoint, name: str, meant: Mapping[str, str]) -> tuple
             chunk = f.read(min(left, _CHUNK_BYTES))
             if not chunk:
                 raise ArtifactError(f"{checkpoint.path / info.file}: ends inside {name}; run again")
-            digest.update(chunk)
+            found.update(chunk)
             left -= len(chunk)
-    return name, digest.hexdigest()
-
-
-def _digest(kind: str, value: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{kind}{tuple(value.shape)}".encode())
-    digest.update(value.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return {name: found.hexdigest()}

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import calibration_data
 from compress.artifact import BUNDLED, MANIFEST, parent_path, read_manifest
-from compress.checkpoint import INDEX, SINGLE
-from compress.errors import ArtifactError, ConfigError
-from compress.files import read_json
+from compress.checkpoint import INDEX, SINGLE, Checkpoint
+from compress.contents import check_files
+from compress.errors import ArtifactError, CompressError, ConfigError
+from compress.files import file_sha256, is_file, read_json
 from compress.folders import check_model_file
+from compress.output import is_scratch
 
 WORKSPACE = Path("artifacts")
 
@@ -27,6 +30,8 @@ class Source:
 
 
 Accept = Callable[[Path], bool]
+# Formats of exports that this machine can run.
+RUNNABLE = ("hf", "onnx", "onnx-trt")
 
 
 def holds_weights(folder: Path) -> bool:
@@ -54,13 +59,23 @@ def is_candidate(folder: Path) -> bool:
 def judged_as(source: Source) -> Source:
     """The source itself, or, for an export that runs on its device only, the artifact that it was made from.
 
-    The export was compared with that artifact value by value when it was written; its manifest names it.
+    The export was compared with that artifact value by value when it was written; its manifest names it. Raises
+    ArtifactError when the export is not whole, or when what lies there now is not what it was made from.
     """
     manifest = None if is_judgeable(source.path) else read_manifest(source.path)
     if manifest is None or manifest.record["stage"] != "export":
         return source
-    parent = parent_path(manifest.record["parent"], source.path)
-    form = manifest.record["format"]
+    check_files(source.path)
+    form = str(manifest.record.get("format"))
+    if form in RUNNABLE:
+        raise ArtifactError(f"{source.path}: what runs of this {form} export is gone; make the export again")
+    stated = manifest.record["parent"]
+    parent = parent_path(stated, source.path)
+    if Checkpoint.open(parent).content_sha256() != stated["sha256"]:
+        raise ArtifactError(
+            f"{parent} is not what {source.path} was made from any more, so it cannot be judged in its place; make the "
+            "export again"
+        )
     said = f"{parent}, whose weights {source.path} holds: a graph of format {form} runs on its device only"
     return replace(source, path=parent, said=said)
 
@@ -93,39 +108,48 @@ def config_only(model: str) -> Path:
 
 
 def _from_workspace(quantizable: bool, accept: Accept, workspace: Path) -> Source:
-    manifests = sorted(workspace.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
-    # an unfinished run's folder is called NAME.partial
-    folder = next((p.parent for p in manifests if p.parent.suffix != ".partial" and accept(p.parent)), None)
+    folder, skipped = _newest(accept, workspace)
     if folder is None:
-        state = "holds nothing to go on from" if manifests else "is empty"
-        return _bundled(f"the bundled reference model (the workspace {state})")
+        state = "holds nothing to go on from" if any(workspace.glob(f"*/{MANIFEST}")) else "is empty"
+        return _bundled(f"the bundled reference model (the workspace {state}){skipped}")
     if quantizable and "quantization_config" in read_json(folder / "config.json"):
         manifest = read_manifest(folder)
         assert manifest is not None
         if manifest.root["path"] == BUNDLED:
-            return _bundled(f"the bundled reference model, from which {folder} was made")
+            return _bundled(f"the bundled reference model, from which {folder} was made{skipped}")
         path = parent_path(manifest.root, folder)
         return Source(
             path=path,
             name=_short(path.name),
-            said=f"{path}, from which the newest artifact {folder} was made",
+            said=f"{path}, from which the newest artifact {folder} was made{skipped}",
             is_reference=is_reference(path),
         )
-    return Source(path=folder, name=_short(folder.name), said=f"{folder}, the newest artifact", is_reference=False)
+    said = f"{folder}, the newest artifact{skipped}"
+    return Source(path=folder, name=_short(folder.name), said=said, is_reference=False)
+
+
+def _newest(accept: Accept, workspace: Path) -> tuple[Path | None, str]:
+    """The folder that was published last, of those that `accept` takes; and a note on each that cannot be told.
+
+    Nothing in an artifact changes once it is published, so its manifest's time is that of the publishing.
+    """
+    manifests = [p for p in workspace.glob(f"*/{MANIFEST}") if is_file(p) and not is_scratch(p.parent)]
+    skipped = ""
+    for path in sorted(manifests, key=lambda p: (p.stat().st_mtime_ns, p.parent.name), reverse=True):
+        try:
+            if read_manifest(path.parent) is not None and accept(path.parent):
+                return path.parent, skipped
+        except CompressError as e:
+            skipped += f"\nnote: {path.parent} was passed over: {e}"
+    return None, skipped
 
 
 def _bundled(said: str) -> Source:
-    import calibration_data
-
     return Source(path=calibration_data.reference_model(), name="reference-lm", said=said, is_reference=True)
 
 
 def is_reference(path: Path) -> bool:
     """Whether a folder's weights are the bundled reference model's (or quantized from them), byte for byte."""
-    import calibration_data
-    from compress.checkpoint import SINGLE
-    from compress.files import file_sha256
-
     bundled = calibration_data.reference_model()
     if path.resolve() == bundled.resolve():
         return True

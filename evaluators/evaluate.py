@@ -45,6 +45,7 @@ class _Pair:
     vocab_size: int
     positions: tuple[str, int] | None
     """Of the model that has fewer: what config.json calls them, and how many."""
+    notes: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,13 @@ def evaluate(request: EvaluationRequest, tell: Tell = SILENT) -> Report:
 
 
 def _open(request: EvaluationRequest) -> _Pair:
-    subjects = {"candidate": subject(request.candidate), "reference": subject(request.reference)}
+    notes: list[str] = []
+
+    def note(text: str | None) -> None:
+        if text:
+            notes.append(text)
+
+    subjects = {role: subject(getattr(request, role), note) for role in ("candidate", "reference")}
     tokenizer = one_tokenizer(request)
     runners = {role: open_runner(getattr(request, role), request) for role in ("reference", "candidate")}
     vocab_size = runners["reference"].vocab_size
@@ -112,6 +119,7 @@ def _open(request: EvaluationRequest) -> _Pair:
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         positions=min(limits, key=lambda p: p[1], default=None),
+        notes=notes,
     )
 
 
@@ -214,7 +222,7 @@ def _report(
         blocks=passed.inside.errors,
         internals=passed.inside.internals,
         kl_histogram=divergence.kl_histogram(found.scores.kl_S),
-        notes=[*exam.notes, *passed.notes, *passed.inside.notes],
+        notes=[*pair.notes, *exam.notes, *passed.notes, *passed.inside.notes],
         versions=versions(),
     )
 

@@ -1,24 +1,32 @@
-"""What an artifact's manifest keeps of its evaluations, and what other artifacts' say."""
+"""What is kept of an artifact's evaluations, and what is kept of other artifacts'.
+
+A published artifact never changes, so they lie beside it: `NAME.reports/`, a file for each text and gate. A file says
+which artifact it is about, by the hash of its manifest, so that what another one of that name was judged is not taken
+for its successor's.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from compress.artifact import Manifest, read_manifest, write_manifest
-from compress.files import read_json
+from compress.artifact import MANIFEST, read_manifest
+from compress.errors import CompressError, reason
+from compress.files import file_sha256, is_file, json_bytes, read_json, write_bytes_atomically
+from compress.output import is_scratch
 from evaluators.results import Report
 
-if TYPE_CHECKING:
-    pass
+KIND = "evaluation"
 
 
 def brief(report: Report) -> dict[str, Any]:
     """What a manifest keeps of a report: enough to compare candidates by, nothing that changes with time."""
     kept = ("perplexity", "kl_mean", "top1_agreement", "perplexity_recovery")
     return {
-        "kind": "evaluation",
+        "kind": KIND,
         "reference_sha256": report.reference.sha256,
         "text": {k: v for k, v in report.text.items() if k != "source"},
         "bits_per_weight": report.candidate.bits_per_weight,
@@ -29,34 +37,70 @@ def brief(report: Report) -> dict[str, Any]:
     }
 
 
-def remember(folder: Path, report: Report) -> bool:
-    """Put the brief into the candidate's manifest, in place of an earlier one on the same text and gate."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return False
-    new = json.loads(json.dumps(brief(report)))
-    old = [
-        r for r in manifest.reports
-        if r.get("kind") != "evaluation" or r.get("text") != new["text"] or r.get("gate") != new["gate"]
-    ]  # fmt: skip
+def reports_folder(artifact: Path) -> Path:
+    """Where the evaluations of an artifact lie."""
+    real = artifact.resolve()
+    return real.with_name(f"{real.name}.reports")
+
+
+def remember(artifact: Path, report: Report) -> str | None:
+    """Keep the brief beside the artifact, in place of an earlier one on the same text and gate.
+
+    A folder without a manifest is no artifact and nothing is kept. Returns a note when something could not be.
+    """
+    if not is_file(artifact / MANIFEST):
+        return None
+    kept = json.loads(json.dumps({**brief(report), "artifact": file_sha256(artifact / MANIFEST)}))
+    key = json_bytes([kept[k] for k in ("kind", "reference_sha256", "text", "gate")])
+    folder = reports_folder(artifact)
+    path = folder / f"{hashlib.sha256(key).hexdigest()[:16]}.json"
     try:
-        write_manifest(folder, Manifest(lineage=manifest.lineage, reports=[*old, new]))
-    except OSError:
-        return False
-    return True
+        folder.mkdir(exist_ok=True)
+        if path.exists() and _read(path) is None:
+            return f"the evaluation was not kept: {path} is in the way and is no evaluation"
+        write_bytes_atomically(path, json_bytes(kept))
+    except OSError as e:
+        return f"the evaluation was not kept in {folder}: {reason(e)}"
+    return None
 
 
-def others(report: Report, workspace: Path) -> list[dict[str, Any]]:
-    """Briefs of the workspace's other artifacts that were judged against the same reference on the same text."""
+def recalled(artifact: Path) -> list[dict[str, Any]]:
+    """The evaluations of this very artifact, also those that older versions kept in its manifest."""
+    manifest = read_manifest(artifact)
+    if manifest is None:
+        return []
+    mine = file_sha256(artifact / MANIFEST)
+    found = [_read(path) for path in sorted(reports_folder(artifact).glob("*.json"))]
+    return [*manifest.reports, *(r for r in found if r is not None and r["artifact"] == mine)]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """One kept evaluation, or None for a file that is not."""
+    try:
+        value = read_json(path)
+    except CompressError:
+        return None
+    shapes = {"text": dict, "metrics": dict, "artifact": str, "reference_sha256": str}
+    is_ours = value.get("kind") == KIND and all(isinstance(value.get(k), kind) for k, kind in shapes.items())
+    return value if is_ours else None
+
+
+def others(report: Report, workspace: Path) -> tuple[list[dict[str, Any]], Sequence[str]]:
+    """Briefs of the workspace's other artifacts that were judged against the same reference on the same text.
+
+    And a note for each artifact whose manifest cannot be read.
+    """
     mine = brief(report)
-    out = []
-    for path in sorted(workspace.glob("*/compress.json")):
-        if path.parent.resolve() == Path(report.candidate.path).resolve():
+    out, notes = [], []
+    for path in sorted(workspace.glob(f"*/{MANIFEST}")):
+        if path.parent.resolve() == Path(report.candidate.path).resolve() or is_scratch(path.parent):
             continue
-        found = [
-            r for r in read_json(path).get("reports", [])
-            if r.get("reference_sha256") == mine["reference_sha256"] and r.get("text") == mine["text"]
-        ]  # fmt: skip
+        try:
+            kept = recalled(path.parent)
+        except CompressError as e:
+            notes.append(f"{path.parent} was left out: {e}")
+            continue
+        found = [r for r in kept if all(r.get(key) == mine[key] for key in ("reference_sha256", "text"))]
         if found:
             out.append({**found[-1], "path": path.parent.name})
-    return out
+    return out, notes

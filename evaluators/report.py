@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from compress.files import write_bytes_atomically
 from evaluators.results import Metric, Report, Verdict
 
 # What a person looks at first, and what it is called in the tables.
@@ -194,22 +191,3 @@ def _percent(value: float) -> str:
 def _cell(text: str) -> str:
     """Text that cannot break a Markdown table or smuggle in HTML."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("`", "'").replace("\n", " ")
-
-
-def write_reports(report: Report, folder: Path, others: Sequence[dict[str, Any]] = ()) -> tuple[list[Path], str | None]:
-    """Write report.json, junit.xml, summary.md and index.html, each atomically.
-
-    Returns the files, and a note when the page could not be drawn because matplotlib is missing.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"report.json": to_json(report), "junit.xml": to_junit(report), "summary.md": to_markdown(report).encode()}
-    note = None
-    try:
-        from evaluators.page import to_html
-    except ImportError as e:
-        note = f'index.html was not drawn, {e.name} is missing: pip install "compress-toolkit[report]"'
-    else:
-        files["index.html"] = to_html(report, others)
-    for name, content in files.items():
-        write_bytes_atomically(folder / name, content)
-    return [folder / name for name in files], note

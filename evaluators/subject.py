@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress import tokens
 from compress.checkpoint import Checkpoint
+from compress.contents import SMALL_BYTES, check_files
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256
+from compress.model import StreamedModel
 from compress.runtime.ort import OnnxRunner, find_graph
 from compress.runtime.streamed import TorchRunner
 from evaluators.request import EvaluationRequest
@@ -36,16 +39,22 @@ def open_runner(path: Path, request: EvaluationRequest) -> TorchRunner | OnnxRun
     raise ArtifactError(f"{path} holds neither safetensors nor an .onnx graph; pass a model folder")
 
 
-def subject(path: Path) -> Subject:
-    """Facts of a model folder, read from its headers. num_parameters counts what the reader computes with."""
+def subject(path: Path, note: Callable[[str | None], object] = lambda text: None) -> Subject:
+    """Facts of a model folder, read from its headers. num_parameters counts what the reader computes with.
+
+    Every byte is read for the content hash, and compared with the folder's manifest on the way.
+    """
+    small = check_files(path, below=SMALL_BYTES)
+    note(small.note)
     if next(path.glob("*.safetensors"), None):
         checkpoint = Checkpoint.open(path)
+        checked = check_files(path, known=small.hashes)
         size = sum(checkpoint.info(n).num_bytes for n in checkpoint.names())
         method = checkpoint.config.get("quantization_config", {}).get("quant_method")
         parameters = _parameters(checkpoint)
         return Subject(
             path=str(path),
-            sha256=checkpoint.content_sha256(),
+            sha256=checked.content_sha256(checkpoint),
             format=str(method or "plain"),
             runtime=TorchRunner.runtime,
             weight_bytes=size,
@@ -55,10 +64,12 @@ def subject(path: Path) -> Subject:
     graph = find_graph(path)
     files = [graph, *sorted(path.glob(f"{graph.name}*data")), *sorted(path.glob(f"{graph.stem}*.bin"))]
     size = sum(f.stat().st_size for f in files)
+    known = check_files(path, known=small.hashes).hashes
+    hashes = {f.name: known.get(f.name) or file_sha256(f) for f in files}
     return Subject(
         path=str(path),
         # The weights lie outside the graph: two exports of one architecture may have the same graph.
-        sha256=hashlib.sha256("".join(f"{f.name}\0{file_sha256(f)}\n" for f in files).encode()).hexdigest(),
+        sha256=hashlib.sha256("".join(f"{name}\0{found}\n" for name, found in hashes.items()).encode()).hexdigest(),
         format="onnx",
         runtime=OnnxRunner.runtime,
         weight_bytes=size,
@@ -69,8 +80,6 @@ def subject(path: Path) -> Subject:
 
 def _parameters(checkpoint: Checkpoint) -> int:
     """Parameters of the model as it computes, tied ones once, however they are stored."""
-    from compress.model import StreamedModel
-
     model = StreamedModel.open(checkpoint.path)
     parameters = dict(model.model.named_parameters())
     return sum({model.source_name(name): p.numel() for name, p in parameters.items()}.values())

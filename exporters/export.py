@@ -7,23 +7,24 @@ folder until the manifest is there; then one rename makes OUT (`compress.output`
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import BUNDLED, Checked, Manifest, check_files, read_manifest, rebased, write_manifest
-from compress.checkpoint import Checkpoint, content_of
+from compress.artifact import manifest_of, path_from, read_manifest, write_manifest
+from compress.checkpoint import Checkpoint
+from compress.contents import SMALL_BYTES, Checked, check_files
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import stored
 from compress.output import Place, reserved
 from compress.scheme import Scheme
+from compress.tell import SILENT, Tell
 from compress.workspace import WORKSPACE, Source
 from exporters.reader import Job, Layout, Written
-from exporters.requantize import Report, requantize
+from exporters.requantize import requantize
 from exporters.sizing.inventory import Model, read_model
 from exporters.sizing.predict import Plan, Sizing, check, native_kv_bits
 from exporters.sizing.targets import TARGETS, Target
@@ -81,27 +82,25 @@ class ExportOutcome:
     notes: list[str]
 
 
-def export(
-    request: ExportRequest, *, formats: Mapping[str, str] = FORMATS, report: Report | None = None
-) -> ExportOutcome:
+def export(request: ExportRequest, *, formats: Mapping[str, str] = FORMATS, tell: Tell = SILENT) -> ExportOutcome:
     """Write, verify and publish one export.
 
     Raises UnsupportedError for a format that the target or this installation cannot take, DoesNotFit when it is too
     big, and whatever the format raises; in every case nothing is left at the output folder.
     """
-    report = report or Report()
     name = format_of(request.format, request.target, formats)
     module = load_format(name, formats)
     artifact = request.source.path
     refuse_exports(artifact)
     out = request.out or WORKSPACE / f"{request.source.name}-{request.target.name}-{name}"
     with reserved(out, {"the artifact": artifact}, force=request.force) as place:
-        return _export(request, name, module, place, report)
+        return _export(request, name, module, place, tell)
 
 
-def _export(request: ExportRequest, name: str, module: Format, place: Place, report: Report) -> ExportOutcome:
+def _export(request: ExportRequest, name: str, module: Format, place: Place, tell: Tell) -> ExportOutcome:
     """See `export`; the output is ours."""
     target, artifact = request.target, request.source.path
+    checked = check_files(artifact, below=SMALL_BYTES)
     model = read_model(artifact)
     plan = Plan(
         format=name,
@@ -110,15 +109,15 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, rep
         kv_bits=native_kv_bits(name),
     )
     sizing = check(model, plan, target)
+    checked = check_files(artifact, known=checked.hashes)
     wanted = wanted_codes(module.LAYOUT, artifact)
-    checked = check_files(artifact)
     requantized = None
     if wanted is not None:
-        requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", place.out, report)
+        requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", place.out, tell)
         artifact, model = requantized, read_model(requantized)
         sizing, checked = check(model, plan, target), check_files(artifact)
     check_free_space(place.real.parent, 2 * sizing.weights + 64_000_000)
-    report.say(f"writing {name} for {target.name}: context {plan.context}, batch {plan.batch}")
+    tell.say(f"writing {name} for {target.name}: context {plan.context}, batch {plan.batch}")
     run = place.start(_identity(request, name, plan), resume=False)
     job = Job(
         artifact=artifact,
@@ -127,7 +126,8 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, rep
         batch=plan.batch,
         staged=run.new_staged(),
         options=request.options,
-        say=report.say,
+        hashes=checked.hashes,
+        tell=tell,
     )
     try:
         written = module.write(job)
@@ -136,7 +136,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, rep
                 f"format {name} does not say what it verified, or what it wrote; the export was not kept"
             )
         record = _record(request, plan, sizing, checked, model, requantized, place.out, written)
-        record = write_manifest(job.staged, _manifest(record, artifact, place.out)).record
+        record = write_manifest(job.staged, manifest_of(record, artifact, place.out), written.hashes).record
     except Exception:
         run.discard()  # what was not verified is not kept
         raise
@@ -243,14 +243,14 @@ def _record(
     """The export's record: what was asked, what was made of it, how large, how verified."""
     total = sum(written.parts.values())
     artifact = requantized or request.source.path
-    content = content_of(checked.hashes, Checkpoint.open(artifact).content_files())
+    content = checked.content_sha256(Checkpoint.open(artifact))
     return {
         "stage": "export",
         "format": plan.format,
         "target": request.target.name,
         "options": {"context": plan.context, "batch": plan.batch, **request.options},
-        "parent": {"path": _path_from(out, artifact), "sha256": content},
-        "requantized_from": _path_from(out, request.source.path) if requantized else None,
+        "parent": {"path": path_from(out, artifact), "sha256": content},
+        "requantized_from": path_from(out, request.source.path) if requantized else None,
         "machine": {k: getattr(request.target, k) for k in ("sm", "jetpack", "tensorrt", "memory_bytes", "usable")},
         "sizing": sizing.to_json(),
         "parts": dict(written.parts),
@@ -261,15 +261,3 @@ def _record(
         "notes": list(written.notes),
         "versions": {"compress": compress.__version__},
     }
-
-
-def _manifest(record: dict[str, Any], artifact: Path, out: Path) -> Manifest:
-    earlier = read_manifest(artifact)
-    return Manifest(lineage=[record, *(rebased(earlier.lineage, artifact, out) if earlier else [])], reports=[])
-
-
-def _path_from(out: Path, folder: Path) -> str:
-    import calibration_data
-
-    path = folder.resolve()
-    return BUNDLED if path == calibration_data.reference_model().resolve() else os.path.relpath(path, out.resolve())

@@ -13,12 +13,13 @@ that, adds the manifest, and renames the staged folder into place: a format neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress.scheme import Scheme
+from compress.tell import SILENT, Tell
 from exporters.sizing.targets import Target
 
 
@@ -44,7 +45,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One export. `staged` is an empty folder; `context` and `batch` count tokens and sequences."""
+    """One export. `staged` is an empty folder; `context` and `batch` count tokens and sequences.
+
+    hashes: sha256 of the artifact's files, by name, as they were read and compared with its manifest.
+    """
 
     artifact: Path
     target: Target
@@ -52,7 +56,12 @@ class Job:
     batch: int
     staged: Path
     options: Mapping[str, Any] = field(default_factory=dict)
-    say: Callable[[str], None] = lambda text: None
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    tell: Tell = SILENT
+
+    def say(self, text: str) -> None:
+        """One line, now."""
+        self.tell.say(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +69,11 @@ class Written:
     """What a format made.
 
     record: JSON for the manifest (versions of the tools used, dialect, and under `verified` the tolerance and the
-    largest difference seen). parts: bytes by name of part, such as `decoder linears`, `lm_head`, `embedding`.
+    largest difference seen). parts: bytes by name of part, such as `decoder linears`, `lm_head`, `embedding`. hashes:
+    sha256 of files that were read back, by their path in the folder.
     """
 
     record: dict[str, Any]
     parts: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    hashes: Mapping[str, str] = field(default_factory=dict)

@@ -6,36 +6,25 @@ Nothing is converted from the codes at hand: rounding what was rounded already l
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compress import calibration, tokens
 from compress.artifact import parent_path, read_manifest
-from compress.block import BlockDone
 from compress.checkpoint import Checkpoint
 from compress.devices import pick_device
 from compress.errors import ArtifactError, ConfigError
-from compress.quantize.run import AwqRequest, quantize_awq, request_from_record
+from compress.quantize.awq_stage import AwqRequest, quantize_awq, request_from_record
 from compress.scheme import Scheme
+from compress.tell import Tell
 from compress.workspace import Source, is_reference
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What the driver tells while it works: a line, and a block of the re-quantization."""
-
-    say: Callable[[str], None] = lambda text: None
-    on_blocks: Callable[[int], None] = lambda total: None
-    on_stage: Callable[[int, str], None] = lambda index, stage: None
-    on_block: Callable[[BlockDone], None] = lambda done: None
-
 
 MADE_FOR_EXPORT = "for-export"
 
 
-def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: Report) -> Path:
+def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, tell: Tell) -> Path:
     """Run the artifact's recorded recipe again with the `wanted` scheme, from its parent; resumes and reuses.
 
     Returns the folder: beside the artifact, or beside `out` where that cannot be written. Raises ArtifactError, with
@@ -67,7 +56,7 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: R
         made = read_manifest(folder)
         if made is None or not _same_recipe(made.record, record, request):
             raise ConfigError(f"{folder} exists and was made by another recipe; move or remove it, then export again")
-        report.say(f"{why}: {folder} has them, from the same recipe, and is used as it is")
+        tell.say(f"{why}: {folder} has them, from the same recipe, and is used as it is")
         return folder
     if Checkpoint.open(parent).content_sha256() != record["parent"]["sha256"]:
         raise ArtifactError(
@@ -75,28 +64,23 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, report: R
             f"compress awq {parent} {flags}"
         )
     _check_text(request, record, artifact)
-    request = replace(request, device=_device(request.device, report))
-    report.say(f"{why}: its recipe runs again from {record['parent']['path']} into {folder}")
-    outcome = quantize_awq(
-        request,
-        on_start=lambda total, text: report.on_blocks(total),
-        on_stage=report.on_stage,
-        on_block=report.on_block,
-    )
+    request = replace(request, device=_device(request.device, tell))
+    tell.say(f"{why}: its recipe runs again from {record['parent']['path']} into {folder}")
+    outcome = quantize_awq(request, tell)
     for note in outcome.notes:
-        report.say(f"note: {note}")
+        tell.say(f"note: {note}")
     if outcome.record["calibration"]["sha256"] != record["calibration"]["sha256"]:
-        report.say(f"note: {record['calibration']['source']} gave other calibration text than when {artifact} was made")
+        tell.say(f"note: {record['calibration']['source']} gave other calibration text than when {artifact} was made")
     return folder
 
 
-def _device(recorded: str, report: Report) -> str:
+def _device(recorded: str, tell: Tell) -> str:
     """The device that the recipe names, or, where it is not there, the one that is."""
     try:
         return pick_device(recorded)
     except ConfigError:
         device = pick_device("auto")
-        report.say(f"note: the recipe was run on {recorded}, which is not there; it runs on {device}")
+        tell.say(f"note: the recipe was run on {recorded}, which is not there; it runs on {device}")
         return device
 
 

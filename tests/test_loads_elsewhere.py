@@ -13,7 +13,7 @@ import torch
 from compress.checkpoint import Checkpoint
 from compress.formats import awq_gemm, stored
 from compress.model import StreamedModel
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
 

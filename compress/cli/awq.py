@@ -1,4 +1,4 @@
-"""`compress awq`: options, progress and the closing summary. The work is in `compress.quantize.run`."""
+"""`compress awq`: options, progress and the closing summary. The work is in `compress.quantize.awq_stage`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling from the model and of tuning.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Layers to leave in float16, such as '*.down_proj'.")
+@click.option("--allow-damage", is_flag=True, help="Go on when a layer's output would be mostly error, and list it.")
 @click.option(
     "-o",
     "--out",
@@ -88,28 +89,15 @@ def command(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
-    from compress.quantize.run import AwqRequest, quantize_awq
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq
 
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
-    loaded = [time.monotonic()]
     with Shown(quiet=as_json, describe=_block_text) as shown:
-
-        def begin(total: int, text: str) -> None:
-            shown.say(f"calibration: {text}, {request.samples} x {request.seq_len} tokens at most")
-            shown.start("block", total)
-            loaded.append(time.monotonic())
-
-        outcome = quantize_awq(
-            request,
-            on_start=begin,
-            on_stage=lambda index, stage: shown.step(doing=stage),
-            on_block=lambda done: shown.step(done.index + 1, found=done.report, resumed=done.resumed),
-            say=shown.say,
-        )
+        outcome = quantize_awq(request, shown)
     ended = time.monotonic()
     if as_json:
-        print(json.dumps(_as_json(outcome, ended - loaded[-1], ended - started), indent=2))
+        print(json.dumps(_as_json(outcome, ended - (shown.started or started), ended - started), indent=2))
     else:
         _print_summary(outcome, ended - started)
 
@@ -164,6 +152,15 @@ def _print_summary(outcome: Any, seconds: float) -> None:
         console.print(
             f"no smoothing for {len(unfolded)} of {len(record['groups'])} groups ({names}): see compress.json"
         )
+    lifted = [g for g in record["groups"] if g.get("lift")]
+    if lifted:
+        names = ", ".join(f"block {g['block']} {g['layers'][0]}" for g in lifted[:3])
+        console.print(
+            f"the weights of {len(lifted)} groups lay below what float16 scales hold; a power of two was moved there "
+            f"from what comes before them ({names}{', ...' if len(lifted) > 3 else ''})"
+        )
+    if record["damaged"]:
+        console.print(f"DAMAGED, as you allowed: {', '.join(record['damaged'])}", soft_wrap=True)
     calibration = record["calibration"]
     if calibration["num_samples"] < record["options"]["samples"]:
         console.print(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.cli.progress import Shown
-from compress.errors import ConfigError, GateFailed
+from compress.errors import ConfigError, GateFailed, reason
 
 if TYPE_CHECKING:
     from compress.workspace import Source
@@ -116,7 +116,8 @@ def command(
         found = evaluate.evaluate(request, shown)
     print(to_json(found).decode().rstrip() if as_json else to_text(found))
     unwritten = None if report is None else _write(found, report)
-    memory.remember(source.path, found)
+    if unkept := memory.remember(source.path, found):
+        print(f"note: {unkept}", file=sys.stderr)
     _exit(found, unwritten)
 
 
@@ -129,20 +130,22 @@ def _check_writable(folder: Path, flag: str) -> None:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as e:
-        raise ConfigError(f"{flag} {folder} cannot be written to ({e.strerror}); pass another folder") from e
+        raise ConfigError(f"{flag} {folder} cannot be written to ({reason(e)}); pass another folder") from e
 
 
 def _write(found: Report, folder: Path) -> ConfigError | None:
     """Write the reports; why not, if they cannot be written: the verdict stands all the same."""
     from compress.workspace import WORKSPACE
     from evaluators import memory
-    from evaluators.report import write_reports
+    from evaluators.written import write_reports
 
+    others, notes = memory.others(found, WORKSPACE)
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)
     try:
-        files, note = write_reports(found, folder, memory.others(found, WORKSPACE))
+        files, note = write_reports(found, folder, others)
     except OSError as e:
-        reason = e.strerror or str(e)
-        return ConfigError(f"the report could not be written to {folder} ({reason}); what was found stands above")
+        return ConfigError(f"the report could not be written to {folder} ({reason(e)}); what was found stands above")
     print(f"wrote {', '.join(str(f) for f in files)}", file=sys.stderr)
     if note:
         print(note, file=sys.stderr)

@@ -62,7 +62,6 @@ def command(
     started = time.monotonic()
     from compress.workspace import is_model, resolve
     from exporters.export import ExportRequest, export, format_of, target_named
-    from exporters.requantize import Report
     from exporters.sizing.predict import DoesNotFit
 
     machine = target_named(target)
@@ -95,14 +94,8 @@ def command(
         options=options,
     )
     with Shown(quiet=as_json, describe=lambda found: "quantized") as shown:
-        report = Report(
-            say=shown.say,
-            on_blocks=lambda total: shown.start("block", total),
-            on_stage=lambda index, stage: shown.step(doing=stage),
-            on_block=lambda done: shown.step(done.index + 1, found=done.report, resumed=done.resumed),
-        )
         try:
-            outcome = export(request, report=report)
+            outcome = export(request, tell=shown)
         except DoesNotFit as e:
             shown.end()
             _print_too_big(e, as_json)

@@ -9,25 +9,64 @@ from typing import Any
 
 import click
 
-from compress.errors import UnsupportedError
+from compress.errors import ArtifactError, UnsupportedError
+
+MANIFEST = "compress.json"
 
 
 @click.command("inspect")
 @click.argument("model", required=False)
+@click.option("--verify", is_flag=True, help="Read every file and compare it with the hash in compress.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print as one JSON object.")
-def command(model: str | None, as_json: bool) -> None:
+def command(model: str | None, verify: bool, as_json: bool) -> None:
     """Show MODEL's parameters, bytes by dtype, quantization scheme, lineage and reports. Loads no weights.
 
-    Names and shapes of all tensors are compared with what config.json describes.
+    Names and shapes of all tensors are compared with what config.json describes. With --verify the exit code is 1
+    unless every file is as it was published.
     """
     from compress.workspace import resolve
 
     source = resolve(model)
-    facts = describe(source.path)
+    compared = _compared(source.path) if verify else None
+    if compared is not None and not as_json:
+        _print_compared(compared, source.path)
+    facts = describe(source.path) if compared is None or compared["whole"] else {"path": str(source.path)}
     if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    _print(facts, source.said)
+        print(json.dumps({**facts, "verified": compared} if verify else facts, indent=2))
+    elif len(facts) > 1:
+        _print(facts, source.said)
+    if compared is not None and not compared["whole"]:
+        raise ArtifactError(f"{source.path} is not as it was published; fetch or make the artifact again")
+
+
+def _compared(path: Path) -> dict[str, Any]:
+    from compress.artifact import read_manifest
+    from compress.contents import compare_files, is_read
+
+    manifest = read_manifest(path)
+    if manifest is None or manifest.files is None:
+        lacks = f"no {MANIFEST}" if manifest is None else f"a {MANIFEST} of an older version, without hashes"
+        raise ArtifactError(f"{path} has {lacks}, so there is nothing to compare its files with")
+    found = compare_files(path)
+    added = [name for name in found.added if "/" not in name and is_read(name)]
+    return {
+        "files": len(manifest.files),
+        "bytes": sum((path / name).stat().st_size for name in found.hashes),
+        "gone": found.gone,
+        "changed": found.changed,
+        "added": added,
+        "beside": [name for name in found.added if name not in added],
+        "whole": not (found.gone or found.changed or added),
+    }
+
+
+def _print_compared(compared: dict[str, Any], path: Path) -> None:
+    said = {"gone": "is gone", "changed": "is not what was published", "added": "was added and would be read"}
+    for key, text in {**said, "beside": "is not the artifact's"}.items():
+        for name in compared[key]:
+            print(f"{path / name} {text}")
+    if compared["whole"]:
+        print(f"verified {compared['files']} files, {compared['bytes'] / 1e6:.2f} MB: all as they were published")
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -35,6 +74,7 @@ def describe(path: Path) -> dict[str, Any]:
     from compress.artifact import read_manifest
     from compress.checkpoint import Checkpoint
     from compress.formats import stored
+    from evaluators.memory import recalled
 
     checkpoint = Checkpoint.open(path)
     folder = stored(checkpoint)
@@ -57,7 +97,7 @@ def describe(path: Path) -> dict[str, Any]:
         "quantized_layers": len(folder.layers),
         "quantization_config": checkpoint.config.get("quantization_config"),
         "lineage": manifest.lineage if manifest else [],
-        "reports": manifest.reports if manifest else [],
+        "reports": recalled(path),
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from compress import __version__
+from compress import __version__, threads
 from compress.errors import CompressError, Interrupted, out_of_room, reason
 from compress.siblings import check_siblings
 
@@ -77,6 +77,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         # The one place where errors become sentences and exit codes.
         try:
+            threads.configure()  # before any command loads torch
             check_siblings()
             result = super().invoke(ctx)
             sys.stdout.flush()  # a full disk behind a redirection is met here, not on the way out

@@ -13,7 +13,8 @@ For a linear with weight `[O, I]` in G groups (G = 1 for one scale a row):
                      input_zero_point   int8   [1]         less 128; asymmetric inputs per tensor only
 
 A layer whose inputs are quantized is int-quantized, any other pack-quantized. Which scheme a layer has is said by
-`config_groups`: each group has targets, and of those that name a layer the most specific decides (`_group_of`).
+`config_groups`: each group has targets, and of those that name a layer the most specific decides (`_group_of`). A KV
+cache that is to be held in INT8 is stated under a key of our own (`KV_KEY`): it is a matter of serving.
 
 Source: compressed-tensors 0.20, `compressors/`, `quantization/quant_config.py`, `utils/match.py`.
 """
@@ -32,7 +33,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import dense_words, second_reader
 from compress.formats.format import Shape
-from compress.plan import ActivationScheme, LayerPlan, LayerScheme
+from compress.plan import ActivationScheme, KvScheme, LayerPlan, LayerScheme
 from compress.quantized import QuantizedWeight, StaticInput
 from compress.scheme import Scheme
 
@@ -55,6 +56,8 @@ _REFUSED_LEAVES = {
     "v_scale": "a calibrated KV cache",
 }
 _READ_FORMATS = (PACKED, INT, "naive-quantized", MIXED)
+# Where our own plan of the KV cache is kept; readers pass over keys that they do not know, and none reads INT8 scales.
+KV_KEY = "compress_kv_cache"
 # The version of compressed-tensors whose layout this is; what it writes into its own configs.
 _VERSION = "0.20.0"
 
@@ -213,7 +216,9 @@ def config(plan: LayerPlan) -> dict[str, Any]:
     """See `Format.config`. One group targets every `Linear` but those in `ignore`; several name their layers."""
     groups = plan.groups()
     formats = sorted({format_of(scheme) for scheme in groups})
+    kv = {} if plan.kv is None else {KV_KEY: plan.kv.to_json()}
     return {
+        **kv,
         "config_groups": {
             f"group_{number}": _group(scheme, ["Linear"] if len(groups) == 1 else list(names))
             for number, (scheme, names) in enumerate(groups.items())
@@ -288,7 +293,8 @@ def plan(config: Mapping[str, Any], checkpoint: Checkpoint) -> LayerPlan:
                 f"{where}: {layer} is stored quantized, but {why}; its config.json does not belong to its weights"
             )
         out[layer] = schemes[target]
-    return LayerPlan(out)
+    kv = config.get(KV_KEY)
+    return LayerPlan(out, None if kv is None else KvScheme.from_json(kv))
 
 
 def _group_of(layer: str, targets: Iterable[str]) -> str | None:

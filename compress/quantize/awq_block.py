@@ -23,9 +23,12 @@ from compress import numerics
 from compress.block import BlockResult, LoadedBlock
 from compress.errors import ArtifactError, ConfigError
 from compress.groups import Group, apply_fold, output_unchanged, restore, scale_columns
-from compress.linear import is_linear, linears, parameter, set_weight_OI, skipped, weight_OI
+from compress.linear import is_linear, linears, parameter, set_weight_OI, weight_OI
+from compress.plan import LayerPlan
 from compress.quantize import awq
+from compress.quantize.damage import refuse_damage, relative_error
 from compress.quantize.feedback import Prepared, Rounded, kept_share, prepare, round_with_feedback
+from compress.quantize.lift import lift_of, room_of
 from compress.quantize.refit import refit_scales
 from compress.quantize.retarget import retarget
 from compress.quantize.tune import TuneOptions, tune_block
@@ -44,13 +47,16 @@ CONFIRM_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class AwqOptions:
-    """Choices of the method. skip: glob patterns of layers to leave in float16. clip: of effort `fast` only."""
+    """Choices of the method. clip: of effort `fast` only.
+
+    allow_damage: go on when a layer's output is mostly error (`damage`), instead of stopping.
+    """
 
     scheme: Scheme
     effort: str = "balanced"
-    skip: tuple[str, ...] = ()
     smooth: bool = True
     clip: bool = True
+    allow_damage: bool = False
     tune: TuneOptions = TuneOptions()
 
     def __post_init__(self) -> None:
@@ -67,12 +73,15 @@ class AwqOptions:
         return 2 if self.feedback else 1
 
 
-def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
-    """Quantize one block; see the module docstring. Changes the loaded weights."""
+def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> BlockResult:
+    """Quantize the block's layers that the plan quantizes; see the module docstring. Changes the loaded weights."""
     scheme = options.scheme
     layers = linears(loaded.module)
-    chosen = [name for name in layers if not skipped(loaded.prefix + name, options.skip)]
-    plain = {name: _plain_error(layers[name], stats, scheme) for name, stats in _inputs(loaded, chosen)}
+    chosen = [name for name in layers if plan[loaded.prefix + name].weight is not None]
+    signals = {
+        name: awq.output_error(weight_OI(layers[name]).float(), statistics.gram_II)
+        for name, statistics in _inputs(loaded, chosen)
+    }
     row_scale: dict[str, Tensor] = {}
     group_reports = []
     scales = []
@@ -87,6 +96,7 @@ def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
         group_reports.append(report)
         scales.append(s_I)
     rounded, errors = _round_groups(loaded, chosen, scales, prepared, row_scale, options)
+    relative = {name: _judged(loaded.prefix + name, errors[name], signals[name], options) for name in chosen}
     block_report: dict[str, Any] = {}
     if options.effort == "best" and rounded:
         rounded, block_report = _tuned(loaded, rounded, options)
@@ -94,10 +104,9 @@ def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
     layer_reports = [
         {
             "layer": loaded.prefix + name,
-            "error": _relative(errors[name], plain[name].signal),
-            "rtn_error": _relative(plain[name].rtn, plain[name].signal),
+            **relative[name],
             "ratio": ratio_of[name],
-            "clip": round(float(rounded[name].factor_OG.mean()), 4),
+            "clip": round(numerics.mean_of(rounded[name].factor_OG), 4),
         }
         for name in chosen
     ]
@@ -108,11 +117,20 @@ def awq_block(loaded: LoadedBlock, options: AwqOptions) -> BlockResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plain:
-    """Squared output of a layer and squared error of plain round-to-nearest, on the calibration inputs."""
+class _Errors:
+    """Squared output errors of a layer against one target, the weight that was rounded: ours, and to nearest."""
 
-    signal: float
-    rtn: float
+    rounded: float
+    to_nearest: float
+
+
+def _judged(layer: str, errors: _Errors, signal: float, options: AwqOptions) -> dict[str, float]:
+    """The layer's errors relative to its squared output; raises for a layer that would be destroyed."""
+    error = relative_error(errors.rounded, signal, layer)
+    rtn_error = relative_error(errors.to_nearest, signal, layer)
+    if not options.allow_damage:
+        refuse_damage(layer, error, rtn_error)
+    return {"error": error, "rtn_error": rtn_error}
 
 
 def _inputs(loaded: LoadedBlock, names: Sequence[str]) -> list[tuple[str, InputStatistics]]:
@@ -122,17 +140,6 @@ def _inputs(loaded: LoadedBlock, names: Sequence[str]) -> list[tuple[str, InputS
         for name in group.layers
         if name in names
     ]
-
-
-def _plain_error(module: nn.Module, statistics: InputStatistics, scheme: Scheme) -> _Plain:
-    w_OI = weight_OI(module).float()
-    delta = numerics.round_to_nearest(w_OI, scheme).sub_(w_OI)
-    return _Plain(signal=awq.output_error(w_OI, statistics.gram_II), rtn=awq.output_error(delta, statistics.gram_II))
-
-
-def _relative(error: float, signal: float) -> float:
-    """Error power over signal power, with enough digits to be read and few enough to be stable."""
-    return float(f"{max(0.0, error) / max(signal, 1e-30):.6g}")
 
 
 def _smooth(
@@ -150,7 +157,7 @@ def _smooth(
     `current` is the block's output on the check batch with the weights as they are. Returns the group's report, the
     scale now in the weights' columns, and the output after the fold.
     """
-    ones = torch.ones(group.in_features, device=statistics.gram_II.device)
+    now_I = torch.ones(group.in_features, device=statistics.gram_II.device)
     report: dict[str, Any] = {
         "layers": list(group.layers),
         "fold": group.fold.producer if group.fold else None,
@@ -161,8 +168,12 @@ def _smooth(
     if group.fold is None or not members or not options.smooth:
         if not members:
             report["note"] = "every layer of the group is listed in --skip"
-        return report, ones, current
+        return report, now_I, current
     modules = [loaded.module.get_submodule(name) for name in members]
+    lifted, current = _lift(loaded, group, modules, options.scheme, row_scale, current)
+    if lifted is not None:
+        report["lift"] = float(lifted.median())
+        now_I = lifted
     # A copy: the true forwards below overwrite the live weights, and `.float()` of float32 is no copy.
     weights = [weight_OI(m).float().clone() for m in modules]
     choice = awq.search_scale(
@@ -170,7 +181,7 @@ def _smooth(
     )
     if choice.ratio == 0 and not choice.duo:
         report["note"] = "no scale beat the identity"
-        return report, ones, current
+        return report, now_I, current
     if inputs is not None:
         preferred = _feedback_prefers(weights, statistics.gram_II, inputs, choice.s_I, options.scheme)
         said = "error feedback"
@@ -178,13 +189,37 @@ def _smooth(
         preferred, said = _forward_prefers(loaded, modules, weights, choice.s_I, options.scheme), "the true forward"
     if not preferred:
         report["note"] = f"{said} preferred the identity to the scale found"
-        return report, ones, current
+        return report, now_I, current
     folded, after = _fold(loaded, group, choice.s_I, row_scale, current)
     if folded is None:
         report["note"] = "the fold changed the block's output and was undone"
-        return report, ones, current
+        return report, now_I, current
     report.update(ratio=choice.ratio, duo=choice.duo)
-    return report, folded, after
+    return report, now_I * folded, after
+
+
+def _lift(
+    loaded: LoadedBlock,
+    group: Group,
+    modules: Sequence[nn.Module],
+    scheme: Scheme,
+    row_scale: dict[str, Tensor],
+    current: Tensor,
+) -> tuple[Tensor | None, Tensor]:
+    """Fold a power of two into weights that lie below what a scale can hold; None where there is no need or no way.
+
+    Returns the factors now in the columns, and the block's output with the weights as they then are.
+    """
+    assert group.fold is not None
+    lift = lift_of([weight_OI(m).float() for m in modules], scheme)
+    if lift == 1.0:
+        return None, current
+    producer = loaded.module.get_submodule(group.fold.producer)
+    weight = weight_OI(producer) if is_linear(producer) else parameter(producer, "weight") + group.fold.offset
+    lift = min(lift, room_of(weight.float(), scheme))
+    if lift == 1.0:
+        return None, current
+    return _fold(loaded, group, torch.full((group.in_features,), lift, device=current.device), row_scale, current)
 
 
 def _forward_prefers(
@@ -198,7 +233,7 @@ def _forward_prefers(
     for s in (s_I, torch.ones_like(s_I)):
         for module, w_OI in zip(modules, weights, strict=True):
             set_weight_OI(module, numerics.round_to_nearest(w_OI * s, scheme) / s)
-        errors.append(float((loaded.run() - loaded.check_output).square().mean()))
+        errors.append(numerics.mean_of((loaded.run() - loaded.check_output).square()))
     for module, w_OI in zip(modules, weights, strict=True):
         set_weight_OI(module, w_OI)
     return errors[0] < errors[1]
@@ -241,7 +276,7 @@ def _fold(
         if is_linear(producer):
             rows = torch.ones(weight_OI(producer).shape[0], device=actual.device)
             rows[group.fold.rows.to(actual.device)] = actual
-            row_scale[group.fold.producer] = rows
+            row_scale[group.fold.producer] = rows * row_scale.get(group.fold.producer, 1.0)
         return actual, after
     restore(module, kept)
     return None, before
@@ -254,7 +289,7 @@ def _round_groups(
     prepared: list[Prepared | None],
     row_scale: Mapping[str, Tensor],
     options: AwqOptions,
-) -> tuple[dict[str, Rounded], dict[str, float]]:
+) -> tuple[dict[str, Rounded], dict[str, _Errors]]:
     """Codes of every chosen layer, and its squared output error against what it was rounded from.
 
     Errors are those of the layer as it was before anything was folded into it (`row_scale`). Uses up the statistics and
@@ -262,14 +297,14 @@ def _round_groups(
     """
     layers = linears(loaded.module)
     rounded: dict[str, Rounded] = {}
-    errors: dict[str, float] = {}
+    errors: dict[str, _Errors] = {}
     for i, (group, statistics, s_I) in enumerate(zip(loaded.groups, loaded.statistics, scales, strict=True)):
         inputs, prepared[i] = prepared[i], None
         inputs = None if inputs is None else inputs.scaled(s_I)
         statistics.smooth_(s_I)
         for names in _stacks([name for name in group.layers if name in chosen], layers):
             weights = {name: weight_OI(layers[name]).float().contiguous() for name in names}
-            found, lost = _round(weights, inputs, statistics, row_scale, options)
+            found, lost = _round(weights, inputs, statistics, s_I, row_scale, options)
             rounded.update(found)
             errors.update(lost)
         statistics.clear()
@@ -280,10 +315,11 @@ def _round(
     weights: Mapping[str, Tensor],
     inputs: Prepared | None,
     statistics: InputStatistics,
+    s_I: Tensor,
     row_scale: Mapping[str, Tensor],
     options: AwqOptions,
-) -> tuple[dict[str, Rounded], dict[str, float]]:
-    """Codes and errors (see `_round_groups`) of some layers of one group."""
+) -> tuple[dict[str, Rounded], dict[str, _Errors]]:
+    """Codes and errors (see `_round_groups`) of some layers of one group, in whose columns s_I already is."""
     rows = {name: row_scale.get(name, torch.ones(len(w), device=w.device)) for name, w in weights.items()}
     if inputs is None:
         targets = dict(weights)
@@ -298,8 +334,13 @@ def _round(
         rounded = _round_with_feedback(stacked, weights, inputs, statistics, options)
     errors = {}
     for name, w_OI in targets.items():
-        delta_OI = rounded[name].dequantize(options.scheme).sub_(w_OI).mul_(rows[name].unsqueeze(1))
-        errors[name] = awq.output_error(delta_OI, statistics.gram_II)
+        made = rounded[name].dequantize(options.scheme)
+        plain = numerics.round_to_nearest(w_OI / s_I, options.scheme).mul_(s_I)
+        ours, nearest = (
+            awq.output_error(other_OI.sub_(w_OI).mul_(rows[name].unsqueeze(1)), statistics.gram_II)
+            for other_OI in (made, plain)
+        )
+        errors[name] = _Errors(rounded=ours, to_nearest=nearest)
     return rounded, errors
 
 

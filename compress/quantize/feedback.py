@@ -20,12 +20,13 @@ Shapes: O out_features, I in_features, G groups along I, g group size, R columns
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compress import numerics
+from compress import numerics, threads
 from compress.errors import ArtifactError
 from compress.quantize.feedback_step import kernels, round_group
 from compress.scheme import Scheme
@@ -92,7 +93,8 @@ def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:
     del hessian_II
     reversed_II.diagonal().add_(max(damping * mean, 1e-30))
     while True:
-        factor, failed = torch.linalg.cholesky_ex(reversed_II)
+        with nullcontext() if reversed_II.is_cuda else threads.pinned():
+            factor, failed = torch.linalg.cholesky_ex(reversed_II)
         if not int(failed):
             break
         reversed_II.diagonal().add_(9 * max(damping * mean, 1e-30))
@@ -177,13 +179,13 @@ def prepare(hessian_II: Tensor, scheme: Scheme, off_diagonal: float = 1.0) -> Pr
         order=order,
         columns_I=columns_I,
         # The matrix in between has no other name, so that it is gone as soon as it is factorised.
-        upper_II=inverse_factor(_ordered(hessian_II, columns_I, off_diagonal)),
+        upper_II=inverse_factor(ordered(hessian_II, columns_I, off_diagonal)),
         importance_I=hessian_II.diagonal().clone(),
         off_diagonal=off_diagonal,
     )
 
 
-def _ordered(hessian_II: Tensor, columns_I: Tensor, off_diagonal: float) -> Tensor:
+def ordered(hessian_II: Tensor, columns_I: Tensor, off_diagonal: float) -> Tensor:
     """Rows and columns in processing order, the off-diagonal part scaled."""
     out = torch.empty_like(hessian_II)
     for rows in torch.arange(len(hessian_II), device=hessian_II.device).split(_ROWS_AT_ONCE):

@@ -122,7 +122,7 @@ def tune_block(
             total = 0.0
             for i in range(train, len(inputs_NTH)):
                 out = forward(inputs_NTH[i : i + 1], parameters)
-                total += float((out.float() - targets_NTH[i : i + 1].float()).square().mean())
+                total += numerics.mean_of((out.float() - targets_NTH[i : i + 1].float()).square())
         return total / held
 
     before = held_out_error({**start, **norms})

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress import threads
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import read_json
 from compress.runtime.runner import Span, Tokens
@@ -59,6 +60,7 @@ class OnnxRunner:
         # ONNX Runtime fuses DequantizeLinear and MatMul, and unless told otherwise then rounds activations to INT8
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        threads.calm(options)
         options.log_severity_level = 3  # errors; TensorScatter warns at every call that it copies
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         if "logits" not in [o.name for o in session.get_outputs()]:

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 import yaml  # type: ignore[import-untyped]
 
-from compress.artifact import MANIFEST, carried_files
+from compress.artifact import MANIFEST, carried_files, file_hashes
 from compress.checkpoint import INDEX, Checkpoint
-from compress.errors import ArtifactError
-from compress.files import file_sha256, write_bytes_atomically
+from compress.errors import ArtifactError, UnsupportedError
+from compress.files import write_bytes_atomically
 from compress.formats import Stored, awq_gemm, stored
+from compress.model import StreamedModel
 from exporters.hf import modelopt, serve, vllm_rules
 from exporters.reader import Job, Layout, Written
 from exporters.sizing.inventory import inventory, part_of
@@ -33,15 +34,14 @@ LAYOUT = Layout(num_bits=(4, 8), group_sizes=(128, 64, 32, -1))
 def write(job: Job) -> Written:
     """Write `job.staged`. Raises ArtifactError when a file or tensor is not the artifact's."""
     checkpoint = Checkpoint.open(job.artifact)
+    notes = _compare_with_architecture(job.artifact)
     copied = _copy(checkpoint, job.staged)
     job.say(f"comparing {len(copied)} files with the artifact's")
-    for name in copied:
-        if file_sha256(job.staged / name) != file_sha256(job.artifact / name):
-            raise ArtifactError(f"{job.staged / name} differs from the artifact's; the disk is faulty, run again")
+    hashes = _compare(copied, job)
     folder = stored(Checkpoint.open(job.staged))
     made = folder.checkpoint
     opened = _reopen(folder, job)
-    notes = vllm_rules.check(folder)
+    notes += vllm_rules.check(folder)
     layers, note = _modelopt(folder, job)
     if note:
         notes.append(note)
@@ -71,7 +71,7 @@ def write(job: Job) -> Written:
             "vllm_rules": "checked without vLLM",
         },
     }
-    return Written(record=record, parts=_parts(folder), notes=notes)
+    return Written(record=record, parts=_parts(folder), notes=notes, hashes=hashes)
 
 
 def _copy(checkpoint: Checkpoint, staged: Path) -> list[str]:
@@ -84,6 +84,25 @@ def _copy(checkpoint: Checkpoint, staged: Path) -> list[str]:
     for name in small:
         write_bytes_atomically(staged / name, (checkpoint.path / name).read_bytes())
     return [*shards, *small]
+
+
+def _compare_with_architecture(artifact: Path) -> list[str]:
+    """Every tensor of the model must be there, in its shape, and no other. A note where we do not know the model."""
+    try:
+        StreamedModel.open(artifact)
+    except UnsupportedError as e:
+        return [f"the tensors were not compared with the model's architecture: {e}"]
+    return []
+
+
+def _compare(names: list[str], job: Job) -> dict[str, str]:
+    """Read what was copied and compare it with what was read of the artifact before: a link is its own copy."""
+    found = file_hashes(job.staged, names)
+    before = {**file_hashes(job.artifact, [n for n in names if n not in job.hashes]), **job.hashes}
+    for name in names:
+        if found[name] != before[name]:
+            raise ArtifactError(f"{job.staged / name} differs from the artifact's; the disk is faulty, run again")
+    return found
 
 
 def _link(source: Path, target: Path) -> None:

@@ -224,10 +224,10 @@ def child(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from compress import assemble, model
-    from compress.quantize import run
-    from compress.quantize.run import AwqRequest, quantize_awq
+    from compress import assemble, model, stage
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.scheme import Scheme
+    from compress.tell import Tell
     from compress.workspace import resolve
 
     imports = time.perf_counter() - begun
@@ -235,19 +235,23 @@ def child(arguments: argparse.Namespace) -> None:
     blocks: list[float] = []
     state = {"stage": "opening and calibration text", "since": time.perf_counter(), "block": 0.0}
 
-    def enter(stage: str) -> None:
+    def enter(name: str) -> None:
         now = time.perf_counter()
         stages[state["stage"]] = stages.get(state["stage"], 0.0) + now - state["since"]
-        state.update(stage=stage, since=now)
+        state.update(stage=name, since=now)
 
-    def on_block(done: Any) -> None:
-        enter("loading and between blocks")
-        blocks.append(time.perf_counter() - state["block"])
-        state["block"] = time.perf_counter()
+    class Clock(Tell):
+        def start(self, what: str, total: int) -> None:
+            enter("embedding, first block's weights")
+            state["block"] = time.perf_counter()
 
-    def on_start(total: int, text: str) -> None:
-        enter("embedding, first block's weights")
-        state["block"] = time.perf_counter()
+        def step(self, done: int | None = None, doing: str = "", **_: Any) -> None:
+            if done is None:
+                enter(doing)
+                return
+            enter("loading and between blocks")
+            blocks.append(time.perf_counter() - state["block"])
+            state["block"] = time.perf_counter()
 
     options: dict[str, Any] = {"effort": arguments.effort} if arguments.effort else {}
     request = AwqRequest(
@@ -263,13 +267,13 @@ def child(arguments: argparse.Namespace) -> None:
     state["since"] = started
 
     parts = {name: 0.0 for name in ("write_rest", "merge_shards", "link_shards", "verify_written", "publish")}
-    for module in (run, assemble):
+    for module in (stage, assemble):
         for name in parts:
             if hasattr(module, name):
                 setattr(module, name, _timed(getattr(module, name), name, parts))
 
     def work() -> Any:
-        return quantize_awq(request, on_start=on_start, on_block=on_block, on_stage=lambda _, stage: enter(stage))
+        return quantize_awq(request, Clock())
 
     if arguments.profile:
         outcome = _profiled(work)

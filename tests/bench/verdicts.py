@@ -19,7 +19,7 @@ import calibration_data
 from compress import numerics
 from compress.linear import linears
 from compress.model import StreamedModel
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
 from evaluators.evaluate import evaluate

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from compress.block import BlockResult, LoadedBlock
-from compress.blocks import install, stream
-from compress.linear import weight_OI
+from compress.blocks import Reshaping, install, stream
+from compress.linear import linears, weight_OI
 from compress.model import StreamedModel
+from compress.plan import LayerPlan, LayerScheme
 from compress.quantize.awq_block import AwqOptions, awq_block
 from compress.scheme import Scheme
 from compress.statistics import Wanted
@@ -46,7 +47,8 @@ def run(folder: Any, store: Kept, paths: int = 2) -> dict[int, dict[str, Any]]:
             "targets": [h.clone() for h in loaded.targets],
             "check": (loaded.check_input.clone(), loaded.check_output.clone()),
         }
-        return awq_block(loaded, options)
+        plan = {loaded.prefix + name: LayerScheme(weight=options.scheme) for name in linears(loaded.module)}
+        return awq_block(loaded, LayerPlan(plan), options)
 
     for _ in stream(model, IDS, method, store, paths=paths):
         pass
@@ -186,6 +188,51 @@ def test_the_callers_grad_mode_is_its_own(build_model: Any) -> None:
     with torch.no_grad():
         for _ in stream(model, IDS[:2], lambda loaded: None):
             assert not torch.is_grad_enabled()
+
+
+@torch.no_grad()
+def test_targets_lie_where_the_next_block_begins_and_sources_are_the_originals_inputs(build_model: Any) -> None:
+    folder = build_model(num_hidden_layers=4)
+    model = StreamedModel.open(folder)
+    states = [model.embed(IDS[:2])]
+    for index in range(4):
+        model.load_block(index)
+        states.append(model.run_block(index, states[-1]))
+        model.release_block(index)
+    for kept, ends in (([1, 3], {1: 3, 3: 4}), ([0, 2], {0: 2, 2: 4})):
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def method(loaded: LoadedBlock, seen: dict[int, tuple[Tensor, Tensor]] = seen) -> None:
+            seen[loaded.index] = (loaded.sources[0].clone(), loaded.targets[0].clone())
+
+        wanted = Wanted(gram=False, sources=True)
+        list(stream(model, IDS[:2], method, paths=2, blocks=kept, wanted=wanted))
+        for index, end in ends.items():
+            assert torch.equal(seen[index][0], states[index]) and torch.equal(seen[index][1], states[end])
+
+
+@torch.no_grad()
+def test_a_path_of_another_width_with_attributes_of_its_own(build_model: Any) -> None:
+    """What enters is scaled, and half of the query heads go: the group's size follows, and is put back behind."""
+    model = StreamedModel.open(build_model())
+    seen: dict[int, Tensor] = {}
+
+    def method(loaded: LoadedBlock) -> BlockResult:
+        seen[loaded.index] = loaded.inputs[0].clone()
+        assert loaded.module.get_submodule("self_attn").num_key_value_groups == 2
+        dense = {name: value.clone() for name, value in loaded.module.state_dict().items()}
+        rows = torch.cat([torch.arange(16), torch.arange(32, 48)])  # heads 0 and 2, of two groups of two
+        dense["self_attn.q_proj.weight"] = dense["self_attn.q_proj.weight"][rows]
+        dense["self_attn.o_proj.weight"] = dense["self_attn.o_proj.weight"][:, rows]
+        return BlockResult(quantized={}, dense=dense)
+
+    reshaping = Reshaping(enter=lambda h: 2 * h, attributes={"self_attn": {"num_key_value_groups": 1}})
+    list(stream(model, IDS[:2], method, Kept(), paths=2, wanted=Wanted(gram=False), reshaping=reshaping))
+    assert torch.equal(seen[0], 2 * model.embed(IDS[:2]))
+    module = model.load_block(0)
+    out = weight_OI(module.get_submodule("self_attn.o_proj"))
+    out[:, 16:32] = out[:, 48:] = 0
+    torch.testing.assert_close(seen[1], model.run_block(0, seen[0]))
 
 
 @torch.no_grad()

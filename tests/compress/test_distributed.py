@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from compress.block import BlockResult, LoadedBlock
 from compress.blocks import stream
 from compress.distributed import add_up, from_first, num_processes, parts, rank
+from compress.linear import linears
 from compress.model import StreamedModel
+from compress.plan import LayerPlan, LayerScheme
 from compress.quantize.awq_block import AwqOptions, awq_block
 from compress.scheme import Scheme
 from compress.statistics import Wanted
@@ -66,7 +68,8 @@ def outcome(folder: str, effort: str, num_parts: int = 1, device: str = "cpu") -
             seen[f"{loaded.index}.{group.name}.ranges"] = torch.stack([statistics.low_I, statistics.high_I])
             seen[f"{loaded.index}.{group.name}.rows"] = statistics.rows_SI.clone()
         seen[f"{loaded.index}.check"] = loaded.check_output.clone()
-        return awq_block(loaded, options)
+        plan = {loaded.prefix + name: LayerScheme(weight=options.scheme) for name in linears(loaded.module)}
+        return awq_block(loaded, LayerPlan(plan), options)
 
     store = Kept()
     wanted = Wanted(ranges=True, rows=100)

@@ -18,4 +18,5 @@ def test_heard_keeps_what_was_told_in_order() -> None:
         ("step", 1, "worst q_proj"),
         ("note", "one layer was left"),
     ]
-    assert tell.notes == ["one layer was left"]
+    assert tell.notes == ["one layer was left"] and tell.said == ["reading"]
+    assert tell.finished == [{"resumed": False, "layers": []}]

@@ -14,9 +14,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from compress.artifact import read_manifest
 from compress.errors import ArtifactError, ConfigError
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.tell import Heard
 from compress.workspace import resolve
@@ -179,14 +178,16 @@ def test_engines_and_empty_folders_are_refused(pair: tuple[Path, Path], other_te
         evaluate.evaluate(ask(empty, pair[0], other_text))
 
 
-def test_manifest_remembers_one_brief_a_text(pair: tuple[Path, Path], report: Report) -> None:
-    assert memory.remember(pair[1], report) and memory.remember(pair[1], report)
-    manifest = read_manifest(pair[1])
-    assert manifest is not None and len(manifest.reports) == 1
-    assert manifest.reports[0]["outcome"] == report.outcome
-    assert not memory.remember(pair[0], report)
-    near = memory.others(replace(report, candidate=replace(report.candidate, path="elsewhere")), pair[1].parent)
-    assert [o["path"] for o in near] == ["quantized"]
+def test_evaluations_lie_beside_the_artifact_one_a_text(pair: tuple[Path, Path], report: Report) -> None:
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in pair[1].iterdir()}
+    assert memory.remember(pair[1], report) is None and memory.remember(pair[1], report) is None
+    (kept,) = memory.recalled(pair[1])
+    assert kept["outcome"] == report.outcome and len(list(memory.reports_folder(pair[1]).iterdir())) == 1
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in pair[1].iterdir()} == before
+    memory.remember(pair[0], report)
+    assert not memory.reports_folder(pair[0]).exists(), "a folder that no stage made is no artifact"
+    near, notes = memory.others(replace(report, candidate=replace(report.candidate, path="elsewhere")), pair[1].parent)
+    assert [o["path"] for o in near] == ["quantized"] and not notes
 
 
 def test_json_has_no_nan_and_every_field(report: Report) -> None:

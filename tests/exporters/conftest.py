@@ -52,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: dict[str
     import torch
     import transformers
 
-    from compress.quantize.run import AwqRequest, quantize_awq
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.scheme import Scheme
     from compress.workspace import resolve
     from exporters.genai import write as onnx_genai

@@ -16,12 +16,12 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256, read_json
 from compress.formats import awq_gemm, stored
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
+from compress.tell import SILENT, Heard
 from compress.workspace import is_judgeable, is_model, resolve
 from exporters.export import FORMATS, ExportOutcome, ExportRequest, export, load_format
 from exporters.reader import Layout
-from exporters.requantize import Report
 from exporters.sizing.predict import DoesNotFit
 from exporters.sizing.targets import TARGETS
 
@@ -70,9 +70,9 @@ def artifact(build_model: Any, calib_text: Path, tmp_path: Path) -> Path:
 
 
 def run(artifact: Path, out: str, target: str = "a100", **changes: Any) -> ExportOutcome:
-    formats, report = changes.pop("formats", FORMATS), changes.pop("report", None)
+    formats, tell = changes.pop("formats", FORMATS), changes.pop("tell", SILENT)
     request = ExportRequest(source=resolve(str(artifact)), target=TARGETS[target], out=artifact.parent / out, **changes)
-    return export(request, formats=formats, report=report)
+    return export(request, formats=formats, tell=tell)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -132,13 +132,11 @@ def codes_of(folder: Path) -> Scheme | None:
 
 
 def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: dict[str, str]) -> None:
-    said: list[str] = []
-    blocks: list[bool] = []
-    report = Report(say=said.append, on_block=lambda done: blocks.append(done.resumed))
-    outcome = run(artifact, "small-orin", "orin", formats=symmetric, report=report)
+    tell = Heard()
+    outcome = run(artifact, "small-orin", "orin", formats=symmetric, tell=tell)
     again = artifact.parent / "for-export" / "small-sym"
-    assert outcome.requantized == again and len(blocks) == 2
-    assert any("needs w4g32-sym codes" in line and "its recipe runs again" in line for line in said)
+    assert outcome.requantized == again and len(tell.finished) == 2
+    assert any("needs w4g32-sym codes" in line and "its recipe runs again" in line for line in tell.said)
     assert codes_of(artifact) == G32
     assert codes_of(outcome.out) == Scheme(group_size=32, symmetric=True)
     first, second = read_manifest(artifact), read_manifest(again)
@@ -158,10 +156,9 @@ def test_symmetric_reader_gets_the_recipe_run_again(artifact: Path, symmetric: d
     # the layer that the user left in float16 stays so
     assert "model.layers.0.mlp.down_proj.weight" in Checkpoint.open(outcome.out)
     # once made it is used again, and the same codes come from a direct run
-    said.clear()
-    blocks.clear()
-    assert run(artifact, "second", "orin", formats=symmetric, report=report).requantized == again
-    assert not blocks and any("used as it is" in line for line in said)
+    tell = Heard()
+    assert run(artifact, "second", "orin", formats=symmetric, tell=tell).requantized == again
+    assert not tell.finished and any("used as it is" in line for line in tell.said)
     direct = contents(again)
     shutil.rmtree(again)
     run(artifact, "third", "orin", formats=symmetric)
@@ -177,12 +174,12 @@ def test_a_recipe_recorded_on_a_gpu_runs_without_one(artifact: Path, symmetric: 
     made_here = contents(again)
     path = artifact / "compress.json"
     rewritten(path, '"device": "cpu"', '"device": "cuda"')
-    said: list[str] = []
-    run(artifact, "reused", "orin", formats=symmetric, report=Report(say=said.append))
-    assert any("used as it is" in line for line in said), "sums in another order make no other recipe"
+    tell = Heard()
+    run(artifact, "reused", "orin", formats=symmetric, tell=tell)
+    assert any("used as it is" in line for line in tell.said), "sums in another order make no other recipe"
     shutil.rmtree(again)
-    found = contents(run(artifact, "there", "orin", formats=symmetric, report=Report(say=said.append)).out)
-    assert any("was run on cuda, which is not there; it runs on cpu" in line for line in said)
+    found = contents(run(artifact, "there", "orin", formats=symmetric, tell=tell).out)
+    assert any("was run on cuda, which is not there; it runs on cpu" in line for line in tell.said)
     assert contents(again) == made_here and found["model.safetensors"] == expected["model.safetensors"]
 
 
@@ -190,15 +187,17 @@ def test_a_killed_requantization_goes_on(artifact: Path, symmetric: dict[str, st
     class Killed(Exception):
         pass
 
-    def stop(done: Any) -> None:
-        raise Killed
+    class Stop(Heard):
+        def step(self, done: int | None = None, *args: Any, **kwargs: Any) -> None:
+            if done is not None:
+                raise Killed
 
     with pytest.raises(Killed):
-        run(artifact, "out", "orin", formats=symmetric, report=Report(on_block=stop))
+        run(artifact, "out", "orin", formats=symmetric, tell=Stop())
     assert not (artifact.parent / "out").exists() and not (artifact.parent / "for-export" / "small-sym").exists()
-    resumed: list[bool] = []
-    run(artifact, "out", "orin", formats=symmetric, report=Report(on_block=lambda d: resumed.append(d.resumed)))
-    assert resumed == [True, False]
+    tell = Heard()
+    run(artifact, "out", "orin", formats=symmetric, tell=tell)
+    assert [step["resumed"] for step in tell.finished] == [True, False]
 
 
 def test_requantization_is_refused_with_the_command_that_helps(
@@ -261,6 +260,7 @@ def test_a_failed_write_leaves_nothing(artifact: Path, symmetric: dict[str, str]
 KILLED = """
 import sys
 from pathlib import Path
+from compress.tell import SILENT, Heard
 from compress.workspace import resolve
 from exporters.export import ExportRequest, FORMATS, export
 from exporters.sizing.targets import TARGETS
@@ -356,7 +356,7 @@ def test_stages_pick_sensibly(artifact: Path) -> None:
     assert resolve(None, accept=is_judgeable, workspace=workspace).path == made, "evaluate judges exports too"
     graph = workspace / "graph"
     graph.mkdir()
-    (graph / "compress.json").write_text(json.dumps(read_json(made / "compress.json")))
+    shutil.copy(made / "compress.json", graph)
     os.utime(graph / "compress.json", ns=(2**62 + 1, 2**62 + 1))
     assert resolve(None, accept=is_judgeable, workspace=workspace).path == made
     (graph / "model.onnx").touch()

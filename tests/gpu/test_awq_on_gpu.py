@@ -9,8 +9,9 @@ import torch
 from compress.checkpoint import Checkpoint
 from compress.files import file_sha256
 from compress.formats.awq_gemm import unpack_columns
-from compress.quantize.run import AwqOutcome, AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
+from compress.stage import Outcome
 from compress.statistics import InputStatistics
 from compress.workspace import resolve
 
@@ -20,12 +21,12 @@ pytestmark = [
 ]
 
 
-def quantize(model: Path, out: Path, samples: int = 16, **options: Any) -> AwqOutcome:
+def quantize(model: Path, out: Path, samples: int = 16, **options: Any) -> Outcome:
     source = resolve(str(model))
     return quantize_awq(AwqRequest(source=source, out=out, scheme=Scheme(), samples=samples, seq_len=256, **options))
 
 
-def summed_error(outcome: AwqOutcome) -> float:
+def summed_error(outcome: Outcome) -> float:
     return float(sum(layer["error"] for layer in outcome.record["layers"]))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compress.errors import UnsupportedError
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.runtime.gpu_decoder import GpuDecoder
 from compress.runtime.gpu_weights import open_decoder
 from compress.runtime.runner import Tokens
@@ -19,7 +19,7 @@ from compress.workspace import resolve
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: the decode kernels were not tested"),
 ]
 
 

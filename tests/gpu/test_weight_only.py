@@ -15,7 +15,7 @@ from compress.runtime.kernels.weight_only import Packed
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: the decode kernels were not tested"),
 ]
 
 

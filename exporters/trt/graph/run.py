@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress import threads
 from compress.errors import ConfigError
 
 VERSIONS = ("onnx", "onnxruntime")
@@ -33,6 +34,7 @@ def open_session(path: Path) -> Any:
         ) from e
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    threads.calm(options)
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

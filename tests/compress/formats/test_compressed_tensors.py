@@ -17,7 +17,7 @@ from compress.formats import compressed_tensors as ct
 from compress.formats import stored
 from compress.formats.format import parts_of
 from compress.formats.second_reader import digest
-from compress.plan import DENSE, ActivationScheme, LayerPlan, LayerScheme
+from compress.plan import DENSE, ActivationScheme, KvScheme, LayerPlan, LayerScheme
 from compress.quantized import QuantizedWeight, StaticInput
 from compress.scheme import Scheme
 from compress.shards import save_atomically, tensor_sha256
@@ -111,6 +111,7 @@ PLANS = {
     "one scheme": LayerPlan({"lm_head": DENSE, "m.0.q": W8A8, "m.0.k": W8A8}),
     "two packed": LayerPlan({"lm_head": DENSE, "m.0.q": W8A16, "m.0.k": W4, "m.1.q": W8A16}),
     "mixed": LayerPlan({"m.0.q": W8A8, "m.0.k": W8A16, "m.1.q": STATIC, "m.1.k": W8A8, "lm_head": DENSE}),
+    "with an INT8 cache": LayerPlan({"m.0.q": W8A8}, KvScheme()),
 }
 
 
@@ -130,10 +131,10 @@ def folder_of(plan: LayerPlan, path: Path, config: dict[str, Any] | None = None)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_plans_come_back_and_the_library_agrees(plan: LayerPlan, tmp_path: Path) -> None:
     config = ct.config(plan)
-    formats = {"one scheme": ct.INT, "two packed": ct.PACKED, "mixed": ct.MIXED}
+    formats = {"one scheme": ct.INT, "two packed": ct.PACKED, "mixed": ct.MIXED, "with an INT8 cache": ct.INT}
     assert config["format"] in formats.values()
     folder = stored(folder_of(plan, tmp_path / "f"))
-    assert dict(folder.plan) == {name: plan[name] for name in plan.quantized}
+    assert folder.plan == LayerPlan({name: plan[name] for name in plan.quantized}, plan.kv)
     assert folder.dense_names() == sorted(
         ["lm_head.weight", "m.0.norm.weight", *(f"{n}.weight" for n in plan.quantized)]
     )

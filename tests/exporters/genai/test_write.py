@@ -16,7 +16,7 @@ from compress.errors import ArtifactError, CompressError, ConfigError, Unsupport
 from compress.files import file_sha256
 from compress.formats import compressed_tensors, stored
 from compress.plan import LayerPlan, LayerScheme
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
 from exporters.reader import Job, Written

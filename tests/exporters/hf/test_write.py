@@ -16,7 +16,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import read_json
 from compress.formats import stored
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
 from compress.workspace import resolve

@@ -243,7 +243,7 @@ def test_inventory_counts_what_torch_counts(family: str, build_model: Any) -> No
 
 
 def test_inventory_of_a_quantized_folder(reference_model: Path, tmp_path: Path) -> None:
-    from compress.quantize.run import AwqRequest, quantize_awq
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.workspace import resolve
 
     request = AwqRequest(

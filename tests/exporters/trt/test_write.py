@@ -13,8 +13,9 @@ import pytest
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import compressed_tensors
 from compress.plan import LayerPlan, LayerScheme
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
+from compress.tell import Heard
 from compress.workspace import resolve
 from exporters.reader import Job, Written
 from exporters.trt import write as onnx_trt
@@ -47,8 +48,8 @@ def quantized(build_model: Any, tmp_path: Path, calib_text: Path) -> Any:
 
 def test_folder_of_a_quantized_artifact(quantized: Any, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    said: list[str] = []
-    written = write(quantized(True), folder, say=said.append)
+    tell = Heard()
+    written = write(quantized(True), folder, tell=tell)
     assert {p.name for p in folder.iterdir()} == {
         GRAPH, DATA, "build.json", "build_engine.py", "README.md", "generation_config.json", "tokenizer.json",
         "tokenizer_config.json",
@@ -63,7 +64,7 @@ def test_folder_of_a_quantized_artifact(quantized: Any, tmp_path: Path) -> None:
     assert sum(written.parts.values()) == sum(p.length for p in places)
     linears = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
     assert written.parts["decoder linears"] == 2 * (linears // 2 + linears // 32 * 2)
-    assert len(said) == 3 and "no TensorRT engine was built or run" in written.notes[0]
+    assert len(tell.said) == 3 and "no TensorRT engine was built or run" in written.notes[0]
     plan = json.loads((folder / "build.json").read_text())
     assert plan["profiles"]["decode"]["input_ids"] == {"min": [2, 1], "opt": [2, 1], "max": [2, 1]}
     assert plan["profiles"]["prefill"]["past_key_values.1.value"]["max"] == [2, 2, 128, 16]

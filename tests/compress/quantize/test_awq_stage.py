@@ -20,8 +20,10 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, CompressError, ConfigError, UnsupportedError
 from compress.files import file_sha256
 from compress.model import StreamedModel
-from compress.quantize.run import AwqOutcome, AwqRequest, quantize_awq, request_from_record
+from compress.quantize.awq_stage import AwqRequest, quantize_awq, request_from_record
 from compress.scheme import Scheme
+from compress.stage import Outcome
+from compress.tell import Tell
 from compress.tokens import load_tokenizer
 from compress.workspace import resolve
 
@@ -30,7 +32,7 @@ G32 = Scheme(group_size=32)
 
 @pytest.fixture
 def quantize(calib_text: Path, tmp_path: Path) -> Any:
-    def run(model: Path, out: str = "out", scheme: Scheme = G32, **changes: Any) -> AwqOutcome:
+    def run(model: Path, out: str = "out", scheme: Scheme = G32, **changes: Any) -> Outcome:
         options = {"calib": str(calib_text), "samples": 8, "seq_len": 64, **changes}
         return quantize_awq(AwqRequest(source=resolve(str(model)), out=tmp_path / out, scheme=scheme, **options))
 
@@ -197,9 +199,9 @@ def test_best_adds_the_models_own_text(build_model: Any, quantize: Any, monkeypa
     assert len(first.record["tuning"]) == 2 and all(t["held_out_error"] > 0 for t in first.record["tuning"])
     assert contents(first.out) == contents(quantize(folder, "two", self_samples=3, **options).out)
     assert contents(first.out) != contents(quantize(folder, "three", self_samples=3, seed=1, **options).out)
-    monkeypatch.setattr("compress.quantize.run.ENOUGH_ROWS", 6)
+    monkeypatch.setattr("compress.calibration_rows.ENOUGH_ROWS", 6)
     assert quantize(folder, "four", **options).record["calibration"]["num_sampled_from_model"] == 2
-    monkeypatch.setattr("compress.quantize.run.SAMPLED_FROM_BYTES", 1000)
+    monkeypatch.setattr("compress.calibration_rows.SAMPLED_FROM_BYTES", 1000)
     large = quantize(folder, "five", **options)
     assert large.record["calibration"]["num_sampled_from_model"] == 0
     assert any("was not sampled from" in note and "--self-samples 2" in note for note in large.notes)
@@ -318,13 +320,18 @@ def test_empty_calibration_text(build_model: Any, quantize: Any, tmp_path: Path)
 DRIVER = """
 import sys
 from pathlib import Path
-from compress.quantize.run import AwqRequest, quantize_awq
+from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
+from compress.tell import Tell
 from compress.workspace import resolve
+class Blocks(Tell):
+    def step(self, done=None, *args, **kwargs):
+        if done is not None:
+            print("block", flush=True)
 model, out, calib = sys.argv[1:]
 print("go", flush=True)
 quantize_awq(AwqRequest(source=resolve(model), out=Path(out), scheme=Scheme(group_size=32), calib=calib,
-                        samples=8, seq_len=64), on_block=lambda done: print("block", flush=True))
+                        samples=8, seq_len=64), Blocks())
 """
 
 
@@ -338,12 +345,13 @@ def test_resume_takes_up_finished_blocks(build_model: Any, quantize: Any, calib_
     class Killed(Exception):
         pass
 
-    def stop(done: Any) -> None:
-        if done.index == 1:
-            raise Killed
+    class Stop(Tell):
+        def step(self, done: int | None = None, *args: Any, **kwargs: Any) -> None:
+            if done == 2:
+                raise Killed
 
     with pytest.raises(Killed):
-        quantize_awq(request, on_block=stop)
+        quantize_awq(request, Stop())
     assert not (tmp_path / "out").exists()
     (scratch,) = tmp_path.glob(".out.*.partial")
     other = quantize(folder, "out", samples=4)

@@ -1,0 +1,154 @@
+"""The rows of token ids that a stage calibrates on: a text's, topped up from the model itself where that helps.
+
+Shapes: N samples, T seq_len
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import calibration, sampling
+from compress.calibration import CalibrationSet
+from compress.checkpoint import Checkpoint
+from compress.errors import ArtifactError, ConfigError
+from compress.model import StreamedModel
+from compress.tell import SILENT, Tell
+from compress.tokens import ids_sha256, load_tokenizer
+
+# Calibration rows below which a stage that learns from them adds the model's own text, and the largest model it does
+# that with.
+ENOUGH_ROWS = 128
+SAMPLED_FROM_BYTES = 4_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What to calibrate on. calib: see `calibration.load`. samples, seq_len: rows, and tokens a row, at most.
+
+    self_samples: rows sampled from the model itself and added to the text; None: none, or, with `top_up`, as many as
+    fill a short text up to `ENOUGH_ROWS`. seed: of sampling.
+    """
+
+    calib: str | None = None
+    samples: int = 128
+    seq_len: int = 512
+    self_samples: int | None = None
+    seed: int = 0
+    top_up: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """All rows, int64 `[N, T]`; the part of them that is the text's, with where that came from; notes for the user."""
+
+    ids_NT: Tensor
+    text: CalibrationSet
+    notes: list[str] = field(default_factory=list)
+
+    def sha256(self) -> str:
+        """Of all rows."""
+        return ids_sha256(self.ids_NT)
+
+    def to_json(self, out: Path) -> dict[str, Any]:
+        """The manifest's `calibration`. A file is named relative to `out`, so that the recipe can run from anywhere."""
+        source = self.text.source
+        path = {}
+        if source.startswith("file:"):
+            path = {"path": os.path.relpath(Path(source.removeprefix("file:")).resolve(), out.resolve())}
+        sampled = len(self.ids_NT) - len(self.text.ids_NT)
+        return {**self.text.record(), **path, "num_sampled_from_model": sampled}
+
+
+def read_rows(
+    text: Text, model: StreamedModel, *, is_reference: bool, trust_remote_code: bool = False, tell: Tell = SILENT
+) -> Rows:
+    """The calibration rows. ConfigError when the text gives none, or cannot be read."""
+    folder, device = model.checkpoint.path, str(model.device)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    found = calibration.load(
+        text.calib,
+        tokenizer,
+        num_samples=text.samples,
+        seq_len=text.seq_len,
+        seed=text.seed,
+        model=folder,
+        is_reference=is_reference,
+        vocab_size=model.vocab_size,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        tell=tell,
+    )
+    asked, notes = _own_rows(text, found, model)
+    if not asked:
+        return Rows(ids_NT=found.ids_NT, text=found, notes=notes)
+    if found.source == "self":
+        raise ConfigError(
+            "--self-samples adds to a text, but all rows are sampled from the model itself already; raise --samples"
+        )
+    own_NT = sampling.sample_from_folder(
+        folder,
+        tokenizer,
+        num_samples=asked,
+        seq_len=found.ids_NT.shape[1],
+        seed=text.seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        tell=tell,
+    )
+    notes = [f"calibrated on {len(found.ids_NT)} rows of the text and {asked} sampled from the model itself"]
+    return Rows(ids_NT=torch.cat([found.ids_NT, own_NT]), text=found, notes=notes)
+
+
+def _own_rows(text: Text, found: CalibrationSet, model: StreamedModel) -> tuple[int, list[str]]:
+    """How many rows to sample from the model itself, and what to tell the user.
+
+    Learning from little text fits that text. What the model writes itself costs no text and is what the model knows, so
+    a short calibration set is topped up, unless told otherwise or the model is too large to be sampled from (sampling
+    holds all of it in memory).
+    """
+    if text.self_samples is not None or not text.top_up or found.source == "self":
+        return text.self_samples or 0, []
+    missing = max(0, ENOUGH_ROWS - len(found.ids_NT))
+    size = weight_bytes(model.checkpoint)
+    if missing and size > SAMPLED_FROM_BYTES:
+        note = (
+            f"the model ({size / 1e9:.1f} GB) was not sampled from for more calibration text: that holds all of it "
+            f"in memory; give more text, or pass --self-samples {missing} if it fits"
+        )
+        return 0, [note]
+    return missing, []
+
+
+def weight_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors of a folder."""
+    return sum(info.num_bytes for info in checkpoint.tensors.values())
+
+
+def recorded_calib(record: Mapping[str, Any], folder: Path) -> str | None:
+    """What to pass as `calib` to get the calibration set again that the manifest's `record` in `folder` tells of.
+
+    ArtifactError, with the way out, when the file is gone.
+    """
+    told = record["calibration"]
+    name = str(told["source"])
+    if name.startswith("bundled:"):
+        return None  # the default of the bundled model, which the parent then is
+    if not name.startswith("file:"):
+        return name  # self, or hf:...
+    asked = Path(name.removeprefix("file:"))
+    recorded = told.get("path")
+    found = Path(folder, recorded).resolve() if recorded else asked.resolve()
+    path = asked if asked.resolve() == found else Path(os.path.relpath(found))
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} was calibrated on {asked}, which is not there any more; put it back at {path}, or make it again "
+            f"from {record['parent']['path']} with `compress {record['stage']} --calib FILE`"
+        )
+    return str(path)

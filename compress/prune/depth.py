@@ -1,0 +1,213 @@
+"""Which blocks can go: the rise of KL divergence to the original when they are bypassed, measured again after each.
+
+*Block influence*, one minus the mean cosine between a block's input and output (Men et al., "ShortGPT",
+arXiv:2403.03853), costs one pass and orders the candidates; it does not decide. Of the least influential, the KL
+divergence of the model without each is measured on calibration text, the best goes, and all is measured anew on the
+model that is left (Song et al., "SLEB", arXiv:2402.09025, re-evaluate so, by perplexity). Whole runs of neighbours are
+tried beside the blocks taken one by one (Gromov et al., arXiv:2403.17887, take the run whose ends are nearest in
+angle). The first and the last block are not special: they are measured like any other.
+
+A *sweep* runs every candidate at once: the hidden states that enter block i leave, in the model that bypasses it, as
+those that enter block i + 1, so each candidate branches off there and only the blocks behind it run again. A block is
+loaded once a sweep, and memory is one block and a set of hidden states a candidate, whatever the depth.
+
+Shapes: B batch, T tokens, H hidden size, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.model import StreamedModel
+from compress.tell import SILENT, Tell
+
+# Candidates whose KL divergence is measured at each step, least influential first.
+CANDIDATES = 8
+# Runs of neighbours that are measured beside the blocks taken one by one.
+SPANS = 3
+# Positions whose logits exist at once, of the original and of one candidate.
+_CHUNK = 256
+
+Batches = list[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """A step: the blocks that went (numbers in the original), and then the mean KL to the original, nats a token.
+
+    tried: what the other candidates of that step would have cost, by block.
+    """
+
+    blocks: tuple[int, ...]
+    divergence: float
+    tried: dict[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """What was measured. influence: of every block in the whole model. removals: one by one, in order.
+
+    spans: runs of neighbours (first block, length) and their KL. kept: blocks that stay, ascending, and the model's
+    divergence with them.
+    """
+
+    influence: list[float]
+    removals: list[Removal]
+    spans: dict[tuple[int, int], float]
+    kept: list[int]
+    divergence: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """Hidden states that leave the last block: of the model as it stands, and of each candidate.
+
+    influence: of each block that was run, by candidate (`()` for the model as it stands).
+    """
+
+    final: Batches
+    candidates: dict[tuple[int, ...], Batches]
+    influence: dict[tuple[int, ...], dict[int, float]]
+
+
+def choose_depth(
+    model: StreamedModel,
+    ids_NT: Tensor,
+    remove: int,
+    *,
+    batch: int,
+    candidates: int = CANDIDATES,
+    spans: int = SPANS,
+    tell: Tell = SILENT,
+) -> Depth:
+    """The `remove` blocks whose absence costs least, by KL divergence on `ids_NT` (int64 `[N, T]`).
+
+    batch: rows run at once. Deterministic.
+    """
+    everything = list(range(model.num_blocks))
+    entering = model.embed_batches(ids_NT, batch)
+    whole = sweep(model, entering, everything, [], tell=tell)
+    influence = whole.influence[()]
+    kept, removals, latest = everything, [], influence
+    for _ in range(remove):
+        order = sorted(kept, key=lambda i: (latest[i], i))[:candidates]
+        chosen: list[tuple[int, ...]] = [(i,) for i in sorted(order)]
+        swept = sweep(model, entering, kept, chosen, tell=tell)
+        costs = divergences(model, whole.final, [swept.candidates[c] for c in chosen])
+        best = min(range(len(chosen)), key=lambda i: (costs[i], chosen[i]))
+        gone = chosen[best]
+        kept = [i for i in kept if i not in gone]
+        latest = swept.influence[gone]
+        tried = {c[0]: cost for c, cost in zip(chosen, costs, strict=True)}
+        removals.append(Removal(blocks=gone, divergence=costs[best], tried=tried))
+    divergence = removals[-1].divergence if removals else 0.0
+    runs: dict[tuple[int, int], float] = {}
+    if remove > 1 and spans:
+        runs = _spans(model, entering, whole, remove, spans, tell)
+        first, cost = min(((start, cost) for (start, _), cost in runs.items()), key=lambda pair: (pair[1], pair[0]))
+        if cost < divergence:
+            kept = [i for i in everything if not first <= i < first + remove]
+            divergence = cost
+    return Depth(influence=[influence[i] for i in everything], removals=removals, spans=runs, kept=kept,
+                 divergence=divergence)  # fmt: skip
+
+
+def _spans(
+    model: StreamedModel, entering: Batches, whole: Swept, length: int, most: int, tell: Tell
+) -> dict[tuple[int, int], float]:
+    """KL of the `most` runs of `length` neighbours whose ends are nearest in angle."""
+    everything = list(range(model.num_blocks))
+    influence = span_influence(model, entering[:1], length)
+    starts = sorted(range(len(influence)), key=lambda i: (influence[i], i))[:most]
+    chosen = [tuple(range(start, start + length)) for start in sorted(starts)]
+    swept = sweep(model, entering, everything, chosen, tell=tell)
+    costs = divergences(model, whole.final, [swept.candidates[c] for c in chosen])
+    return {(c[0], length): cost for c, cost in zip(chosen, costs, strict=True)}
+
+
+@torch.no_grad()
+def sweep(
+    model: StreamedModel,
+    entering: Batches,
+    kept: Sequence[int],
+    candidates: Sequence[tuple[int, ...]],
+    *,
+    tell: Tell = SILENT,
+) -> Swept:
+    """Run the blocks `kept`, in order, and beside them the same without each of `candidates` (runs of them)."""
+    base = list(entering)
+    paths: dict[tuple[int, ...], Batches] = {}
+    influence: dict[tuple[int, ...], dict[int, float]] = {key: {} for key in [(), *candidates]}
+    for position, index in enumerate(kept):
+        model.load_block(index)
+        if model.device.type == "cuda" and position + 1 < len(kept):
+            model.prefetch_block(kept[position + 1])
+        for candidate in candidates:
+            if candidate[0] == index:
+                paths[candidate] = list(base)
+                influence[candidate] = dict(influence[()])
+        for key, hidden in [((), base), *paths.items()]:
+            if index not in key:
+                influence[key][index] = _advance(model, index, hidden)
+        model.release_block(index)
+        tell.step(doing=f"block {index + 1} of {model.num_blocks}")
+    return Swept(final=base, candidates=paths, influence=influence)
+
+
+def _advance(model: StreamedModel, index: int, hidden: Batches) -> float:
+    """Run the loaded block on every batch, in place; returns its influence on them."""
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    tokens = 0
+    for i, before in enumerate(hidden):
+        after = model.run_block(index, before)
+        total += _turned(before, after).sum(dtype=torch.float64)
+        tokens += before.shape[0] * before.shape[1]
+        hidden[i] = after
+    return float(total) / tokens
+
+
+def _turned(before: Tensor, after: Tensor) -> Tensor:
+    """One minus the cosine between two hidden states of each token, `[B, T]`."""
+    return 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
+
+
+@torch.no_grad()
+def span_influence(model: StreamedModel, entering: Batches, length: int) -> list[float]:
+    """How far `length` blocks in a row turn the hidden state, for each first block."""
+    held = [[h.clone() for h in entering]]
+    out = []
+    hidden = list(entering)
+    for index in range(model.num_blocks):
+        model.load_block(index)
+        hidden = [model.run_block(index, h) for h in hidden]
+        model.release_block(index)
+        held.append(hidden)
+        if len(held) > length:
+            turned = [_turned(a, b).mean() for a, b in zip(held.pop(0), hidden, strict=True)]
+            out.append(float(torch.stack(turned).mean()))
+    return out
+
+
+@torch.no_grad()
+def divergences(model: StreamedModel, original: Batches, others: Sequence[Batches]) -> list[float]:
+    """Mean KL divergence, in nats a token, of each model's predictions from the original's, given final hidden states.
+
+    Logits of `_CHUNK` positions exist at once, of two models.
+    """
+    totals = [0.0] * len(others)
+    tokens = 0
+    with model.head_loaded():
+        for i, hidden in enumerate(original):
+            flat = hidden.flatten(0, 1)
+            for start in range(0, len(flat), _CHUNK):
+                part = slice(start, start + _CHUNK)
+                log_p = model.head(flat[None, part])[0].float().log_softmax(-1)
+                for k, other in enumerate(others):
+                    log_q = model.head(other[i].flatten(0, 1)[None, part])[0].float().log_softmax(-1)
+                    totals[k] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+                tokens += len(log_p)
+    return [total / tokens for total in totals]

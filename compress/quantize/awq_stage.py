@@ -1,0 +1,195 @@
+"""`compress awq` as a stage: what the user asks for, the plan, and what the driver is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import distributed, stage
+from compress.block import BlockDone
+from compress.calibration_rows import Text, recorded_calib
+from compress.errors import ArtifactError, UnsupportedError
+from compress.formats import awq_gemm
+from compress.linear import is_conv1d, linears
+from compress.model import StreamedModel
+from compress.plan import LayerPlan, LayerScheme
+from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
+from compress.quantize.damage import damaged
+from compress.quantize.tune import TuneOptions
+from compress.scheme import Scheme
+from compress.stage import Job, Outcome, Stage
+from compress.tell import SILENT, Tell
+from compress.workspace import Source
+
+# The fields of a request that a manifest records, beside the scheme, and that a recorded recipe may set again.
+_RECORDED = (
+    "samples", "seq_len", "seed", "dtype", "device", "skip", "effort", "smooth", "clip", "tune_steps", "self_samples",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwqRequest:
+    """Everything that decides the artifact. samples and seq_len count calibration rows and tokens a row.
+
+    self_samples: rows sampled from the model itself and added to the text; None leaves it to the effort.
+    allow_damage: see `AwqOptions`; it decides no byte of a model that is not damaged, so a run may go on with it.
+    """
+
+    source: Source
+    out: Path
+    scheme: Scheme
+    calib: str | None = None
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    skip: tuple[str, ...] = ()
+    effort: str = "balanced"
+    smooth: bool = True
+    clip: bool = True
+    tune_steps: int = 200
+    self_samples: int | None = None
+    allow_damage: bool = False
+    force: bool = False
+    resume: bool = True
+    trust_remote_code: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What the manifest and the resumed run's check record."""
+        return {
+            "scheme": self.scheme.to_json(),
+            **{name: getattr(self, name) for name in _RECORDED},
+            "device": torch.device(self.device).type,
+            "skip": list(self.skip),
+        }
+
+    def job(self) -> Job:
+        """What the driver is told. Effort `best` learns from the rows, so a short text is topped up."""
+        return Job(
+            source=self.source,
+            out=self.out,
+            text=Text(
+                calib=self.calib,
+                samples=self.samples,
+                seq_len=self.seq_len,
+                self_samples=self.self_samples,
+                seed=self.seed,
+                top_up=self.effort == "best",
+            ),
+            dtype=self.dtype,
+            device=self.device,
+            force=self.force,
+            resume=self.resume,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def quantize_awq(request: AwqRequest, tell: Tell = SILENT) -> Outcome:
+    """Quantize `request.source` to an AutoAWQ gemm folder at `request.out`; see `stage.run`."""
+    return stage.run(awq_stage(request), request.job(), tell)
+
+
+def awq_stage(request: AwqRequest) -> Stage:
+    """The stage that a request asks for."""
+    options = AwqOptions(
+        scheme=request.scheme,
+        effort=request.effort,
+        smooth=request.smooth,
+        clip=request.clip,
+        allow_damage=request.allow_damage,
+        tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
+    )
+    return Stage(
+        name="awq",
+        options=request.options(),
+        format=awq_gemm,
+        paths=options.paths,
+        plan=partial(plan_of, request),
+        block=partial(awq_block, options=options),
+        stored=to_stored,
+        config=float16_config,
+        record=record_of,
+    )
+
+
+def plan_of(request: AwqRequest, model: StreamedModel) -> LayerPlan:
+    """Every linear of the blocks in the request's scheme but those skipped; the others stay dense.
+
+    Says no, in one sentence, to what the method cannot do, before any work is done.
+    """
+    refuse_quantized(model)
+    if request.effort == "best" and distributed.running():
+        raise UnsupportedError(
+            f"--effort best tunes each block on all rows in one process, and {distributed.num_processes()} were "
+            "started; start one, or use --effort balanced"
+        )
+    outside, inside = stage.names_of(model)
+    blocks = LayerPlan.uniform(inside, LayerScheme(weight=request.scheme), skip=request.skip)
+    plan = LayerPlan({**LayerPlan.dense(outside), **blocks})
+    for i, block in enumerate(model.blocks):
+        for name, module in linears(block).items():
+            full = model.block_prefix(i) + name
+            if is_conv1d(module) and not plan[full].is_dense:
+                raise UnsupportedError(
+                    f"{full} is a transformers Conv1D (GPT-2's transposed linear), which AutoAWQ readers leave "
+                    "as it is, so they could not load the folder; use a model built of nn.Linear"
+                )
+    return plan
+
+
+def refuse_quantized(model: StreamedModel) -> None:
+    """UnsupportedError for a model whose weights are integers already."""
+    path = model.checkpoint.path
+    if "quantization_config" in model.checkpoint.config:
+        raise UnsupportedError(f"{path} is quantized already; pass the full-precision model it was made from")
+    if any(t.dtype.startswith(("I", "U")) and n.endswith(".weight") for n, t in model.checkpoint.tensors.items()):
+        raise UnsupportedError(f"{path} holds integer weights; pass the full-precision model they were made from")
+
+
+def float16_config(model: StreamedModel, plan: LayerPlan) -> dict[str, Any]:
+    """The source's config.json with float16 as its dtype."""
+    config = dict(model.checkpoint.config)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(STORE_DTYPE).removeprefix("torch.")
+    return config
+
+
+def record_of(done: Sequence[BlockDone], plan: LayerPlan) -> dict[str, Any]:
+    """Errors of all layers, what was found of all groups, what tuning gained, and what was left in float16."""
+    layers = [layer for step in done for layer in step.report["layers"]]
+    return {
+        "layers": layers,
+        "damaged": damaged(layers),
+        "groups": [{"block": step.index, **group} for step in done for group in step.report["groups"]],
+        "tuning": [{"block": step.index, **step.report["tuning"]} for step in done if "tuning" in step.report],
+        "left_in_float16": list(plan.left_dense),
+    }
+
+
+def request_from_record(
+    record: Mapping[str, Any], folder: Path, *, source: Source, out: Path, scheme: Scheme
+) -> AwqRequest:
+    """The request that made the artifact in `folder`, as its manifest's `record` tells it, with another scheme.
+
+    `source` is its parent. Raises ArtifactError when the record holds an option that this version does not know, or
+    when the calibration text is gone.
+    """
+    options: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in record["options"].items() if k != "scheme"
+    }
+    unknown = sorted(set(options) - set(_RECORDED))
+    if record.get("stage") != "awq" or unknown:
+        what = f"option {unknown[0]}" if unknown else f"stage {record.get('stage')!r}"
+        raise ArtifactError(
+            f"{folder}: its manifest records {what}, which this version cannot run again; quantize its parent "
+            f"{record['parent']['path']} yourself with `compress awq`"
+        )
+    calib = recorded_calib(record, folder)
+    allowed = bool(record.get("damaged"))  # who asked for that once asks for the same recipe again
+    return AwqRequest(source=source, out=out, scheme=scheme, calib=calib, allow_damage=allowed, **options)

@@ -1,0 +1,352 @@
+"""How one loaded block becomes INT8: search, fold, prove, calibrate, round.
+
+The algorithms are in files of their own (`smoothquant`, `int8`, `static_range`, `retarget`); this file only applies
+them to a block in the right order. What was tried and what won is in METHODS.md.
+
+    fast      smoothing scales; ranges fitted to the mean square of the inputs; rounded to nearest
+    balanced  the same scales; retargeted, also for the rounding of the inputs; rounded with error feedback
+
+Shapes: S sampled tokens, O out_features, I in_features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import activations, numerics
+from compress.block import BlockResult, LoadedBlock
+from compress.errors import ConfigError
+from compress.groups import Group
+from compress.linear import linears, weight_OI
+from compress.plan import ActivationScheme, LayerPlan, LayerScheme
+from compress.quantize import int8
+from compress.quantize.feedback import Rounded, kept_share
+from compress.quantize.folding import fold_proven
+from compress.quantize.int8 import InputNoise
+from compress.quantize.retarget import STRENGTH, retarget
+from compress.quantize.smoothquant import STRENGTHS, SampledInputs, Smoothing, fake_quantized, search_smoothing
+from compress.quantize.static_range import fit_static
+from compress.quantize.stored import dense_tensors
+from compress.quantized import QuantizedWeight, StaticInput
+from compress.scheme import Scheme
+from compress.statistics import InputStatistics, Wanted
+
+EFFORTS = ("fast", "balanced")
+SAMPLED_ROWS = 1024
+# The part of the weights' rounding error that error feedback leaves, as the search of scales counts it (METHODS.md).
+FEEDBACK_SHARE = 0.3
+# Weights rounded as one stack: a dozen float32 copies of them are alive at once.
+STACKED_WEIGHTS = 2**26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Options:
+    """Choices of the method. strength: of SmoothQuant's formula for every group, 0 for no smoothing, None to search.
+
+    dtype: what the file holds scales and everything that is not quantized in.
+    """
+
+    effort: str = "balanced"
+    strength: float | None = None
+    dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if self.effort not in EFFORTS:
+            raise ConfigError(f"effort {self.effort!r} is not one of {', '.join(EFFORTS)}; choose one of these")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise ConfigError(f"--smoothing {self.strength} is outside 0..1; choose auto, or 0.8 as SmoothQuant does")
+
+    @property
+    def feedback(self) -> bool:
+        return self.effort != "fast"
+
+    @property
+    def paths(self) -> int:
+        """How many paths of hidden states the method must be given; see `blocks.stream`."""
+        return 2 if self.feedback else 1
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the method asks of the statistics."""
+        return Wanted(ranges=True, rows=SAMPLED_ROWS)
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """A block on its way. row_scale: what rows of a layer were divided by. inputs: calibrated ranges by layer."""
+
+    loaded: LoadedBlock
+    options: Int8Options
+    current: Tensor
+    row_scale: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, StaticInput] = field(default_factory=dict)
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Members:
+    """The linears of a group that are quantized, all in one scheme, and their inputs."""
+
+    group: Group
+    names: list[str]
+    scheme: LayerScheme
+    statistics: InputStatistics
+
+    @property
+    def weight(self) -> Scheme:
+        assert self.scheme.weight is not None
+        return self.scheme.weight
+
+    @property
+    def rows_SI(self) -> Tensor:
+        assert self.statistics.rows_SI is not None
+        return self.statistics.rows_SI
+
+
+def int8_block(loaded: LoadedBlock, plan: LayerPlan, options: Int8Options) -> BlockResult:
+    """Quantize one block; see the module docstring. Changes the loaded weights."""
+    work = _Work(loaded=loaded, options=options, current=loaded.check_output)
+    if any(scheme.input is not None and not scheme.input.dynamic for scheme in plan.groups()):
+        _add_check_rows(loaded)
+    cache = {"kv_cache": loaded.cache_errors()} if plan.kv else {}
+    groups, reports = [], []
+    for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
+        members = _members(loaded, group, statistics, plan)
+        report, s_I = _smooth(work, group, members, options)
+        statistics.smooth_(s_I)
+        reports.append(report)
+        groups.append((members, s_I, report))
+    for members, s_I, report in groups:
+        if members is not None:
+            _round(work, members, s_I, report)
+            members.statistics.clear()
+    in_order = [name for name in linears(loaded.module) if name in work.quantized]
+    return BlockResult(
+        quantized={name: work.quantized[name] for name in in_order},
+        dense=dense_tensors(loaded.module, loaded.prefix, work.quantized, options.dtype),
+        inputs={name: work.inputs[name] for name in in_order if name in work.inputs},
+        report={"layers": [work.layers[name] for name in in_order], "groups": reports, **cache},
+    )
+
+
+def _members(loaded: LoadedBlock, group: Group, statistics: InputStatistics, plan: LayerPlan) -> _Members | None:
+    schemes = {name: plan[loaded.prefix + name] for name in group.layers if loaded.prefix + name in plan}
+    names = [name for name, scheme in schemes.items() if not scheme.is_dense]
+    if not names:
+        return None
+    different = {schemes[name] for name in names}
+    if len(different) > 1:
+        said = " and ".join(sorted(scheme.label() for scheme in different))
+        raise ConfigError(
+            f"{loaded.prefix}{', '.join(names)} share their inputs and are planned as {said}; they must have one scheme"
+        )
+    return _Members(group=group, names=names, scheme=different.pop(), statistics=statistics)
+
+
+def _add_check_rows(loaded: LoadedBlock) -> None:
+    """Add the inputs of the check rows, first tokens included, to the samples: what is rare and huge sits there."""
+    seen: list[Tensor] = [torch.empty(0)] * len(loaded.groups)
+
+    def hook(index: int):  # type: ignore[no-untyped-def]
+        def keep(_: object, args: tuple[Tensor, ...]) -> None:
+            seen[index] = args[0].detach().float().reshape(-1, args[0].shape[-1])
+
+        return keep
+
+    handles = [
+        loaded.module.get_submodule(group.layers[0]).register_forward_pre_hook(hook(i))
+        for i, group in enumerate(loaded.groups)
+    ]
+    try:
+        loaded.run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for statistics, rows_SI in zip(loaded.statistics, seen, strict=True):
+        if rows_SI.numel():
+            statistics.keep_rows(rows_SI)
+
+
+# ---- smoothing -----------------------------------------------------------------------------------------
+
+
+def _smooth(work: _Work, group: Group, members: _Members | None, options: Int8Options) -> tuple[dict[str, Any], Tensor]:
+    """Search and fold one group's scale; its report, and the scale now in the weights' columns."""
+    ones = torch.ones(group.in_features, device=work.current.device)
+    report: dict[str, Any] = {
+        "layers": list(group.layers),
+        "fold": group.fold.producer if group.fold else None,
+        "strength": 0.0,
+        "descended": False,
+        "note": group.reason,
+    }
+    if members is None:
+        report["note"] = "every layer of the group is listed in --skip"
+        return report, ones
+    if group.fold is None or options.strength == 0:
+        return report, ones
+    choice = _search(work, members, group.fold.channels_share(), options)
+    if choice.strength == 0 and not choice.descended:
+        report["note"] = "no scale beat the identity"
+        return report, ones
+    folded, work.current = fold_proven(work.loaded, group, choice.s_I, work.row_scale, work.current, options.dtype)
+    if folded is None:
+        report["note"] = "the fold changed the block's output and was undone"
+        return report, ones
+    report.update(strength=choice.strength, descended=choice.descended)
+    report["gain"] = float(f"{choice.error / max(choice.identity_error, 1e-30):.4g}")
+    return report, folded
+
+
+def _search(work: _Work, members: _Members, shared: Tensor, options: Int8Options) -> Smoothing:
+    weights = [weight_OI(work.loaded.module.get_submodule(name)).float() for name in members.names]
+    statistics = members.statistics
+    return search_smoothing(
+        weights,
+        SampledInputs(gram_II=statistics.gram_II, amax_I=statistics.amax_I, rows_SI=members.rows_SI),
+        members.scheme.input,
+        lambda w_OI: int8.round_to_nearest(w_OI, members.weight, options.dtype),
+        weight_share=FEEDBACK_SHARE if options.feedback else 1.0,
+        shared=shared,
+        strengths=STRENGTHS if options.strength is None else [options.strength],
+    )
+
+
+# ---- rounding ------------------------------------------------------------------------------------------
+
+
+def _round(work: _Work, members: _Members, s_I: Tensor, report: Mapping[str, Any]) -> None:
+    """Codes of the members, their inputs' ranges if static, and what they lose; into `work`."""
+    modules = {name: work.loaded.module.get_submodule(name) for name in members.names}
+    weights = {name: weight_OI(module).float().contiguous() for name, module in modules.items()}
+    activation = members.scheme.input
+    static = None
+    if activation is not None and not activation.dynamic:
+        stacked = torch.cat(list(weights.values()))
+        static = fit_static(members.rows_SI, stacked, activation, work.options.dtype)
+        work.inputs.update(dict.fromkeys(members.names, static))
+    seen_SI = _seen(members.rows_SI, activation, static)
+    for names in _stacks(weights):
+        stack = {name: weights[name] for name in names}
+        rows_O = torch.cat([work.row_scale.get(name, torch.ones(len(w), device=w.device)) for name, w in stack.items()])
+        stacked_OI = torch.cat(list(stack.values()))
+        target_OI, rounded = _rounded(stacked_OI, rows_O, members, seen_SI, work.options)
+        errors = _errors(target_OI, rounded.dequantize(members.weight), s_I, rows_O, members, seen_SI)
+        ends = list(accumulate(len(w) for w in stack.values()))
+        for (name, w), end in zip(stack.items(), ends, strict=True):
+            part = slice(end - len(w), end)
+            found = rounded.rows(part)
+            work.quantized[name] = QuantizedWeight.from_parts(
+                found.codes_OI, found.scale_OG, found.zero_point_OG, members.weight, work.options.dtype
+            )
+            work.layers[name] = {
+                "layer": work.loaded.prefix + name,
+                **errors.of(part),
+                "strength": report["strength"],
+                "descended": report["descended"],
+                "clip": round(float(found.factor_OG.mean()), 4),
+            }
+
+
+def _seen(rows_SI: Tensor, activation: ActivationScheme | None, static: StaticInput | None) -> Tensor:
+    """The sampled tokens as the layer gets them."""
+    return rows_SI if activation is None else activations.fake_quantize(rows_SI, activation, static)
+
+
+def _rounded(
+    w_OI: Tensor, rows_O: Tensor, members: _Members, seen_SI: Tensor, options: Int8Options
+) -> tuple[Tensor, Rounded]:
+    """The weight that is wanted behind inputs that are not rounded, and its codes."""
+    statistics, scheme = members.statistics, members.weight
+    if not options.feedback:
+        return w_OI, _to_nearest(w_OI, statistics.gram_II, scheme, options.dtype)
+    noise = InputNoise.of(members.rows_SI, seen_SI)
+    hessian_II = noise.with_noise(statistics.gram_II)
+    inputs = int8.prepare(hessian_II, scheme, kept_share(len(hessian_II), statistics.num_tokens))
+    del hessian_II
+    shift_OI = statistics.target_shift(w_OI, rows_O)
+    wanted_OI = w_OI if shift_OI is None else retarget(w_OI, shift_OI, inputs, STRENGTH)
+    aimed_OI = retarget(wanted_OI, -w_OI * noise.seen_I, inputs, 1.0) if members.scheme.input else wanted_OI
+    return wanted_OI, int8.round_with_feedback(aimed_OI, inputs, scheme, options.dtype)
+
+
+def _to_nearest(w_OI: Tensor, gram_II: Tensor, scheme: Scheme, dtype: torch.dtype) -> Rounded:
+    w_OGg = numerics.to_groups(w_OI, scheme)
+    scale_OG, factor_OG = int8.fit_scale(w_OGg, gram_II.diagonal(), dtype)
+    codes = (w_OGg / scale_OG.unsqueeze(-1)).round_().clamp_(-128, 127).add_(128)
+    return Rounded(
+        codes_OI=codes.to(torch.uint8).reshape(w_OI.shape),
+        scale_OG=scale_OG,
+        zero_point_OG=torch.full_like(scale_OG, 128.0),
+        factor_OG=factor_OG,
+        wanted_OI=None,
+    )
+
+
+def _stacks(weights: Mapping[str, Tensor]) -> list[list[str]]:
+    """The layers in runs that are rounded together: all at once, unless that takes too much memory."""
+    runs: list[list[str]] = []
+    size = STACKED_WEIGHTS + 1
+    for name, w_OI in weights.items():
+        size += w_OI.numel()
+        if size > STACKED_WEIGHTS:
+            runs.append([])
+            size = w_OI.numel()
+        runs[-1].append(name)
+    return runs
+
+
+# ---- what is lost --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Errors:
+    """Mean squared outputs on the sampled tokens, and mean squared errors of them, by row of the weight; `[O]`.
+
+    ours: of what the layer does now, weights and inputs as integers; inputs: of rounding the inputs alone; nearest: of
+    everything rounded to nearest, without smoothing. Relative to the output of the wanted weight.
+    """
+
+    signal_O: Tensor
+    ours_O: Tensor
+    inputs_O: Tensor
+    nearest_O: Tensor
+
+    def of(self, rows: slice) -> dict[str, float]:
+        """Of one layer, relative to its own squared output."""
+        signal = max(float(self.signal_O[rows].sum(dtype=torch.float64)), 1e-30)
+        named = {"error": self.ours_O, "inputs_error": self.inputs_O, "rtn_error": self.nearest_O}
+        return {key: float(f"{float(v[rows].sum(dtype=torch.float64)) / signal:.6g}") for key, v in named.items()}
+
+
+def _errors(
+    wanted_OI: Tensor, made_OI: Tensor, s_I: Tensor, rows_O: Tensor, members: _Members, seen_SI: Tensor
+) -> _Errors:
+    """Of a stack of layers, on the sampled tokens. s_I: what is in the columns; rows_O: what rows were divided by."""
+    x_SI = members.rows_SI
+    with numerics.tensor_float32():
+        output_SO = x_SI @ wanted_OI.t()
+        plain_OI = int8.round_to_nearest(wanted_OI / s_I, members.weight, torch.float32)
+        plain_SI = _seen_plainly(x_SI * s_I, members.scheme.input)
+
+        def lost_O(found_SO: Tensor) -> Tensor:
+            return found_SO.sub_(output_SO).square_().mean(dim=0).mul_(rows_O.square())
+
+        return _Errors(
+            signal_O=output_SO.square().mean(dim=0).mul_(rows_O.square()),
+            ours_O=lost_O(seen_SI @ made_OI.t()),
+            inputs_O=lost_O(seen_SI @ wanted_OI.t()),
+            nearest_O=lost_O(plain_SI @ plain_OI.t()),
+        )
+
+
+def _seen_plainly(rows_SI: Tensor, activation: ActivationScheme | None) -> Tensor:
+    """The tokens without smoothing, quantized with the range that they have."""
+    return rows_SI if activation is None else fake_quantized(rows_SI, activation)

@@ -1,0 +1,392 @@
+"""What a stage is, and the one driver that runs it: identity, journal, stream, assemble, verify, publish.
+
+A stage that goes through a model block by block (quantization, pruning) says what makes it that stage: its options, the
+plan of layers, what a block becomes, how what lies outside the blocks is stored, the new config. Everything else is the
+same for all of them: where the run may write, calibration rows, several processes, resuming, verifying, the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import compress
+from compress import distributed, output
+from compress.artifact import MANIFEST, carried_files, manifest_of, path_from, read_manifest
+from compress.assemble import Cut, assemble, nothing_cut, write_rest
+from compress.background import meanwhile
+from compress.block import BlockDone, BlockResult, LoadedBlock
+from compress.blocks import stream
+from compress.calibration_rows import Rows, Text, read_rows, weight_bytes
+from compress.checkpoint import Checkpoint
+from compress.contents import check_files
+from compress.disk import check_free_space
+from compress.errors import ArtifactError
+from compress.formats import Format
+from compress.journal import Journal, SharedStore
+from compress.linear import is_linear, linears, weight_OI
+from compress.model import StreamedModel
+from compress.output import Place, Run
+from compress.plan import LayerPlan
+from compress.statistics import Wanted
+from compress.tell import Tell
+from compress.workspace import Source
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Bytes of the small files, and what a file system needs to breathe.
+_SLACK = 64_000_000
+
+
+def as_it_is(value: Tensor, name: str) -> Tensor:
+    """The rule for tensors outside the blocks that changes nothing."""
+    return value
+
+
+def every_block(model: StreamedModel) -> Sequence[int]:
+    """All blocks, in the model's order."""
+    return range(model.num_blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage, ready to run; made by its own module from what the user asked for.
+
+    name: as the command line and manifests call it. options: JSON of everything that decides the bytes and is not the
+    model, the calibration rows or the versions; it goes into the identity and the manifest. format: how quantized
+    layers are written, None for a stage whose layers stay dense. paths, wants: what `block` needs of the calibration
+    rows; see `blocks.stream`.
+
+    plan(model): what every linear becomes, those outside the blocks included, by the checkpoint's names. Refuses what
+    the method cannot do, before any work; the format's own refusals follow.
+    block(loaded, plan): the block after the stage. Its tensors may have other shapes than the model's.
+    config(model, plan): the new config.json; the driver adds the `quantization_config` of the format.
+    record(done, plan): the stage's own part of the manifest, from the blocks' reports.
+    stored(value, name): a tensor outside the blocks, or a run of its rows, as it is stored; see `assemble.write_rest`.
+    cut(name, shape): for each axis of a tensor outside the blocks the indices to keep (int64, sorted), None for all.
+    blocks(model): the blocks that go on, ascending. The others are left out, and those that follow are renumbered.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    plan: Callable[[StreamedModel], LayerPlan]
+    block: Callable[[LoadedBlock, LayerPlan], BlockResult]
+    config: Callable[[StreamedModel, LayerPlan], dict[str, Any]]
+    record: Callable[[Sequence[BlockDone], LayerPlan], dict[str, Any]]
+    format: Format | None = None
+    paths: int = 1
+    wants: Wanted = field(default_factory=Wanted)
+    stored: Callable[[Tensor, str], Tensor] = as_it_is
+    cut: Callable[[str, tuple[int, ...]], Cut] = nothing_cut
+    blocks: Callable[[StreamedModel], Sequence[int]] = every_block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every stage is told, whatever it does: which model, where to, on what text, how to compute.
+
+    dtype: of the passes over the calibration rows (`DTYPES`). force: replace `out`. resume: take up a killed run.
+    """
+
+    source: Source
+    out: Path
+    text: Text = field(default_factory=Text)
+    dtype: str = "float32"
+    device: str = "cpu"
+    force: bool = False
+    resume: bool = True
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What was made: the folder, its record in the manifest, bytes of weights, tensors verified, blocks resumed."""
+
+    out: Path
+    record: dict[str, Any]
+    source_bytes: int
+    out_bytes: int
+    verified: int
+    resumed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def run(stage: Stage, job: Job, tell: Tell) -> Outcome:
+    """Run a stage from the model at `job.source` to the artifact at `job.out`.
+
+    Under `torchrun`, the processes share the calibration rows and the first one writes; all return the outcome. Raises
+    CompressError subclasses, each before anything is at `job.out`.
+    """
+    with distributed.joined(job.device) as device, ExitStack() as held:
+        job = replace(job, device=device)
+        reads = {"the model": job.source.path, **output.file_read(job.text.calib)}
+
+        def reserve() -> Place:
+            return held.enter_context(output.reserved(job.out, reads, force=job.force))
+
+        place = distributed.first_does(reserve)
+        outcome = _run(stage, job, place, tell)
+        distributed.wait_for_all()
+        return outcome or _found(job, [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What a run knows before it writes: the opened model, the plan, the rows, and the blocks that go on.
+
+    written_plan: the plan by the names that layers are written under. stamp: of the model's files, to see a change.
+    """
+
+    stage: Stage
+    job: Job
+    model: StreamedModel
+    plan: LayerPlan
+    written_plan: LayerPlan
+    chosen: list[int]
+    rows: Rows
+    stamp: list[tuple[str, int, int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """The scratch folder of a run that may go on, the hash of what it reads, and notes for the user."""
+
+    place: Place
+    run: Run
+    parent_sha256: str
+    notes: list[str]
+
+
+def _run(stage: Stage, job: Job, place: Place | None, tell: Tell) -> Outcome | None:
+    """See `run`. None, as `place` is, in a process that does not write."""
+    ready = _prepare(stage, job, tell)
+    begun = distributed.first_does(lambda: _begin(ready, place))
+    if distributed.told_by_first(lambda: begun is not None and begun.run.is_published()):
+        if begun:
+            begun.run.close()
+        return _found(job, ["an earlier run had finished this artifact; nothing was left to do"])
+    rows = ready.rows
+    tell.say(f"calibration: {rows.text.source}, {len(rows.ids_NT)} x {rows.ids_NT.shape[1]} tokens")
+    tell.start("block", len(ready.chosen))
+    journal = Journal(begun.run.folder, begun.run.id, stage.format, ready.written_plan) if begun else None
+    with ExitStack() as threads:
+        if journal:  # needs no blocks, so it is done while those are computed
+            write = partial(write_rest, journal, ready.model, stage.stored, stage.cut)
+            rest = threads.enter_context(meanwhile(write))
+        done = _blocks(ready, SharedStore(journal), tell)
+        return _finish(ready, begun, journal, rest(), done) if begun and journal else None
+
+
+def _prepare(stage: Stage, job: Job, tell: Tell) -> _Prepared:
+    """Open, plan, refuse, read the calibration rows. Nothing is written."""
+    model = StreamedModel.open(
+        job.source.path, dtype=DTYPES[job.dtype], device=job.device, trust_remote_code=job.trust_remote_code
+    )
+    plan = stage.plan(model)
+    if stage.format is not None:
+        stage.format.check(plan, shapes_of(model, plan))
+    # One process reads: several that read might find different rows.
+    rows = distributed.told_by_first(
+        lambda: read_rows(
+            job.text,
+            model,
+            is_reference=job.source.is_reference,
+            trust_remote_code=job.trust_remote_code,
+            tell=tell,
+        )
+    )
+    chosen = list(stage.blocks(model))
+    return _Prepared(
+        stage=stage,
+        job=job,
+        model=model,
+        plan=plan,
+        written_plan=renumbered(plan, model, chosen),
+        chosen=chosen,
+        rows=rows,
+        stamp=model.checkpoint.stamp(),
+    )
+
+
+def _begin(ready: _Prepared, place: Place | None) -> _Begun:
+    """Take up, or make, the scratch folder of this run."""
+    assert place is not None
+    stage, job, model = ready.stage, ready.job, ready.model
+    # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
+    check_free_space(place.real.parent, 2 * estimated_bytes(model, ready.plan) + _SLACK)
+    checked = check_files(model.checkpoint.path)
+    parent_sha256 = checked.content_sha256(model.checkpoint)
+    identity = {
+        "stage": stage.name,
+        "content": parent_sha256,
+        **stage.options,
+        "calibration": ready.rows.sha256(),
+        "versions": versions(),
+    }
+    started = place.start(identity, resume=job.resume)
+    notes = [checked.note] if checked.note else []
+    return _Begun(place=place, run=started, parent_sha256=parent_sha256, notes=notes)
+
+
+def _blocks(ready: _Prepared, store: SharedStore, tell: Tell) -> list[BlockDone]:
+    """Stream the model through the stage."""
+    stage, done = ready.stage, []
+    for step in stream(
+        ready.model,
+        ready.rows.ids_NT,
+        lambda loaded: stage.block(loaded, ready.plan),
+        store,
+        plan=ready.plan,
+        paths=stage.paths,
+        wanted=stage.wants,
+        blocks=ready.chosen,
+        tell=tell,
+    ):
+        done.append(step)
+        tell.step(step.index + 1, found=step.report, resumed=step.resumed)
+    return done
+
+
+def _finish(ready: _Prepared, begun: _Begun, journal: Journal, rest: list[Path], done: Sequence[BlockDone]) -> Outcome:
+    """Assemble, verify, sign, publish."""
+    stage, job, model = ready.stage, ready.job, ready.model
+    config = stage.config(model, ready.written_plan)
+    if stage.format is not None:
+        config["quantization_config"] = stage.format.config(ready.written_plan)
+    record = _record(ready, done, begun.parent_sha256)
+    verified = assemble(
+        journal,
+        model,
+        begun.run.new_staged(),
+        rest=rest,
+        num_blocks=len(ready.chosen),
+        config=config,
+        manifest=manifest_of(record, job.source.path, job.out),
+    )
+    if model.checkpoint.stamp() != ready.stamp:
+        begun.run.discard()
+        raise ArtifactError(f"{job.source.path} was changed while it was read; run the same command again")
+    begun.run.publish()
+    return Outcome(
+        out=job.out,
+        record=record,
+        source_bytes=weight_bytes(model.checkpoint),
+        out_bytes=weight_bytes(Checkpoint.open(job.out)),
+        verified=verified,
+        resumed=sum(step.resumed for step in done),
+        notes=[*ready.rows.notes, *begun.notes, *begun.place.notes],
+    )
+
+
+def _record(ready: _Prepared, done: Sequence[BlockDone], parent_sha256: str) -> dict[str, Any]:
+    """The stage's record in the manifest."""
+    stage, job = ready.stage, ready.job
+    return {
+        "stage": stage.name,
+        "format": stage.format.NAME if stage.format else "dense",
+        "options": dict(stage.options),
+        "plan": ready.written_plan.to_json(),
+        "parent": {"path": path_from(job.out, job.source.path), "sha256": parent_sha256},
+        "calibration": ready.rows.to_json(job.out),
+        "versions": versions(),
+        **stage.record(done, ready.written_plan),
+        "files_not_carried": not_carried(ready.model.checkpoint.path),
+    }
+
+
+def _found(job: Job, notes: list[str]) -> Outcome:
+    """The outcome of a run that another process, or an earlier one, brought to its end."""
+    manifest = read_manifest(job.out)
+    if manifest is None:
+        raise ArtifactError(f"{job.out} has no manifest; pass --force to make it again")
+    return Outcome(
+        out=job.out,
+        record=manifest.record,
+        source_bytes=weight_bytes(Checkpoint.open(job.source.path)),
+        out_bytes=weight_bytes(Checkpoint.open(job.out)),
+        verified=0,
+        notes=notes,
+    )
+
+
+# ---- what stages say of a model ------------------------------------------------------------------------
+
+
+def names_of(model: StreamedModel) -> tuple[list[str], list[str]]:
+    """The linears outside the blocks, by the model's names, and those inside, by the checkpoint's; in order."""
+    outside = [n for n, m in model.model.named_modules() if is_linear(m) and not n.startswith(model.blocks_name + ".")]
+    inside = [model.block_prefix(i) + name for i, block in enumerate(model.blocks) for name in linears(block)]
+    return outside, inside
+
+
+def shapes_of(model: StreamedModel, plan: LayerPlan) -> dict[str, tuple[int, int]]:
+    """`(out_features, in_features)` of every quantized layer of the blocks."""
+    out = {}
+    for i, block in enumerate(model.blocks):
+        for name, module in linears(block).items():
+            full = model.block_prefix(i) + name
+            if full in plan and not plan[full].is_dense:
+                rows, columns = weight_OI(module).shape
+                out[full] = (rows, columns)
+    return out
+
+
+def renumbered(plan: LayerPlan, model: StreamedModel, chosen: Sequence[int]) -> LayerPlan:
+    """The plan by the names that layers have once only the `chosen` blocks are left."""
+    if list(chosen) == list(range(model.num_blocks)):
+        return plan
+    old = {model.block_prefix(index): None for index in range(model.num_blocks)}
+    new = {
+        model.block_prefix(index): model.block_prefix(index).removesuffix(f"{index}.") + f"{position}."
+        for position, index in enumerate(chosen)
+    }
+    layers = {}
+    for name, scheme in plan.items():
+        prefix = next((p for p in old if name.startswith(p)), None)
+        if prefix is None:
+            layers[name] = scheme
+        elif prefix in new:
+            layers[new[prefix] + name.removeprefix(prefix)] = scheme
+    return LayerPlan(layers, plan.kv)
+
+
+def estimated_bytes(model: StreamedModel, plan: LayerPlan) -> int:
+    """Bytes of the artifact's weights: packed linears, everything else at two bytes a number. A bound from above."""
+    total = 0
+    for info in model.checkpoint.tensors.values():
+        total += info.num_bytes if info.dtype.startswith(("I", "U")) else 2 * math.prod(info.shape)
+    for name, (rows, columns) in shapes_of(model, plan).items():
+        weight = plan[name].weight
+        if weight is not None:
+            packed = rows * columns * weight.num_bits // 8 + rows * weight.groups(columns, name) * (2 + 1)
+            total -= 2 * rows * columns - packed
+    return total
+
+
+def not_carried(folder: Path) -> list[str]:
+    """Files of the source that an artifact does not take along (its own README, code, other formats)."""
+    known = {p.name for p in carried_files(folder)} | {"config.json", MANIFEST}
+    names = [p.name for p in folder.iterdir() if p.is_file() and p.name not in known]
+    return sorted(name for name in names if ".safetensors" not in name)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes."""
+    import numpy
+    import safetensors
+    import transformers
+
+    return {
+        "compress": compress.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "numpy": numpy.__version__,
+    }
