@@ -20,9 +20,10 @@ from compress.scheme import Scheme
 from compress.tell import Heard
 from compress.workspace import resolve
 from evaluators import cache, evaluate, memory
-from evaluators.report import to_json, to_junit, to_markdown, to_text, write_reports
+from evaluators.report import to_json, to_junit, to_markdown, to_text
 from evaluators.request import EvaluationRequest
 from evaluators.results import Report
+from evaluators.written import write_reports
 
 
 def steps(heard: Heard, what: str) -> list[str]:
