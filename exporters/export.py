@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import manifest_of, path_from, read_manifest, write_manifest
+from compress.artifact import links_elsewhere, manifest_of, path_from, read_manifest, write_manifest
 from compress.checkpoint import Checkpoint
 from compress.contents import SMALL_BYTES, Checked, check_files
 from compress.disk import check_free_space
@@ -150,7 +150,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         fp16_bytes=2 * model.num_parameters,
         fp32_bytes=4 * model.num_parameters,
         requantized=requantized,
-        notes=[*written.notes, *filter(None, [checked.note]), *place.notes],
+        notes=[*written.notes, *filter(None, [checked.note]), *links_elsewhere(artifact), *place.notes],
     )
 
 

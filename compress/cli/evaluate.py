@@ -78,6 +78,7 @@ def command(
     """
     import calibration_data
     from compress.devices import described, pick_device
+    from compress.output import check_apart
     from compress.workspace import WORKSPACE, is_candidate, is_reference, judged_as, resolve
 
     device = pick_device(device)
@@ -87,6 +88,14 @@ def command(
         raise ConfigError(
             "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE"
         )
+    from evaluators.written import refuse_strangers, write_reports
+
+    models = {"the candidate": source.path, "the reference": original}
+    for flag, folder in (("--report", report), ("--cache", None if no_cache else cache_folder)):
+        if folder is not None:
+            check_apart(folder, models, flag)
+    if report is not None:
+        refuse_strangers(report)
     if not as_json:
         said = f"candidate: {source.said}\nreference: {original}\ncomputed on: {described(device)}"
         print(said, file=sys.stderr)
@@ -94,7 +103,6 @@ def command(
     from evaluators.gate import EXIT_CODES
     from evaluators.report import to_json, to_text
     from evaluators.request import Request
-    from evaluators.written import write_reports
 
     request = Request(
         candidate=source.path,
