@@ -203,4 +203,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPE_NAMES[dtype]
 
 
-__all__ = ["INDEX", "SINGLE", "Checkpoint", "TensorInfo", "bytes_of", "checked_config", "dtype_name", "read_header"]
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors name."""
+    return _TORCH_DTYPES[name]
+
+
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "TensorInfo",
+    "bytes_of",
+    "checked_config",
+    "dtype_name",
+    "read_header",
+    "torch_dtype",
+]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
-from compress.errors import ArtifactError, CompressError, UnsupportedError
-from compress.files import is_file, read_json
+from compress.errors import ArtifactError, CompressError, UnsupportedError, reason
+from compress.files import check_file, is_file, read_json
 from compress.weights import holds_safetensors
 
 ADAPTER = "adapter_config.json"
@@ -16,6 +17,7 @@ def check_folder(folder: Path) -> None:
     """Raise the error that says what `folder` is, when it is not a Hugging Face model folder."""
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; pass a Hugging Face model folder with config.json")
+    check_members(folder)
     if is_file(folder / ADAPTER):
         raise _adapter(folder)
     if is_file(folder / "model_index.json"):
@@ -30,6 +32,18 @@ def check_folder(folder: Path) -> None:
     raise _other_format(folder) or ArtifactError(
         f"{folder / 'config.json'}: no such file; {folder} is not a complete model folder"
     )
+
+
+def check_members(folder: Path) -> None:
+    """Raise ArtifactError for a pipe, a socket or a device in the folder: whoever opens it may wait for ever."""
+    try:
+        members = sorted(folder.iterdir())
+    except OSError as e:
+        raise ArtifactError(f"{folder}: cannot be read ({reason(e)}); make the folder readable") from None
+    for path in members:
+        with suppress(OSError):
+            if not (path.is_dir() or path.is_file()) and path.exists():
+                check_file(path)
 
 
 def check_model_file(path: Path) -> None:

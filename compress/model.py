@@ -22,16 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from compress import activations
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, checked_config
 from compress.decoder import base_of, find_decoder, input_embedding
 from compress.dense import read_dense
 from compress.errors import ArtifactError, ConfigError, UnsupportedError, explained
+from compress.folders import check_folder
 from compress.formats import stored
 from compress.kv_cache import Int8Cache, cache_of, with_cache
 from compress.linear import linears
 from compress.names import check_all_read, source_names
 from compress.plan import KvScheme
 from compress.skeleton import meta_model
+from compress.weights import holds_safetensors
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+_CPU = torch.device("cpu")
 
 
 class _Stop(BaseException):
@@ -69,7 +74,7 @@ class StreamedModel:
         self.embedding = input_embedding(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._on_meta = [dict(block.named_parameters()) for block in self.blocks]
-        self._source = source_names(self.stored, model)
+        self._source = source_names(self.stored, model) if checkpoint.tensors else {n: n for n in model.state_dict()}
         self._returns_tuple = decoder.returns_tuple
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._wide = False
@@ -99,6 +104,22 @@ class StreamedModel:
         opened = cls(checkpoint, model, dtype, torch.device(device))
         check_all_read(opened.stored, model, opened._source, opened.blocks_name, opened.num_blocks)
         return opened
+
+    @classmethod
+    def outline(cls, path: Path | str, *, trust_remote_code: bool = False) -> StreamedModel:
+        """`open`, also of a folder with config.json alone, of which names and shapes are known and nothing is loaded.
+
+        What a command can say of a model before any work, it says from this.
+        """
+        folder = Path(path)
+        check_folder(folder)
+        if holds_safetensors(folder):
+            return cls.open(path, trust_remote_code=trust_remote_code)
+        config = checked_config(folder)
+        if "quantization_config" in config:
+            raise ArtifactError(f"{folder}: its config.json says quantized, but it holds no weights; fetch them")
+        checkpoint = Checkpoint(path=folder, config=config, tensors={})
+        return cls(checkpoint, meta_model(checkpoint, trust_remote_code=trust_remote_code), torch.float32, _CPU)
 
     @property
     def kv(self) -> KvScheme | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import Checkpoint
-from compress.errors import ConfigError
+from compress.errors import ConfigError, explained
 from compress.long_text import token_ids
 from compress.tell import SILENT, Tell
 
@@ -65,16 +65,13 @@ def load_model_float32(model: Path, device: str = "cpu", *, trust_remote_code: b
     """
     from transformers import AutoModelForCausalLM
 
-    try:
+    with explained(
+        f"the model in {model} cannot be loaded to sample text from it", "pass a text file instead of self", ConfigError
+    ):
         loaded = AutoModelForCausalLM.from_pretrained(
             str(model), dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"the model in {model} cannot be loaded to sample text from it ({reason}); pass a text file instead of self"
-        ) from error
-    return loaded.to(device).eval()
+        return loaded.to(device).eval()
 
 
 @torch.inference_mode()
@@ -86,6 +83,7 @@ def sample_from_model(
     seq_len: int,
     seed: int,
     batch_size: int = 32,
+    first_row: int = 0,
     tell: Tell = SILENT,
 ) -> Tensor:
     """int64 [num_samples, seq_len] drawn from `model` at temperature 1 with nothing cut off, on the CPU.
@@ -94,8 +92,8 @@ def sample_from_model(
     end-of-text token the row goes on with a new text. Ids are used as drawn, never decoded and encoded again.
     Ids behind the tokenizer's last are never drawn: many models pad their vocabulary.
 
-    A row depends on (seed, row number) and on rounding: same machine, same libraries, same result. It draws
-    by inverting the cumulative distribution with a uniform number from PCG64, in float64.
+    A row depends on (seed, row number, from `first_row` on) and on rounding: same machine, same libraries, same result.
+    It draws by inverting the cumulative distribution with a uniform number from PCG64, in float64.
     """
     start = _start_ids(tokenizer)
     num_ids = len(tokenizer)
@@ -108,7 +106,7 @@ def sample_from_model(
 
     for first in range(0, num_samples, batch_size):
         numbers = range(first, min(first + batch_size, num_samples))
-        streams = [np.random.Generator(np.random.PCG64([seed, row])) for row in numbers]
+        streams = [np.random.Generator(np.random.PCG64([seed, first_row + row])) for row in numbers]
         uniform_BT = torch.from_numpy(np.stack([stream.random(seq_len) for stream in streams]))
         rows.append(_sample_batch(model, start, tokenizer.eos_token_id, num_ids, uniform_BT, step))
     return torch.cat(rows)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import ConfigError
+
+# Group sizes that every reader of grouped INT4 takes, the usual one first.
+GROUP_SIZES = (128, 64, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +27,10 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_bits <= 8:
-            raise ConfigError(f"num_bits={self.num_bits} is outside 2..8; choose 4 for AWQ INT4 or 8 for INT8")
+            raise ConfigError(f"num_bits={self.num_bits} is outside 2..8, the bits that codes can have; choose 4")
         if self.group_size != -1 and self.group_size < 8:
             raise ConfigError(
-                f"group_size={self.group_size} is neither -1 (one group a row) nor at least 8; choose 32, 64 or 128"
+                f"group_size={self.group_size} is less than 8, the smallest that is written; choose 32, 64 or 128"
             )
 
     @property
@@ -78,3 +81,9 @@ class Scheme:
                 f"{dict(value)} is not a scheme: num_bits, group_size and symmetric of type int are needed"
             )
         return cls(num_bits=value["num_bits"], group_size=value["group_size"], symmetric=value["symmetric"])
+
+
+def dividing(sizes: Iterable[int]) -> list[int]:
+    """Those of `GROUP_SIZES` that divide all of `sizes`."""
+    known = set(sizes)
+    return [group for group in GROUP_SIZES if all(size % group == 0 for size in known)]

@@ -30,6 +30,10 @@ MAX_BUFFER_BYTES = 4 << 30
 _LAYERS = re.compile(r"(^|_)(n_?)?(layers?|blocks|depth)$")
 # Numbers that no tensor has to be as long as: positions, ids, and what only scales.
 _FREE = re.compile(r"position|length|window|context|token|(^|_)ids?$|seed|theta|factor|base|n_ctx|chunk|offset|version")
+# Numbers that a side of a tensor is as long as.
+_SIZES = re.compile(
+    r"size|dim|head|embd|inner|hidden|rank|expert|label|width|channel|group|ffn?$|ff_|model$|state|^n_|num_"
+)
 _FLOATS = ("F", "BF")
 
 
@@ -88,7 +92,8 @@ def check_sizes(checkpoint: Checkpoint) -> None:
     numbers = max(1 << 20, 8 * sum(t.numel for t in tensors)) if tensors else MAX_SIZE
     for key, value in _integers(checkpoint.config):
         name = key.rpartition(".")[2]
-        if _LAYERS.search(name) and value > layers or value > numbers and not _FREE.search(name):
+        is_size = _SIZES.search(name) and not _FREE.search(name)
+        if (_LAYERS.search(name) and value > layers) or (is_size and value > numbers):
             raise ArtifactError(
                 f"{checkpoint.path}: config.json says {key} = {str(value)[:40]}, more than the {len(tensors)} tensors "
                 "that are there can hold; restore the config.json that belongs to these weights"

@@ -53,5 +53,7 @@ def refuse_calibration_text(candidate: Path, windows: Windows, tokenizer: PreTra
 
 
 def _texts(lineage: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
-    """What each stage records of a text that it learned from, under whatever name."""
-    return [v for record in lineage for v in record.values() if isinstance(v, Mapping) and "text_sha256" in v]
+    """What each stage records of a text that it learned from, under whatever name; several stand under `sources`."""
+    told = [v for record in lineage for v in record.values() if isinstance(v, Mapping)]
+    told += [source for v in told for source in v.get("sources", []) if isinstance(source, Mapping)]
+    return [v for v in told if "text_sha256" in v]

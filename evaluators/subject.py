@@ -12,6 +12,7 @@ from compress.checkpoint import Checkpoint
 from compress.contents import SMALL_BYTES, check_files
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256
+from compress.folders import check_folder
 from compress.model import StreamedModel
 from compress.runtime.ort import OnnxRunner, find_graph
 from compress.runtime.streamed import TorchRunner
@@ -36,6 +37,7 @@ def open_runner(path: Path, request: Request, progress: Progress) -> TorchRunner
         return TorchRunner.open(path, device=request.device, dtype=dtype, on_block=progress.block)
     if next(path.glob("*.onnx"), None):
         return OnnxRunner.open(path)
+    check_folder(path)
     raise ArtifactError(f"{path} holds neither safetensors nor an .onnx graph; pass a model folder")
 
 

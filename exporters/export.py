@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from compress.contents import SMALL_BYTES, Checked, check_files
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.formats import stored
+from compress.model import StreamedModel
 from compress.output import Place, reserved
 from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
@@ -102,6 +104,8 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
     target, artifact = request.target, request.source.path
     checked = check_files(artifact, below=SMALL_BYTES)
     model = read_model(artifact)
+    with suppress(UnsupportedError):  # the format says itself what it cannot hold
+        StreamedModel.open(artifact)  # names and shapes of all tensors, whatever the format
     plan = Plan(
         format=name,
         context=context_for(model, target, request.context),

@@ -13,6 +13,7 @@ from compress.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_every_command_line_in_the_readme_parses() -> None:
@@ -24,6 +25,12 @@ def test_every_command_line_in_the_readme_parses() -> None:
         assert "Usage" in help_text, name
         for option in re.findall(r"(--[a-z-]+)", rest.split("#")[0]):
             assert option in help_text, (name, option)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
 
 
 def test_every_make_target_in_the_readme_exists() -> None:

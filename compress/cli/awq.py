@@ -7,17 +7,42 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress import advice
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class GroupSize(click.ParamType):  # type: ignore[type-arg]
+    """A number of input channels, or `auto`, which is None."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or value == "auto":
+            return None
+        if isinstance(value, int) or value.isdecimal():
+            size = int(value)
+            if size >= 8:
+                return size
+        self.fail(f"{value!r} is neither auto nor a number from 8 on; choose auto, 128, 64 or 32", param, ctx)
 
 
 @click.command("awq")
 @click.argument("model", required=False)
 @click.option("--bits", type=int, default=4, show_default=True, help="Bits a weight; the AutoAWQ format holds 4.")
-@click.option("--group-size", type=int, default=128, show_default=True, help="Input channels that share a scale.")
+@click.option(
+    "--group-size",
+    type=GroupSize(),
+    default="auto",
+    show_default=True,
+    help="Input channels that share a scale; auto: the largest of 128, 64 and 32 that divides every layer's.",
+)
 @click.option("--sym/--asym", default=False, show_default=True, help="Zero points all 8 (TensorRT readers), or fitted.")
 @click.option(
     "--effort",
@@ -68,7 +93,7 @@ def command(
     out: Path | None,
     as_json: bool,
     bits: int,
-    group_size: int,
+    group_size: int | None,
     sym: bool,
     device: str,
     dtype: str,
@@ -81,15 +106,26 @@ def command(
     """
     started = time.monotonic()
     from compress.devices import described, pick_device, pick_dtype
+    from compress.formats import awq_gemm
     from compress.scheme import Scheme
     from compress.workspace import WORKSPACE, is_model, resolve
 
-    scheme = Scheme(num_bits=bits, group_size=group_size, symmetric=sym)
+    awq_gemm.check_bits(bits)
     source = resolve(model, quantizable=True, accept=is_model)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
-    from compress.quantize.awq_stage import AwqRequest, quantize_awq
+    from compress.model import StreamedModel
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq, refuse_quantized
+    from compress.quantize.group_size import chosen_group_size
+
+    if group_size is None:
+        outline = StreamedModel.outline(source.path, trust_remote_code=rest["trust_remote_code"])
+        refuse_quantized(outline)
+        group_size, why = chosen_group_size(outline, rest["skip"])
+        if why:
+            print(why, file=sys.stderr)
+    scheme = Scheme(num_bits=bits, group_size=group_size, symmetric=sym)
 
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
@@ -126,27 +162,11 @@ def _as_json(outcome: Any, seconds: float, wall_seconds: float) -> dict[str, Any
 
 
 def _print_summary(outcome: Any, seconds: float) -> None:
-    from rich.table import Table
-
     from compress.cli.console import Console
 
     record = outcome.record
     console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table(title="Layers: output error power relative to the output's own", title_justify="left")
-    for column in ("layer", "error", "round-to-nearest", "of it", "scale ratio", "mean clip"):
-        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
-    for layer in record["layers"]:
-        table.add_row(
-            layer["layer"],
-            f"{layer['error']:.3e}",
-            f"{layer['rtn_error']:.3e}",
-            f"{layer['error'] / max(layer['rtn_error'], 1e-30):.2f}",
-            f"{layer['ratio']:.2f}",
-            f"{layer['clip']:.3f}",
-        )
-    console.print(table)
-    worst = sorted(record["layers"], key=lambda layer: -layer["error"])[:5]
-    console.print("worst layers: " + ", ".join(f"{w['layer']} {w['error']:.2e}" for w in worst), soft_wrap=True)
+    console.print(_worst_layers(record))
     unfolded = [g for g in record["groups"] if g["fold"] is None]
     if unfolded:
         names = ", ".join(sorted({g["layers"][0].rsplit(".", 1)[-1] for g in unfolded}))
@@ -191,7 +211,37 @@ def _print_summary(outcome: Any, seconds: float) -> None:
             f"tuning lowered the blocks' held-out output error to {gain:.2f} of what it was; kept in "
             f"{sum(t['kept'] for t in tuned)} of {len(tuned)} blocks"
         )
-    console.print(f"next: compress evaluate {outcome.out}   or, for less error: {_advice(record)}", soft_wrap=True)
+    console.print(
+        f"next: {advice.command('evaluate', outcome.out)}   or, for less error: {_advice(record)}", soft_wrap=True
+    )
+
+
+# Layers that the closing table shows; the manifest has all.
+SHOWN = 8
+
+
+def _worst_layers(record: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    layers = sorted(record["layers"], key=lambda layer: -layer["error"])
+    when = ", before tuning" if record["tuning"] else ""
+    where = "; all are in compress.json" if len(layers) > SHOWN else ""
+    table = Table(
+        title=f"worst layers of {len(layers)}: squared output error over the output's own square{when}{where}",
+        title_justify="left",
+    )
+    for column in ("layer", "error", "round-to-nearest", "of it", "scale ratio", "mean clip"):
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
+    for layer in layers[:SHOWN]:
+        table.add_row(
+            layer["layer"],
+            f"{layer['error']:.3e}",
+            f"{layer['rtn_error']:.3e}",
+            f"{layer['error'] / max(layer['rtn_error'], 1e-30):.2f}",
+            f"{layer['ratio']:.2f}",
+            f"{layer['clip']:.3f}",
+        )
+    return table
 
 
 def _label(record: dict[str, Any]) -> str:

@@ -26,6 +26,14 @@ _COMMANDS = {
         "compress.cli.awq",
         "Quantize to AWQ INT4: an AutoAWQ folder that vLLM, SGLang and transformers load.",
     ),
+    "teach": (
+        "compress.cli.teach",
+        "Write what a teacher predicts over a text, to train students from.",
+    ),
+    "distill": (
+        "compress.cli.distill",
+        "Train a pruned or quantized student to predict what its teacher predicts.",
+    ),
     "export": (
         "compress.cli.export",
         "Turn an artifact into what an A100, an Orin or a CPU runs, sized and verified.",
@@ -109,7 +117,7 @@ def told(error: BaseException) -> tuple[str, int]:
         text, code = str(error), error.exit_code
     elif full is not None:
         text, code = str(full), full.exit_code
-    elif isinstance(error, OSError):
+    elif isinstance(error, OSError) or str(error).startswith("Symlink loop"):  # a RuntimeError of Path.resolve
         text, code = f"{reason(error)}; the file system refused it, mend that and run the same command again", 1
     else:
         text, code = _bug(error), 70
@@ -136,6 +144,7 @@ def main() -> None:
 
     \b
       compress awq --bits 4            quantize
+      compress distill --data TEXT     bring a pruned model back
       compress export --target orin    package for the device
       compress evaluate                prove it
       compress inspect                 see what was made

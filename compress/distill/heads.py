@@ -43,6 +43,10 @@ class DenseTeacher:
     hidden_PH: Tensor
     head: Head
 
+    @property
+    def vocabulary(self) -> int:
+        return int(self.head.weight_VH.shape[0])
+
     def rows(self, rows: slice) -> DenseTeacher:
         return DenseTeacher(hidden_PH=self.hidden_PH[rows], head=self.head)
 
@@ -51,15 +55,22 @@ class DenseTeacher:
 class SparseTeacher:
     """An estimate of the teacher's distribution: tokens `ids_PK` (int64) have mass `mass_PK` (float32), 1 a row.
 
-    A token may occur several times. entropy_P: of the distribution that the estimate stands for, in nats.
+    A token may occur several times. entropy_P: of the distribution that the estimate stands for, in nats. vocabulary:
+    how many ids that distribution is over.
     """
 
     ids_PK: Tensor
     mass_PK: Tensor
     entropy_P: Tensor
+    vocabulary: int
 
     def rows(self, rows: slice) -> SparseTeacher:
-        return SparseTeacher(ids_PK=self.ids_PK[rows], mass_PK=self.mass_PK[rows], entropy_P=self.entropy_P[rows])
+        return SparseTeacher(
+            ids_PK=self.ids_PK[rows],
+            mass_PK=self.mass_PK[rows],
+            entropy_P=self.entropy_P[rows],
+            vocabulary=self.vocabulary,
+        )
 
     def within(self, columns: slice) -> tuple[Tensor, Tensor]:
         """For a block of the vocabulary: index in the block `[P, K]`, and the mass there, zero for tokens outside."""

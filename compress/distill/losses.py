@@ -77,8 +77,8 @@ def losses(
     if isinstance(teacher, DenseTeacher) and teacher.hidden_PH.dtype != hidden_PH.dtype:
         teacher = DenseTeacher(hidden_PH=teacher.hidden_PH.to(hidden_PH.dtype), head=teacher.head)
     vocabulary = head.weight_VH.shape[0]
-    if isinstance(teacher, DenseTeacher):
-        vocabulary = min(vocabulary, teacher.head.weight_VH.shape[0])
+    if teacher is not None:
+        vocabulary = min(vocabulary, teacher.vocabulary)
     job = _Job(
         head=head,
         teacher=teacher,

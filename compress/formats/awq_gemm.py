@@ -20,13 +20,14 @@ from torch import Tensor
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import second_reader
-from compress.formats.format import Shape
+from compress.formats.format import Shape, check_groups
 from compress.plan import LayerPlan, LayerScheme
 from compress.quantized import QuantizedWeight, StaticInput
 from compress.scheme import Scheme
 
 NAME = "awq-gemm"
 QUANT_METHOD = "awq"
+NUM_BITS = (4,)
 LEAVES = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PACK = 8
@@ -41,13 +42,8 @@ def check(plan: LayerPlan, shapes: Mapping[str, Shape]) -> None:
                 f"{name}: the AutoAWQ gemm format holds no quantized inputs; choose the compressed-tensors format for "
                 f"{scheme.label()}"
             )
-        if scheme.weight.num_bits != 4:
-            raise UnsupportedError(
-                f"--bits {scheme.weight.num_bits}: the AutoAWQ gemm format holds 4-bit codes only; use "
-                "`compress awq --bits 4`"
-            )
-        out_features, in_features = shapes[name]
-        scheme.weight.groups(in_features, name)
+        check_bits(scheme.weight.num_bits)
+        out_features, _ = shapes[name]
         if scheme.weight.group_size == -1:
             raise UnsupportedError(
                 "--group-size -1: AutoAWQ readers disagree on one group a row; choose a --group-size such as 128"
@@ -57,7 +53,17 @@ def check(plan: LayerPlan, shapes: Mapping[str, Shape]) -> None:
                 f"{name}: out_features={out_features} is not a multiple of {PACK}, which the AutoAWQ gemm format packs "
                 f"into one word; list the layer in --skip"
             )
+    check_groups(plan, shapes)
     plan.only()  # its config states one scheme for all layers
+
+
+def check_bits(num_bits: int) -> None:
+    """Raise UnsupportedError for codes of other widths than the layout's."""
+    if num_bits not in NUM_BITS:
+        raise UnsupportedError(
+            f"--bits {num_bits}: the AutoAWQ gemm format holds codes of {' or '.join(map(str, NUM_BITS))} bits only; "
+            f"use `compress awq --bits {NUM_BITS[0]}`"
+        )
 
 
 def pack_columns(codes_KN: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import dense_words, second_reader
-from compress.formats.format import Shape
+from compress.formats.format import Shape, check_groups
 from compress.plan import ActivationScheme, KvScheme, LayerPlan, LayerScheme
 from compress.quantized import QuantizedWeight, StaticInput
 from compress.scheme import Scheme
@@ -78,12 +78,12 @@ def check(plan: LayerPlan, shapes: Mapping[str, Shape]) -> None:
             raise UnsupportedError(
                 f"{name}: quantized inputs with a weight in floating point are not written; quantize the weight as well"
             )
-        scheme.weight.groups(shapes[name][1], name)
         if scheme.input is not None and not scheme.weight.symmetric:
             raise UnsupportedError(
                 f"{name}: {scheme.label()}: readers of compressed-tensors take quantized inputs with symmetric weights "
                 "only; use --sym"
             )
+    check_groups(plan, shapes)
 
 
 def tensors(weight: QuantizedWeight, scheme: LayerScheme, static: StaticInput | None = None) -> dict[str, Tensor]:

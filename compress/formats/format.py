@@ -12,9 +12,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from compress.checkpoint import Checkpoint
+from compress.errors import ConfigError
 from compress.formats.second_reader import Again
 from compress.plan import LayerPlan, LayerScheme
 from compress.quantized import QuantizedWeight, StaticInput
+from compress.scheme import dividing
 
 Shape = tuple[int, int]
 
@@ -96,3 +98,17 @@ def parts_of(weight: QuantizedWeight, static: StaticInput | None = None) -> dict
     if static is not None:
         parts |= {"input_scale": static.scale, "input_zero_point": static.zero_point}
     return parts
+
+
+def check_groups(plan: LayerPlan, shapes: Mapping[str, Shape]) -> None:
+    """Raise ConfigError, with the sizes that do, when a layer's group size does not divide its inputs."""
+    for name in plan.quantized:
+        weight = plan[name].weight
+        if weight is None or weight.group_size == -1 or shapes[name][1] % weight.group_size == 0:
+            continue
+        fitting = dividing(shapes[other][1] for other in plan.quantized)
+        said = " or ".join(f"--group-size {size}" for size in fitting)
+        way_out = f"{said} divides those of every layer" if said else f"leave it in float16 with --skip {name}"
+        raise ConfigError(
+            f"--group-size {weight.group_size} does not divide the {shapes[name][1]} inputs of {name}; {way_out}"
+        )

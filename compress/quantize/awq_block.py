@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from compress import numerics
 from compress.block import BlockResult, LoadedBlock
 from compress.errors import ArtifactError, ConfigError
-from compress.groups import Group, apply_fold, output_unchanged, restore, scale_columns
+from compress.groups import Group
 from compress.linear import is_linear, linears, parameter, set_weight_OI, weight_OI
 from compress.plan import LayerPlan
 from compress.quantize import awq
 from compress.quantize.damage import refuse_damage, relative_error
 from compress.quantize.feedback import Prepared, Rounded, kept_share, prepare, round_with_feedback
+from compress.quantize.folding import fold_proven
 from compress.quantize.lift import lift_of, room_of
 from compress.quantize.refit import refit_scales
 from compress.quantize.retarget import retarget
@@ -190,7 +191,7 @@ def _smooth(
     if not preferred:
         report["note"] = f"{said} preferred the identity to the scale found"
         return report, now_I, current
-    folded, after = _fold(loaded, group, choice.s_I, row_scale, current)
+    folded, after = fold_proven(loaded, group, choice.s_I, row_scale, current, STORE_DTYPE)
     if folded is None:
         report["note"] = "the fold changed the block's output and was undone"
         return report, now_I, current
@@ -219,7 +220,8 @@ def _lift(
     lift = min(lift, room_of(weight.float(), scheme))
     if lift == 1.0:
         return None, current
-    return _fold(loaded, group, torch.full((group.in_features,), lift, device=current.device), row_scale, current)
+    lift_I = torch.full((group.in_features,), lift, device=current.device)
+    return fold_proven(loaded, group, lift_I, row_scale, current, STORE_DTYPE)
 
 
 def _forward_prefers(
@@ -252,34 +254,6 @@ def _feedback_prefers(
         found = round_with_feedback(rows * s, inputs.scaled(s), scheme, wanted=False)
         errors.append(awq.output_error(found.dequantize(scheme).div_(s).sub_(rows), gram_II))
     return errors[0] < errors[1]
-
-
-def _fold(
-    loaded: LoadedBlock, group: Group, s_I: Tensor, row_scale: dict[str, Tensor], before: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """Apply the fold, prove that the block still computes the same, or put everything back and return None.
-
-    Also returns the block's output with the weights as they then are.
-    """
-    assert group.fold is not None
-    module = loaded.module
-    kept = {
-        name: {key: p.data.clone() for key, p in module.get_submodule(name)._parameters.items() if p is not None}
-        for name in {group.fold.producer, *group.layers}
-    }
-    actual = apply_fold(module, group.fold, s_I, STORE_DTYPE)
-    for name in group.layers:
-        scale_columns(module.get_submodule(name), actual)
-    after = loaded.run()
-    if output_unchanged(before, after, loaded.check_input):
-        producer = module.get_submodule(group.fold.producer)
-        if is_linear(producer):
-            rows = torch.ones(weight_OI(producer).shape[0], device=actual.device)
-            rows[group.fold.rows.to(actual.device)] = actual
-            row_scale[group.fold.producer] = rows * row_scale.get(group.fold.producer, 1.0)
-        return actual, after
-    restore(module, kept)
-    return None, before
 
 
 def _round_groups(

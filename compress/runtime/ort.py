@@ -9,6 +9,7 @@ logits. One sequence runs at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from compress import threads
-from compress.errors import ArtifactError, ConfigError, UnsupportedError
-from compress.files import read_json
+from compress.errors import ArtifactError, ConfigError, UnsupportedError, explained
+from compress.files import check_file, read_json
+from compress.folders import check_members
 from compress.runtime.runner import Tokens
 
 DTYPES = {
@@ -56,13 +58,15 @@ class OnnxRunner:
             raise ConfigError(
                 f'{folder} needs ONNX Runtime, which is not installed; pip install "compress-toolkit[onnx]"'
             ) from e
+        check_members(folder)
         path = find_graph(folder)
         # ONNX Runtime fuses DequantizeLinear and MatMul, and unless told otherwise then rounds activations to INT8
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         threads.calm(options)
         options.log_severity_level = 3  # errors; TensorScatter warns at every call that it copies
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with explained(f"{path}: ONNX Runtime cannot open the graph", "export it again"):
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         if "logits" not in [o.name for o in session.get_outputs()]:
             raise UnsupportedError(f"{path}: no output is called logits; only causal language models can be judged")
         for i in session.get_inputs():
@@ -82,16 +86,21 @@ class OnnxRunner:
             )
         return OnnxReading(self, sequences)
 
+    def explained(self) -> AbstractContextManager[None]:
+        """What ONNX Runtime raises in here is said of the graph."""
+        return explained(f"{self.path}: ONNX Runtime cannot run the graph", "export it again")
+
     def logits_TV(self, ids_T: Tensor) -> Tensor:
         """Float32 `[T, V]` of one sequence."""
         length = len(ids_T)
-        feeds = {
-            i.name: np.zeros((1, *self.pasts[i.name]), DTYPES[i.type])
-            if i.name in self.pasts
-            else _feed(i.name, DTYPES[i.type], ids_T)
-            for i in self.session.get_inputs()
-        }
-        out = self.session.run(["logits"], feeds)[0][0]
+        with self.explained():
+            feeds = {
+                i.name: np.zeros((1, *self.pasts[i.name]), DTYPES[i.type])
+                if i.name in self.pasts
+                else _feed(i.name, DTYPES[i.type], ids_T)
+                for i in self.session.get_inputs()
+            }
+            out = self.session.run(["logits"], feeds)[0][0]
         if out.shape[0] != length:
             raise UnsupportedError(
                 f"{self.path}: {out.shape[0]} of {length} tokens have logits; the graph keeps the last one's only and "
@@ -175,4 +184,5 @@ def find_graph(folder: Path) -> Path:
     if len(preferred) != 1:
         found = ", ".join(g.name for g in graphs) or "none"
         raise ArtifactError(f"{folder}: one .onnx graph is needed, found {found}; leave one, called model.onnx")
+    check_file(preferred[0])
     return preferred[0]

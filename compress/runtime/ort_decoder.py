@@ -74,7 +74,8 @@ class OrtDecoder:
                 "shorter prompt"
             )
         feeds = {name: self._feed(name, ids_BT.numpy()) for name in self._types if name not in self._pasts}
-        logits, *presents = self.runner.session.run(["logits", *self._presents.values()], {**feeds, **self._pasts})
+        with self.runner.explained():
+            logits, *presents = self.runner.session.run(["logits", *self._presents.values()], {**feeds, **self._pasts})
         self._pasts = dict(zip(self._presents, presents, strict=True))
         self.length += count
         last = torch.from_numpy(np.ascontiguousarray(logits[:, -1]))

@@ -82,7 +82,7 @@ def test_quantized_weight_round_trip_and_checks() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"num_bits": 1}, "outside 2..8"), ({"group_size": 4}, "neither -1"), ({"group_size": 0}, "neither -1")],
+    [({"num_bits": 1}, "outside 2..8"), ({"group_size": 4}, "less than 8"), ({"group_size": 0}, "less than 8")],
 )
 def test_scheme_refuses(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -33,6 +33,7 @@ def make(root: Path, kinds: set[str]) -> None:
             os.rename(root / f".{name}", root / name)
     text = "".join(SENTENCE.format(1800 + i, 7 * i) for i in range(300))
     (root / "text.txt").write_text(text, encoding="utf-8")
+    (root / "other.txt").write_text(text.replace("ship", "train").replace("captain", "driver"), encoding="utf-8")
     if "texts" in kinds:
         _texts(root / "texts", text)
     if "artifacts" in kinds and not (root / "awq").exists():

@@ -81,7 +81,7 @@ def artifacts(root: Path, work: Path, rng: random.Random) -> Found:
     folder = work / "a"
     shutil.copytree(root / "awq", folder)
     said = damage.damage(rng, folder, [root / n for n in ("llama", "qwen3-tied")])
-    text = root / "text.txt"
+    text = root / "other.txt"
     whole = _logits_of(lambda: streamed_logits(root / "awq", text))
     outcomes = [commanded("inspect", folder, "--json"), commanded(*evaluate_args(folder, root / "llama", text))]
     outcomes.append(commanded("export", folder, "--target", "a100", "--format", "hf", "-o", work / "hf"))

@@ -51,8 +51,11 @@ def test_the_three_commands_chain_with_no_arguments(compress: Any, tmp_path: Pat
     ("args", "code", "message"),
     [
         (("awq", "nowhere"), 1, "nowhere: no such folder, and not a hub id"),
-        (("awq", "--bits", "8"), 1, "4-bit codes only"),
-        (("awq", "--bits", "99"), 1, "num_bits=99 is outside"),
+        (("awq", "--bits", "8"), 1, "codes of 4 bits only; use `compress awq --bits 4`"),
+        (("awq", "--bits", "16"), 1, "codes of 4 bits only; use `compress awq --bits 4`"),
+        (("awq", "--group-size", "0"), 2, "choose auto, 128, 64 or 32"),
+        (("awq", "--group-size", "-1"), 2, "choose auto, 128, 64 or 32"),
+        (("awq", "--group-size", "256"), 1, "--group-size 128 or --group-size 64 or --group-size 32 divides"),
         (("awq", "--bits", "four"), 2, "is not a valid integer"),
         (("awq", "--samples", "0"), 2, "--samples"),
         (("awq", "--calib", "missing.txt"), 1, "missing.txt"),

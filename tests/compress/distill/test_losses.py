@@ -147,6 +147,7 @@ def test_sparse_teacher_that_knows_all(temperature: float) -> None:
         ids_PK=torch.cat([ids, ids[:, :4]], 1),
         mass_PK=torch.cat([torch.cat([p[:, :4] / 2, p[:, 4:]], 1), p[:, :4] / 2], 1),
         entropy_P=-(p * t.log_softmax(-1)).sum(-1),
+        vocabulary=13,
     )
     o = Objective(temperature=temperature)
     wanted = losses.losses(hidden, head, teacher, labels, o)

@@ -260,7 +260,7 @@ def test_value_beyond_float16(build_model: Any, quantize: Any, tmp_path: Path) -
 
 def test_group_size_that_does_not_divide(shared_data: Path, quantize: Any, tmp_path: Path) -> None:
     run = lambda: quantize(shared_data / "stories260K", scheme=Scheme())  # noqa: E731
-    assert_refused(run, tmp_path / "out", ConfigError, "in_features=64 is not a multiple of group_size=128")
+    assert_refused(run, tmp_path / "out", ConfigError, "--group-size 128 does not divide the 64 inputs of model")
 
 
 def test_third_party_model(shared_data: Path, quantize: Any) -> None:

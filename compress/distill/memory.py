@@ -1,0 +1,131 @@
+"""Will a run fit, before its first step, and if not, what would.
+
+Weights, gradients and optimizer are counted; activations are measured on one short row of the student itself and scaled
+to a pass (they grow with its tokens); the loss holds a few blocks of logits whatever the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress.distill.losses import CPU_BLOCK, GPU_BLOCK
+from compress.errors import ConfigError
+
+PROBE_TOKENS = 64
+MARGIN = 1.1
+# Arrays of a block's size that the loss holds at once, all float32.
+_LOSS_ARRAYS = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a run holds in a process, in numbers: see `total`.
+
+    trained, frozen: parameters of the student. compute_bytes: of a number in matrix products. tokens: of a pass.
+    token_bytes: activations a token without checkpointing; kept_bytes: with it. shares: processes that share weights.
+    """
+
+    trained: int
+    frozen: int
+    compute_bytes: int
+    teacher_parameters: int
+    teacher_bytes: float
+    tokens: int
+    token_bytes: float
+    kept_bytes: float
+    checkpointing: bool
+    shares: int
+    on_gpu: bool
+
+    def total(self) -> int:
+        """Bytes in one process: master weights, gradients and two moments (16 a trained parameter), the teacher, a copy
+        of the weights in the products' dtype, activations, the loss."""
+        weights = (16 * self.trained + 4 * self.frozen) / self.shares
+        copy = self.compute_bytes * (self.trained + self.frozen) if self.compute_bytes < 4 else 0
+        teacher = self.teacher_parameters * self.teacher_bytes / self.shares
+        activations = self.tokens * (self.kept_bytes if self.checkpointing else self.token_bytes)
+        rows, columns = GPU_BLOCK if self.on_gpu else CPU_BLOCK
+        loss = 4 * _LOSS_ARRAYS * min(rows, self.tokens) * columns
+        return int(MARGIN * (weights + copy + teacher + activations + loss))
+
+
+def probe(
+    model: nn.Module, base: nn.Module, num_blocks: int, hidden_size: int, compute: torch.dtype
+) -> tuple[float, float]:
+    """Bytes of activations that a token leaves for the backward pass: (all, with checkpointed blocks).
+
+    Runs the model without its head on `PROBE_TOKENS` tokens and adds up what autograd keeps, parameters not counted.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    device = next(model.parameters()).device
+    ids = torch.arange(PROBE_TOKENS, device=device)[None]
+    with (
+        torch.autocast(device.type, compute, enabled=compute != torch.float32),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
+    ):
+        out = base(input_ids=ids, use_cache=False).last_hidden_state
+    whole = sum(seen.values()) / PROBE_TOKENS
+    del out
+    return whole, num_blocks * hidden_size * 4 + whole / max(1, num_blocks)
+
+
+def available(device: str) -> int:
+    """Bytes that can still be taken: of the GPU, or of the machine and this process's control group."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    most, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        return min(free, int(most.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no control group, or no limit in it
+        return free
+
+
+def require(needs: Needs, free: int, others: Sequence[tuple[str, Needs]]) -> None:
+    """ConfigError when the run does not fit, naming what would: of (options, needs with them), the first that does."""
+    if needs.total() <= free:
+        return
+    fitting = [(options, n.total()) for options, n in others if n.total() <= free]
+    if fitting:
+        way = f"{fitting[0][0]} needs {_gb(fitting[0][1])} and fits"
+    else:
+        least = min(others, key=lambda o: o[1].total())
+        way = f"even {least[0]} needs {_gb(least[1].total())}: use a smaller student or more memory"
+    raise ConfigError(f"a pass is predicted to need {_gb(needs.total())} of memory and {_gb(free)} are free; {way}")
+
+
+def ways_out(needs: Needs, *, seq_len: int, lora: Needs, may_cache: bool) -> list[tuple[str, Needs]]:
+    """What a user can do about too little memory, mildest first; each adds to the one before it."""
+    smaller = replace(needs, tokens=min(needs.tokens, seq_len))
+    checkpointed = replace(smaller, checkpointing=True)
+    out = [("--micro-batch 1", smaller), ("--micro-batch 1 --checkpointing", checkpointed)]
+    short = "--micro-batch 1 --checkpointing"
+    if needs.teacher_parameters:
+        held = replace(checkpointed, teacher_bytes=min(1.01, needs.teacher_bytes))
+        out.append((f"{short} --teacher-dtype w8a16", held))
+        if may_cache:
+            cached = replace(checkpointed, teacher_parameters=0)
+            out.append((f"{short} --cache FOLDER (made by compress teach)", cached))
+            lora = replace(lora, teacher_parameters=0)
+            short += " --cache FOLDER"
+    lighter = replace(lora, tokens=checkpointed.tokens, checkpointing=True)
+    return [*out, (f"{short} --lora 16", lighter)]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,162 @@
+"""Whole models in memory, for training and for being learned from: loading, their heads, and whether they fit together.
+
+Unlike the rest of this toolkit, distillation holds both models entirely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint import Checkpoint, torch_dtype
+from compress.distill.heads import Head
+from compress.errors import ConfigError, UnsupportedError
+from compress.formats import Stored
+from compress.model import StreamedModel
+from compress.tokens import load_tokenizer
+
+PROBE_TOKENS = 12
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A causal language model in memory and the folder that it came from, with how that stores quantized layers.
+
+    base: the model without its head. names: the model's state names -> the folder's (`.weight` for a quantized layer).
+    Tied parameters are tied, and so have one name in the folder.
+    """
+
+    checkpoint: Checkpoint
+    stored: Stored
+    model: nn.Module
+    base: nn.Module
+    blocks: Sequence[nn.Module]
+    names: Mapping[str, str]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output matrix."""
+        return int(output_layer(self).weight.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(output_layer(self).weight.shape[1])
+
+
+def load(path: Path, *, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:
+    """The model in the folder `path`, quantized weights dequantized, every parameter in `dtype`. In evaluation mode.
+
+    No parameter takes a gradient. A folder whose plan quantizes inputs has linears that do.
+    """
+    opened = StreamedModel.open(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    opened.load_whole()
+    return LoadedModel(
+        checkpoint=opened.checkpoint,
+        stored=opened.stored,
+        model=opened.model,
+        base=opened.base,
+        blocks=opened.blocks,
+        names={name: opened.source_name(name) for name in opened.model.state_dict()},
+    )
+
+
+def output_layer(loaded: LoadedModel) -> nn.Linear:
+    layer = loaded.model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(layer, nn.Linear):
+        raise UnsupportedError(
+            f"{loaded.checkpoint.path}: {type(loaded.model).__name__} has no linear output layer, from whose inputs "
+            "the losses are computed; choose another model"
+        )
+    return layer
+
+
+def head_of(loaded: LoadedModel) -> Head:
+    """The model's head as the losses know it (see `proven_head`)."""
+    layer, config = output_layer(loaded), loaded.model.config
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides
+    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return Head(
+        weight_VH=layer.weight,
+        bias_V=layer.bias,
+        scale=float(scale or 1.0) / float(scaling or 1.0),
+        cap=None if cap is None else float(cap),
+    )
+
+
+@torch.no_grad()
+def proven_head(loaded: LoadedModel) -> Head:
+    """`head_of`, proven: its logits of a few tokens are the model's own. UnsupportedError where they are not."""
+    head = head_of(loaded)
+    device = head.weight_VH.device
+    ids = torch.arange(PROBE_TOKENS, device=device)[None] * 7919 % min(loaded.vocab_size, 32_000)
+    hidden = loaded.base(input_ids=ids, use_cache=False).last_hidden_state
+    own = loaded.model(input_ids=ids, use_cache=False).logits[0].float()
+    ours = head.logits(hidden[0])
+    tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+    if not float((own - ours).norm()) <= tolerance * float(own.norm()):
+        raise UnsupportedError(
+            f"{loaded.checkpoint.path}: {type(loaded.model).__name__} computes its logits in a way that the losses do "
+            "not follow (not scale * (W h + b), capped); choose another model"
+        )
+    return head
+
+
+def common_vocabulary(student: Path, teacher: Path, rows_student: int, rows_teacher: int) -> int:
+    """How many ids the two models share: all of the tokenizer's. ConfigError, saying where, when they differ.
+
+    The output matrices may be padded to different lengths behind that.
+    """
+    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab()
+    if ours != theirs:
+        raise ConfigError(_difference(student, teacher, ours, theirs))
+    used = max(ours.values()) + 1
+    common = min(rows_student, rows_teacher)
+    if common < used:
+        which, rows = (student, rows_student) if rows_student < rows_teacher else (teacher, rows_teacher)
+        raise ConfigError(
+            f"the tokenizer has {used} ids and the output matrix of {which} {rows} rows; the vocabulary was cut, and a "
+            "student needs its teacher's: choose another student"
+        )
+    return common
+
+
+def _difference(student: Path, teacher: Path, ours: dict[str, int], theirs: dict[str, int]) -> str:
+    """Where two vocabularies part, at the lowest id."""
+    by_id, other = ({i: t for t, i in v.items()} for v in (ours, theirs))
+    first = min(i for i in by_id.keys() | other.keys() if by_id.get(i) != other.get(i))
+
+    def named(tokens: dict[int, str]) -> str:
+        return repr(tokens[first]) if first in tokens else "nothing"
+
+    differing = len(ours.items() ^ theirs.items())
+    return (
+        f"student {student} and teacher {teacher} have different vocabularies ({len(ours)} and {len(theirs)} tokens, "
+        f"{differing} entries differ): id {first} is {named(by_id)} to the student and {named(other)} to the teacher; "
+        "choose a student with the teacher's tokenizer"
+    )
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def stored_state(loaded: LoadedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state by the folder's names, tied tensors once, in the dtypes that the folder stores."""
+    out: dict[str, Tensor] = {}
+    for name, source in loaded.names.items():
+        if source not in out:
+            info = loaded.checkpoint.tensors.get(source)
+            dtype = torch.float16 if info is None else torch_dtype(info.dtype)
+            out[source] = state[name].detach().to("cpu", dtype).contiguous()
+    return out

@@ -1,0 +1,76 @@
+"""The command lines of `distill` and `teach`: defaults, what they print, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import calibration_data
+from compress.cli.main import main
+
+TEXT = str(calibration_data.default_calibration())
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.fixture
+def student(build_model: object) -> Path:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+    return build_model(**sizes)  # type: ignore[operator,no-any-return]
+
+
+def test_trains_and_says_what_it_made(tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["distill", "--teacher", str(student), "--student", str(student), "--data", TEXT, "--tokens", "640"]
+    sizes = ["--seq-len", "16", "--batch", "8", "--device", "cpu"]
+    made = call(*asked, *sizes, "--report", "report")
+    assert made.exit_code == 0, made.output
+    assert "step 5/5: loss 0.0000" in made.output  # it is its own teacher
+    assert "trained on 640 tokens in 5 updates" in made.output
+    assert "wrote artifacts/model-distilled/" in made.output
+    assert (tmp_path / "report" / "training.csv").read_text().startswith("step,tokens,loss")
+    again = call(*asked, *sizes)
+    assert again.exit_code == 1 and "exists already; pass --force" in again.output
+    found = json.loads(call(*asked, *sizes, "--force", "--json").stdout)
+    assert found["record"]["steps"] == 5 and found["out"] == "artifacts/model-distilled"
+
+
+def test_teaches_and_learns_from_it(tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = call("teach", "--teacher", str(student), "--data", TEXT, "--tokens", "640", "--seq-len", "16")
+    assert made.exit_code == 0, made.output
+    assert "wrote artifacts/model-taught/  640 tokens, 44 bytes each" in made.output
+    learned = call(
+        "distill", "--teacher", str(student), "--student", str(student), "--cache", "artifacts/model-taught",
+        "--tokens", "640", "--batch", "8", "-o", "out",
+    )  # fmt: skip
+    assert learned.exit_code == 0, learned.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", TEXT], "there is no pruned artifact in the workspace to train; pass --student MODEL"),
+        (["--student", "S", "--data", TEXT], "has no manifest that names its original; pass --teacher MODEL"),
+        (["--student", "S", "--teacher", "S"], "no text to learn on; pass --data FILE"),
+        (["--student", "S", "--teacher", "S", "--data", TEXT, "--tensorboard"], "pass --report FOLDER as well"),
+        (["--student", "S", "--teacher", "S", "--data", "none.txt"], "training file none.txt does not exist"),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = call("distill", *[str(student) if a == "S" else a for a in arguments])
+    assert found.exit_code == 1
+    assert message in found.output and found.output.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_without_text_nothing_is_taught(student: Path) -> None:
+    found = call("teach", "--teacher", str(student))
+    assert found.exit_code == 1 and "no text to teach; pass --data FILE" in found.output

@@ -1,0 +1,80 @@
+"""Runs `distill` again and again in processes of its own, some of which kill themselves with SIGKILL at given steps.
+
+    python killed.py JSON
+
+JSON: `{"processes": 1 or 2, "kills": [[step, ...], ...], "outs": [...], "request": {...}}`: for each out, one run that
+is killed at each of its steps in turn, then one that ends. Everything is imported once; each run is a fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.distill.data import Mix
+from compress.distill.request import DistillRequest
+from compress.distill.run import distill
+from compress.workspace import resolve
+
+
+def run(asked: dict[str, Any], out: str, kill: int | None) -> None:
+    options = dict(asked["request"])
+    request = DistillRequest(
+        teacher=resolve(options.pop("teacher")),
+        student=resolve(options.pop("student")),
+        data=Mix.of(options.pop("data"), options.pop("mix", None)),
+        out=Path(out),
+        **options,
+    )
+
+    def heard(record: dict[str, float], ready: object) -> None:
+        if record["step"] == kill and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    distill(request, heard=heard)
+
+
+def launch(asked: dict[str, Any], out: str, kill: int | None, port: int) -> list[int]:
+    """Exit codes of the processes, negative for signals."""
+    children = []
+    for rank in range(asked["processes"]):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                if asked["processes"] > 1:
+                    more = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": asked["processes"], "MASTER_PORT": port}
+                    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in more.items()}})
+                run(asked, out, kill)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    codes = []
+    for number, (out, kills) in enumerate(zip(asked["outs"], asked["kills"], strict=True)):
+        found = []
+        for turn, kill in enumerate([*kills, None]):
+            port = 29_700 + os.getpid() % 200 + 10 * number + turn
+            found.append(launch(asked, out, kill, port))
+        codes.append(found)
+    print(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main()
