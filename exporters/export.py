@@ -15,19 +15,15 @@ from typing import Any, Protocol
 
 import compress
 from compress.artifact import links_elsewhere, manifest_of, path_from, read_manifest, write_manifest
-from compress.checkpoint import Checkpoint
-from compress.contents import SMALL_BYTES, Checked, check_files
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
-from compress.formats import stored
-from compress.model import StreamedModel
 from compress.output import Place, reserved
 from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
 from compress.workspace import WORKSPACE, Source
-from exporters.reader import Job, Layout, Written
+from exporters.reader import Artifact, Job, Layout, Written
 from exporters.requantize import requantize
-from exporters.sizing.inventory import Model, read_model
+from exporters.sizing.inventory import Model
 from exporters.sizing.predict import Plan, Sizing, check, native_kv_bits
 from exporters.sizing.targets import TARGETS, Target
 
@@ -101,36 +97,35 @@ def export(request: ExportRequest, *, formats: Mapping[str, str] = FORMATS, tell
 
 def _export(request: ExportRequest, name: str, module: Format, place: Place, tell: Tell) -> ExportOutcome:
     """See `export`; the output is ours."""
-    target, artifact = request.target, request.source.path
-    checked = check_files(artifact, below=SMALL_BYTES)
-    model = read_model(artifact)
+    target, artifact = request.target, Artifact(path=request.source.path)
+    artifact.look()
     with suppress(UnsupportedError):  # the format says itself what it cannot hold
-        StreamedModel.open(artifact)  # names and shapes of all tensors, whatever the format
+        _ = artifact.streamed  # names and shapes of all tensors, whatever the format
     plan = Plan(
         format=name,
-        context=context_for(model, target, request.context),
+        context=context_for(artifact.model, target, request.context),
         batch=request.batch,
         kv_bits=native_kv_bits(name),
     )
-    sizing = check(model, plan, target)
-    checked = check_files(artifact, known=checked.hashes)
+    sizing = check(artifact.model, plan, target)
     wanted = wanted_codes(module.LAYOUT, artifact)
+    notes = [artifact.checked.note]
     requantized = None
     if wanted is not None:
-        requantized = requantize(artifact, wanted, f"{target.name}'s {name} reader", place.out, tell)
-        artifact, model = requantized, read_model(requantized)
-        sizing, checked = check(model, plan, target), check_files(artifact)
+        requantized = requantize(artifact.path, wanted, f"{target.name}'s {name} reader", place.out, tell)
+        artifact = Artifact(path=requantized)
+        sizing, notes = check(artifact.model, plan, target), [*notes, artifact.checked.note]
     check_free_space(place.real.parent, 2 * sizing.weights + 64_000_000)
     tell.say(f"writing {name} for {target.name}: context {plan.context}, batch {plan.batch}")
     run = place.start(_identity(request, name, plan), resume=False)
     job = Job(
-        artifact=artifact,
+        artifact=artifact.path,
+        opened=artifact,
         target=target,
         context=plan.context,
         batch=plan.batch,
         staged=run.new_staged(),
         options=request.options,
-        hashes=checked.hashes,
         tell=tell,
     )
     try:
@@ -139,8 +134,9 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
             raise ArtifactError(
                 f"format {name} does not say what it verified, or what it wrote; the export was not kept"
             )
-        record = _record(request, plan, sizing, checked, model, requantized, place.out, written)
-        record = write_manifest(job.staged, manifest_of(record, artifact, place.out), written.hashes).record
+        record = _record(request, plan, sizing, artifact, requantized, place.out, written)
+        manifest = manifest_of(record, artifact.path, place.out)
+        record = write_manifest(job.staged, manifest, written.hashes).record
     except Exception:
         run.discard()  # what was not verified is not kept
         raise
@@ -151,10 +147,10 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         sizing=sizing,
         parts=dict(written.parts),
         total_bytes=sum(written.parts.values()),
-        fp16_bytes=2 * model.num_parameters,
-        fp32_bytes=4 * model.num_parameters,
+        fp16_bytes=2 * artifact.model.num_parameters,
+        fp32_bytes=4 * artifact.model.num_parameters,
         requantized=requantized,
-        notes=[*written.notes, *filter(None, [checked.note]), *links_elsewhere(artifact), *place.notes],
+        notes=[*written.notes, *filter(None, notes), *links_elsewhere(artifact.path), *place.notes],
     )
 
 
@@ -217,9 +213,11 @@ def context_for(model: Model, target: Target, asked: int | None) -> int:
     return asked
 
 
-def wanted_codes(layout: Layout, artifact: Path) -> Scheme | None:
+def wanted_codes(layout: Layout, artifact: Artifact) -> Scheme | None:
     """The scheme to quantize the artifact again with for this reader, None when its codes will do."""
-    schemes = stored(Checkpoint.open(artifact)).exact_plan().groups()
+    if not artifact.model.packed:
+        return None
+    schemes = artifact.plan.groups()
     wanted = [layout.wants(scheme.weight) for scheme in schemes if scheme.weight is not None]
     return next((scheme for scheme in wanted if scheme is not None), None)
 
@@ -238,29 +236,27 @@ def _record(
     request: ExportRequest,
     plan: Plan,
     sizing: Sizing,
-    checked: Checked,
-    model: Model,
+    artifact: Artifact,
     requantized: Path | None,
     out: Path,
     written: Written,
 ) -> dict[str, Any]:
     """The export's record: what was asked, what was made of it, how large, how verified."""
     total = sum(written.parts.values())
-    artifact = requantized or request.source.path
-    content = checked.content_sha256(Checkpoint.open(artifact))
+    content = artifact.checked.content_sha256(artifact.folder.checkpoint)
     return {
         "stage": "export",
         "format": plan.format,
         "target": request.target.name,
         "options": {"context": plan.context, "batch": plan.batch, **request.options},
-        "parent": {"path": path_from(out, artifact), "sha256": content},
+        "parent": {"path": path_from(out, artifact.path), "sha256": content},
         "requantized_from": path_from(out, request.source.path) if requantized else None,
         "machine": {k: getattr(request.target, k) for k in ("sm", "jetpack", "tensorrt", "memory_bytes", "usable")},
         "sizing": sizing.to_json(),
         "parts": dict(written.parts),
         "bytes": total,
-        "ratio_to_fp16": round(2 * model.num_parameters / total, 4),
-        "ratio_to_fp32": round(4 * model.num_parameters / total, 4),
+        "ratio_to_fp16": round(2 * artifact.model.num_parameters / total, 4),
+        "ratio_to_fp32": round(4 * artifact.model.num_parameters / total, 4),
         "written": written.record,
         "notes": list(written.notes),
         "versions": {"compress": compress.__version__},

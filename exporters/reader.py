@@ -15,11 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compress.checkpoint import Checkpoint
+from compress.contents import SMALL_BYTES, Checked, check_files
+from compress.formats import Stored, stored
+from compress.model import StreamedModel
+from compress.plan import LayerPlan
 from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
+from exporters.sizing.inventory import Model, read_model
 from exporters.sizing.targets import Target
 
 
@@ -44,10 +51,50 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """What an export reads, each thing opened once and then carried along."""
+
+    path: Path
+
+    @cached_property
+    def folder(self) -> Stored:
+        """Its headers, and its quantized layers as its config states them."""
+        return stored(Checkpoint.open(self.path))
+
+    @cached_property
+    def plan(self) -> LayerPlan:
+        """Its layers as their codes are: AutoAWQ's config does not say whether they are symmetric."""
+        return self.folder.exact_plan()
+
+    @cached_property
+    def model(self) -> Model:
+        """Its inventory, for sizing. A folder with nothing but a config has one too."""
+        return read_model(self.path)
+
+    @cached_property
+    def streamed(self) -> StreamedModel:
+        """The model of its config, names and shapes of all tensors compared with it. UnsupportedError where unknown."""
+        return StreamedModel.open(self.path)
+
+    @cached_property
+    def checked(self) -> Checked:
+        """The hash of every file, compared with its manifest's: all bytes, read once."""
+        return check_files(self.path, known=self._small.hashes)
+
+    @cached_property
+    def _small(self) -> Checked:
+        return check_files(self.path, below=SMALL_BYTES)
+
+    def look(self) -> None:
+        """Compare the small files with the manifest, so that no message is about what a damaged one says."""
+        assert self._small is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One export. `staged` is an empty folder; `context` and `batch` count tokens and sequences.
 
-    hashes: sha256 of the artifact's files, by name, as they were read and compared with its manifest.
+    opened: the artifact as the driver opened it; else it is opened when it is asked for.
     """
 
     artifact: Path
@@ -56,8 +103,13 @@ class Job:
     batch: int
     staged: Path
     options: Mapping[str, Any] = field(default_factory=dict)
-    hashes: Mapping[str, str] = field(default_factory=dict)
     tell: Tell = SILENT
+    opened: Artifact | None = None
+
+    @cached_property
+    def source(self) -> Artifact:
+        """The artifact, opened."""
+        return self.opened or Artifact(path=self.artifact)
 
     def say(self, text: str) -> None:
         """One line, now."""
@@ -70,7 +122,7 @@ class Written:
 
     record: JSON for the manifest (versions of the tools used, dialect, and under `verified` the tolerance and the
     largest difference seen). parts: bytes by name of part, such as `decoder linears`, `lm_head`, `embedding`. hashes:
-    sha256 of files that were read back, by their path in the folder.
+    sha256 of those files in `staged` that the format knows; the driver takes that of the others.
     """
 
     record: dict[str, Any]

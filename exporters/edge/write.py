@@ -93,7 +93,7 @@ def write(job: Job) -> Written:
             f"on {', '.join(DEVICES)}"
         )
     _need_onnx()
-    checkpoint = Checkpoint.open(job.artifact)
+    checkpoint = job.source.folder.checkpoint
     edge_folder.check_model(checkpoint, job.context)
     edge_folder.check_zero_points(checkpoint)
     environment = edge_env.ensure(job.say)

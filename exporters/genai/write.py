@@ -28,7 +28,7 @@ from torch import Tensor
 from compress.checkpoint import Checkpoint
 from compress.errors import ConfigError, UnsupportedError
 from compress.files import json_bytes, read_json, write_bytes_atomically
-from compress.formats import Stored, awq_gemm, stored
+from compress.formats import Stored, awq_gemm
 from exporters import reference
 from exporters.genai import builder as genai_builder
 from exporters.genai import bundle
@@ -53,8 +53,8 @@ ACCURACY_LEVELS = {"float32": 1, "int16": 4, "int8": 4}  # of MatMulNBits; 4 let
 
 def write(job: Job) -> Written:
     """See `exporters.reader`. Options: `activations` (`float32`, `int16` or `int8`)."""
-    checkpoint = Checkpoint.open(job.artifact)
-    folder = stored(checkpoint)
+    folder = job.source.folder
+    checkpoint = folder.checkpoint
     quantized = check(folder, job)
     activations = str(job.options.get("activations", "float32"))
     with tempfile.TemporaryDirectory(dir=job.staged.parent) as scratch:

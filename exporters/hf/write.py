@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 import yaml  # type: ignore[import-untyped]
 
-from compress.artifact import MANIFEST, carried_files, file_hashes
+from compress.artifact import MANIFEST, carried_files
 from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
-from compress.files import write_bytes_atomically
+from compress.files import copy_durably, file_sha256, write_bytes_atomically
 from compress.formats import Stored, awq_gemm, stored
-from compress.model import StreamedModel
 from exporters.hf import modelopt, serve, vllm_rules
-from exporters.reader import Job, Layout, Written
+from exporters.reader import Artifact, Job, Layout, Written
 from exporters.sizing.inventory import inventory, part_of
 
 # Any codes that vLLM's AWQ and compressed-tensors readers take; the group sizes are those of its Marlin kernel.
@@ -33,11 +31,9 @@ LAYOUT = Layout(num_bits=(4, 8), group_sizes=(128, 64, 32, -1))
 
 def write(job: Job) -> Written:
     """Write `job.staged`. Raises ArtifactError when a file or tensor is not the artifact's."""
-    checkpoint = Checkpoint.open(job.artifact)
-    notes = _compare_with_architecture(job.artifact)
-    copied = _copy(checkpoint, job.staged)
-    job.say(f"comparing {len(copied)} files with the artifact's")
-    hashes = _compare(copied, job)
+    notes = _compare_with_architecture(job.source)
+    hashes = _copy(job.source, job.staged)
+    job.say(f"reading {len(hashes)} files back")
     folder = stored(Checkpoint.open(job.staged))
     made = folder.checkpoint
     opened = _reopen(folder, job)
@@ -65,7 +61,7 @@ def write(job: Job) -> Written:
         "modelopt_layers": layers,
         "serve": sorted(texts),
         "verified": {
-            "files_equal_to_artifact": len(copied),
+            "files_equal_to_artifact": len(hashes),
             "tensors_reopened": opened,
             "modelopt_layers_equal_to_artifact": layers,
             "vllm_rules": "checked without vLLM",
@@ -74,44 +70,43 @@ def write(job: Job) -> Written:
     return Written(record=record, parts=_parts(folder), notes=notes, hashes=hashes)
 
 
-def _copy(checkpoint: Checkpoint, staged: Path) -> list[str]:
-    """The artifact's files in `staged`; names."""
-    shards = sorted({info.file for info in checkpoint.tensors.values()})
-    index = [INDEX] if (checkpoint.path / INDEX).exists() else []
-    small = ["config.json", *index, *(p.name for p in carried_files(checkpoint.path))]
-    for name in shards:
-        _link(checkpoint.path / name, staged / name)
-    for name in small:
-        write_bytes_atomically(staged / name, (checkpoint.path / name).read_bytes())
-    return [*shards, *small]
-
-
-def _compare_with_architecture(artifact: Path) -> list[str]:
+def _compare_with_architecture(artifact: Artifact) -> list[str]:
     """Every tensor of the model must be there, in its shape, and no other. A note where we do not know the model."""
     try:
-        StreamedModel.open(artifact)
+        _ = artifact.streamed
     except UnsupportedError as e:
         return [f"the tensors were not compared with the model's architecture: {e}"]
     return []
 
 
-def _compare(names: list[str], job: Job) -> dict[str, str]:
-    """Read what was copied and compare it with what was read of the artifact before: a link is its own copy."""
-    found = file_hashes(job.staged, names)
-    before = {**file_hashes(job.artifact, [n for n in names if n not in job.hashes]), **job.hashes}
-    for name in names:
-        if found[name] != before[name]:
-            raise ArtifactError(f"{job.staged / name} differs from the artifact's; the disk is faulty, run again")
-    return found
+def _copy(artifact: Artifact, staged: Path) -> dict[str, str]:
+    """The artifact's files in `staged`, and the sha256 of each. ArtifactError for a copy that is not the artifact's.
+
+    The artifact's own bytes have been read and compared with its manifest (`Artifact.checked`), and a hard link is that
+    very file: it is not read for its hash again.
+    """
+    path, known = artifact.path, artifact.checked.hashes
+    shards = sorted({info.file for info in artifact.folder.checkpoint.tensors.values()})
+    index = [INDEX] if (path / INDEX).exists() else []
+    small = ["config.json", *index, *(p.name for p in carried_files(path))]
+    hashes = {}
+    for name in [*shards, *small]:
+        linked = name in shards and _link(path / name, staged / name)
+        if not linked and name not in shards:
+            write_bytes_atomically(staged / name, (path / name).read_bytes())
+        hashes[name] = known[name] if linked and name in known else file_sha256(staged / name)
+        if hashes[name] != (known[name] if name in known else file_sha256(path / name)):
+            raise ArtifactError(f"{staged / name} differs from the artifact's; the disk is faulty, run again")
+    return hashes
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: Path, target: Path) -> bool:
+    """Give a file a second name, or, where the file system has none, a copy; whether it is the same file."""
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
-        with open(target, "rb+") as f:
-            os.fsync(f.fileno())
+        copy_durably(source, target)
+    return os.path.samefile(source, target)
 
 
 def _reopen(folder: Stored, job: Job) -> int:
@@ -134,7 +129,7 @@ def _modelopt(folder: Stored, job: Job) -> tuple[int, str | None]:
         return 0, None  # plain weights need no hf_quant_config.json
     if folder.format is not awq_gemm:
         return 0, f"no ModelOpt folder: {folder.format.NAME} codes have no counterpart in its layout"
-    if not all(scheme.weight and scheme.weight.symmetric for scheme in folder.exact_plan().groups()):
+    if not all(scheme.weight and scheme.weight.symmetric for scheme in job.source.plan.groups()):
         return 0, (
             "no ModelOpt folder (hf_quant_config.json): its layout has no zero points, and these codes have them; "
             "`compress awq --sym` makes codes that it can hold"

@@ -361,3 +361,32 @@ def test_stages_pick_sensibly(artifact: Path) -> None:
     assert resolve(None, accept=is_judgeable, workspace=workspace).path == made
     (graph / "model.onnx").touch()
     assert resolve(None, accept=is_judgeable, workspace=workspace).path == graph
+
+
+def test_an_hf_export_hashes_the_weights_once_and_opens_them_little(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once when the artifact is checked; the copy is a link to it. `tests/bench/export_bytes.py` has the bytes."""
+    hashed: list[str] = []
+    opened: list[Path] = []
+    plain_open = Checkpoint.open.__func__  # type: ignore[attr-defined]
+
+    def counting(path: Path) -> str:
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    def open_counted(cls: type[Checkpoint], path: Path) -> Checkpoint:
+        opened.append(path)
+        return plain_open(cls, path)  # type: ignore[no-any-return]
+
+    for module in ("compress.artifact", "exporters.hf.write"):
+        monkeypatch.setattr(f"{module}.file_sha256", counting)
+    monkeypatch.setattr(Checkpoint, "open", classmethod(open_counted))
+    outcome = run(artifact, "counted")
+    assert hashed.count("model.safetensors") == 1
+    assert len(opened) <= 4, opened
+    monkeypatch.undo()
+    manifest = read_manifest(outcome.out)
+    assert manifest is not None and manifest.files is not None
+    assert manifest.files["model.safetensors"] == file_sha256(artifact / "model.safetensors")
+    assert set(manifest.files) == {name for name in contents(outcome.out) if name != "compress.json"}

@@ -14,6 +14,7 @@ size, H hidden size, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -29,6 +30,8 @@ from exporters.trt.graph.weights import Weights, array
 DIALECTS: dict[int, ModuleType] = {24: opset24, 21: opset21}
 INT64 = onnx.TensorProto.INT64
 
+# What linears of one input are called together: as Phi-3 calls its own.
+QKV, GATE_UP = "qkv_proj", "gate_up_proj"
 LINEARS = "decoder linears"
 EMBEDDING = "embedding"
 HEAD = "lm_head"
@@ -77,17 +80,28 @@ class Decoder:
 
     def linear(self, x: str, layer: str, part: str = LINEARS) -> str:
         """`x W (+ bias)`; a quantized W is dequantized by the graph. INT8 with quantized activations would go here."""
+        return self._product(x, [layer], layer, part)
+
+    def siblings(self, x: str, layers: Sequence[str], name: str) -> list[str]:
+        """Linears of one input: one product as wide as all of them, which a decode step reads at a better rate, and
+        its pieces. Where they cannot be one (`Weights.joins`), a product each."""
+        if not self.weights.joins(layers):
+            return [self.linear(x, layer) for layer in layers]
+        widths = [self.weights.size(f"{layer}.weight")[0] for layer in layers]
+        return self.g.split(self._product(x, layers, name, LINEARS), widths, list(layers))
+
+    def _product(self, x: str, layers: Sequence[str], name: str, part: str) -> str:
         g, w = self.g, self.weights
-        bias = f"{layer}.bias"
-        product = f"{layer}/product" if w.has(bias) else layer
-        if w.is_quantized(layer):
-            codes, scales, block_size = w.int4_KN(layer, part)
+        has_bias = w.has(f"{layers[0]}.bias")
+        product = f"{name}/product" if has_bias else name
+        if w.is_quantized(layers[0]):
+            codes, scales, block_size = w.int4_KN(layers, name, part)
             inputs = [g.weight(codes), g.weight(scales)]
-            matrix = g.op("DequantizeLinear", inputs, f"{layer}/dequantized", axis=0, block_size=block_size)
+            matrix = g.op("DequantizeLinear", inputs, f"{name}/dequantized", axis=0, block_size=block_size)
         else:
-            matrix = g.weight(w.dense_KN(layer, part))
+            matrix = g.weight(w.dense_KN(layers, name, part))
         out = g.op("MatMul", [x, matrix], product)
-        return g.op("Add", [out, g.weight(w.vector(bias))], layer) if w.has(bias) else out
+        return g.op("Add", [out, g.weight(w.biases(layers, name))], name) if has_bias else out
 
     # ---- one layer -------------------------------------------------------------------------------
 
@@ -95,9 +109,9 @@ class Decoder:
         g, arch, module = self.g, self.arch, f"model.layers.{index}.self_attn"
         widths = [heads * arch.head_dim for heads in (arch.num_heads, arch.num_kv_heads, arch.num_kv_heads)]
         if arch.family.fused:
-            parts = g.split(self.linear(x, f"{module}.qkv_proj"), widths, [f"{module}/{c}" for c in "qkv"])
+            parts = g.split(self.linear(x, f"{module}.{QKV}"), widths, [f"{module}/{c}" for c in "qkv"])
         else:
-            parts = [self.linear(x, f"{module}.{c}_proj") for c in "qkv"]
+            parts = self.siblings(x, [f"{module}.{c}_proj" for c in "qkv"], f"{module}.{QKV}")
         q, k, v = (self._heads(part, f"{module}/{c}") for part, c in zip(parts, "qkv", strict=True))
         q, k, v = (
             g.op("Transpose", [x], f"{module}/{c}_by_head", perm=[0, 2, 1, 3])
@@ -145,10 +159,10 @@ class Decoder:
     def mlp(self, x: str, module: str) -> str:
         g, arch = self.g, self.arch
         if arch.family.fused:
-            both = self.linear(x, f"{module}.gate_up_proj")
+            both = self.linear(x, f"{module}.{GATE_UP}")
             gate, up = g.split(both, [arch.intermediate_size] * 2, [f"{module}/gate", f"{module}/up"])
         else:
-            gate, up = self.linear(x, f"{module}.gate_proj"), self.linear(x, f"{module}.up_proj")
+            gate, up = self.siblings(x, [f"{module}.gate_proj", f"{module}.up_proj"], f"{module}.{GATE_UP}")
         active = self._activation(gate, f"{module}/active")
         return self.linear(g.op("Mul", [active, up], f"{module}/gated"), f"{module}.down_proj")
 

@@ -9,7 +9,7 @@ Shapes: K in_features, N out_features, G groups along K
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ import onnx
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
 from compress.formats import stored
+from exporters.trt.graph.decoder import GATE_UP, QKV
 from exporters.trt.graph.external import packed_bytes, place, read_bytes
 
 INT4 = onnx.TensorProto.INT4
 # Larger than any shape, axis list or scalar of the graph; smaller than any weight.
 MAX_INLINE_BYTES = 1024
 
+# Linears that the graph may hold as one product, in the order of its columns (`decoder.siblings`).
+SIBLINGS = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
 # Operators of each dialect. The first set is in the table of onnx-tensorrt 10.1 (docs/operators.md) with the types used
 # here; the rest came with 10.14 and 10.15.
 BASIC = frozenset(
@@ -50,18 +53,24 @@ def lint(path: Path, artifact: Path, opset: int) -> dict[str, int]:
     _check_use(path, model)
     _check_caches(path, model, opset)
     _check_attention(path, model)
+    _check_siblings(path, model)
     compared = 0
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
             _check_dequantize(path, node, model, tensors)
     found = {n.input[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    covered: dict[str, int] = {}
+    folder = stored(Checkpoint.open(artifact))
+    widths = {layer: folder.shape(layer)[0] for layer in folder.layers}
     for layer, codes_KN, scales_GN in quantized_layers(artifact):
-        _compare(path, layer, codes_KN, scales_GN, found, tensors)
+        _compare(path, layer, codes_KN, scales_GN, found, tensors, widths, covered)
         compared += 1
-    if compared != len(found):
-        raise ArtifactError(
-            f"{path}: dequantizes {len(found)} weights, but the artifact has {compared} quantized layers"
-        )
+    for name in found:
+        width = tensors[name].dims[1]
+        if covered.get(name) != width:
+            raise ArtifactError(
+                f"{path}: {name} has {width} columns, but the artifact's quantized layers fill {covered.get(name, 0)}"
+            )
     return {"nodes": len(model.graph.node), "quantized_layers_compared": compared}
 
 
@@ -169,6 +178,17 @@ def _check_attention(path: Path, model: onnx.ModelProto) -> None:
             )
 
 
+def _check_siblings(path: Path, model: onnx.ModelProto) -> None:
+    """A product that several linears share is cut into them in the order of its columns."""
+    for node in model.graph.node:
+        parent, _, together = node.input[0].rpartition(".") if node.op_type == "Split" else ("", "", "")
+        wanted = [f"{parent}.{member}" for member in SIBLINGS.get(together, ())]
+        if set(wanted) & set(node.output) and list(node.output) != wanted:
+            raise ArtifactError(
+                f"{path}: {node.name} gives {', '.join(node.output)}; its columns are {', '.join(wanted)}"
+            )
+
+
 def _check_dequantize(
     path: Path, node: onnx.NodeProto, model: onnx.ModelProto, tensors: dict[str, onnx.TensorProto]
 ) -> None:
@@ -203,18 +223,41 @@ def _compare(
     scales_GN: np.ndarray[Any, Any],
     found: dict[str, onnx.NodeProto],
     tensors: dict[str, onnx.TensorProto],
+    widths: Mapping[str, int],
+    covered: dict[str, int],
 ) -> None:
-    node = next((n for name, n in found.items() if name.removesuffix(".weight.codes").endswith(layer)), None)
-    if node is None:
+    """A layer's codes and scales are in the graph: alone, or as columns of the product that it shares (`siblings`).
+
+    covered: how many columns of each weight have been compared; filled here.
+    """
+    name, first = _place(layer, found, widths)
+    if name is None:
         raise ArtifactError(f"{path}: the artifact's quantized layer {layer} is not in the graph")
-    codes, scales = (tensors[name] for name in node.input)
-    written = unpack_int4(read_bytes(path.parent, codes), tuple(codes.dims))
+    codes, scales = (tensors[n] for n in found[name].input)
+    columns = slice(first, first + codes_KN.shape[1])
+    covered[name] = covered.get(name, 0) + codes_KN.shape[1]
+    written = unpack_int4(read_bytes(path.parent, codes), tuple(codes.dims))[:, columns]
     if written.shape != codes_KN.shape or (written != codes_KN).any():
         raise ArtifactError(f"{path}: the codes of {layer} are not the artifact's")
     dtype = onnx.helper.tensor_dtype_to_np_dtype(scales.data_type)
-    values = np.frombuffer(read_bytes(path.parent, scales), dtype).reshape(tuple(scales.dims))
+    values = np.frombuffer(read_bytes(path.parent, scales), dtype).reshape(tuple(scales.dims))[:, columns]
     if values.shape != scales_GN.shape or (values != scales_GN).any() or not (values > 0).all():
         raise ArtifactError(f"{path}: the scales of {layer} are not the artifact's, or not positive")
+
+
+def _place(layer: str, found: Iterable[str], widths: Mapping[str, int]) -> tuple[str | None, int]:
+    """The weight that holds a layer, and its first column there."""
+    names = {name.removesuffix(".weight.codes"): name for name in found}
+    own = next((name for stem, name in names.items() if stem.endswith(layer)), None)
+    if own is not None:
+        return own, 0
+    parent, _, leaf = layer.rpartition(".")
+    for together, members in SIBLINGS.items():
+        name = next((n for stem, n in names.items() if stem.endswith(f"{parent}.{together}")), None)
+        if leaf in members and name is not None:
+            before = members[: members.index(leaf)]
+            return name, sum(widths[f"{parent}.{member}"] for member in before)
+    return None, 0
 
 
 def unpack_int4(data: bytes, dims: tuple[int, ...]) -> np.ndarray[Any, Any]:

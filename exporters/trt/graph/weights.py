@@ -5,7 +5,7 @@ Shapes: K in_features, N out_features, G groups along K, R rows, V vocabulary, H
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Weights:
                 f"{self.checkpoint.path}: onnx-trt reads AutoAWQ gemm folders and plain ones, not "
                 f"{self.stored.format.NAME}; quantize the original with `compress awq --bits 4 --sym`"
             )
-        self._last: tuple[str, QuantizedWeight] | None = None
+        self._last: tuple[tuple[str, ...], list[QuantizedWeight]] | None = None
 
     def has(self, name: str) -> bool:
         """Whether the model has the parameter `name` (with its `.weight` or `.bias`)."""
@@ -61,6 +61,14 @@ class Weights:
     def is_quantized(self, layer: str) -> bool:
         return self.model.source_name(f"{layer}.weight").removesuffix(".weight") in self.stored
 
+    def joins(self, layers: Sequence[str]) -> bool:
+        """Whether linears of one input can be one: all plain or all of one scheme, all or none with a bias."""
+        schemes = {
+            self.stored.scheme(source).weight if source in self.stored else None
+            for source in (self.model.source_name(f"{layer}.weight").removesuffix(".weight") for layer in layers)
+        }
+        return len(schemes) == 1 and len({self.has(f"{layer}.bias") for layer in layers}) == 1
+
     def size(self, name: str) -> tuple[int, ...]:
         """A parameter's shape, from the model's definition."""
         return tuple(self._names[name].shape)
@@ -73,6 +81,17 @@ class Weights:
             yield self._bytes(read_dense(self.stored, [source])[source].float() + offset, source)
 
         return Stored(name=name, data_type=self.float_type, dims=self.size(name), chunks=chunks, part=part)
+
+    def biases(self, layers: Sequence[str], name: str) -> Stored:
+        """The biases of linears that are one, end to end."""
+        parts = [self.vector(f"{layer}.bias") for layer in layers]
+
+        def chunks() -> Iterator[bytes]:
+            for part in parts:
+                yield from part.chunks()
+
+        dims = (sum(p.dims[0] for p in parts),)
+        return Stored(name=f"{name}.bias", data_type=self.float_type, dims=dims, chunks=chunks, part=parts[0].part)
 
     def rows(self, name: str, part: str) -> Stored:
         """A matrix as it is, in slices of rows: embeddings and the output matrix can be gigabytes."""
@@ -93,67 +112,66 @@ class Weights:
 
         return Stored(name=name, data_type=self.float_type, dims=(num_rows, width), chunks=chunks, part=part)
 
-    def dense_KN(self, layer: str, part: str) -> Stored:
-        """A plain linear's weight, transposed to feed a MatMul."""
-        name = f"{layer}.weight"
-        source = self.source(name)
-        out_features, in_features = self.size(name)
+    def dense_KN(self, layers: Sequence[str], name: str, part: str) -> Stored:
+        """Plain linears of one input as one, transposed to feed a MatMul: `[K, N]`, N the sum of theirs."""
+        sources = [self.source(f"{layer}.weight") for layer in layers]
+        sizes = [self.size(f"{layer}.weight") for layer in layers]
 
         def chunks() -> Iterator[bytes]:
-            w_KN = read_dense(self.stored, [source])[source].t().contiguous()
-            yield self._bytes(w_KN.float(), source)
+            found = read_dense(self.stored, sources)
+            yield np.ascontiguousarray(np.concatenate([self._array(found[s].float(), s) for s in sources]).T).tobytes()
 
-        return Stored(name=name, data_type=self.float_type, dims=(in_features, out_features), chunks=chunks, part=part)
+        dims = (sizes[0][1], sum(n for n, _ in sizes))
+        return Stored(name=f"{name}.weight", data_type=self.float_type, dims=dims, chunks=chunks, part=part)
 
-    def int4_KN(self, layer: str, part: str) -> tuple[Stored, Stored, int]:
-        """A quantized linear: INT4 codes `[K, N]` in -8..7, scales `[G, N]`, and the group size along K.
+    def int4_KN(self, layers: Sequence[str], name: str, part: str) -> tuple[Stored, Stored, int]:
+        """Quantized linears of one input as one: INT4 codes `[K, N]` in -8..7, scales `[G, N]`, the group size along K.
 
         UnsupportedError when a zero point is not 8: TensorRT's blocked INT4 has none.
         """
-        source = self.source(f"{layer}.weight").removesuffix(".weight")
-        scheme = self.stored.scheme(source).weight
+        sources = [self.source(f"{layer}.weight").removesuffix(".weight") for layer in layers]
+        scheme = self.stored.scheme(sources[0]).weight
         assert scheme is not None
-        out_features, in_features = self.size(f"{layer}.weight")
+        sizes = [self.size(f"{layer}.weight") for layer in layers]
+        in_features, out_features = sizes[0][1], sum(n for n, _ in sizes)
 
         def codes() -> Iterator[bytes]:
-            q = self._codes(source)
-            if not bool((q.zero_point_OG == 8).all()):
-                raise UnsupportedError(
-                    f"{source}: a zero point is not 8, and TensorRT reads symmetric INT4 only; "
-                    "quantize with `compress awq --bits 4 --sym`"
-                )
-            yield pack_int4(q.codes_OI.t().contiguous())
+            found = self._codes(sources)
+            for source, q in zip(sources, found, strict=True):
+                if not bool((q.zero_point_OG == 8).all()):
+                    raise UnsupportedError(
+                        f"{source}: a zero point is not 8, and TensorRT reads symmetric INT4 only; "
+                        "quantize with `compress awq --bits 4 --sym`"
+                    )
+            yield pack_int4(torch.cat([q.codes_OI for q in found]).t().contiguous())
 
         def scales() -> Iterator[bytes]:
-            yield self._bytes(self._codes(source).scale_OG.t().float(), f"{source}.scales")
+            scale_GN = torch.cat([q.scale_OG for q in self._codes(sources)]).t()
+            yield self._bytes(scale_GN.float(), f"{sources[0]}.scales")
 
-        groups = scheme.groups(in_features, layer)
+        groups = scheme.groups(in_features, layers[0])
+        float_type, int4 = self.float_type, onnx.TensorProto.INT4
+        weight = f"{name}.weight"
         return (
+            Stored(name=f"{weight}.codes", data_type=int4, dims=(in_features, out_features), chunks=codes, part=part),
             Stored(
-                name=f"{layer}.weight.codes",
-                data_type=onnx.TensorProto.INT4,
-                dims=(in_features, out_features),
-                chunks=codes,
-                part=part,
-            ),
-            Stored(
-                name=f"{layer}.weight.scales",
-                data_type=self.float_type,
-                dims=(groups, out_features),
-                chunks=scales,
-                part=part,
+                name=f"{weight}.scales", data_type=float_type, dims=(groups, out_features), chunks=scales, part=part
             ),
             in_features // groups,
         )
 
-    def _codes(self, source: str) -> QuantizedWeight:
-        """A layer's codes; the last one is kept, since codes and scales are asked for one after the other."""
-        if self._last is None or self._last[0] != source:
-            self._last = (source, self.stored.weight(source))
+    def _codes(self, sources: Sequence[str]) -> list[QuantizedWeight]:
+        """Layers' codes; the last ones are kept, since codes and scales are asked for one after the other."""
+        if self._last is None or self._last[0] != tuple(sources):
+            self._last = (tuple(sources), [self.stored.weight(source) for source in sources])
         return self._last[1]
 
     def _bytes(self, values: Tensor, source: str) -> bytes:
-        """Little-endian bytes in the graph's float type; ArtifactError for what float16 cannot hold."""
+        """Little-endian bytes in the graph's float type."""
+        return self._array(values, source).tobytes()
+
+    def _array(self, values: Tensor, source: str) -> np.ndarray[Any, Any]:
+        """Values in the graph's float type; ArtifactError for what float16 cannot hold."""
         with np.errstate(over="ignore"):  # what overflows is reported below
             array = values.numpy().astype(_NUMPY[self.float_type])
         if not np.isfinite(array).all():
@@ -161,8 +179,7 @@ class Weights:
                 f"{self.checkpoint.path}: tensor {source} reaches {float(values.abs().max()):.3g}, beyond float16's "
                 "65504 or not finite; TensorRT would compute infinities from it"
             )
-        data: bytes = array.tobytes()
-        return data
+        return array
 
 
 def pack_int4(codes_KN: Tensor) -> bytes:

@@ -41,7 +41,7 @@ def make(build_model: Any, calib_text: Path, tmp_path: Path) -> Any:
 
 def write(artifact: Path, tmp_path: Path, target: str = "a100", **options: Any) -> tuple[Path, Written]:
     staged = tmp_path / "staged"
-    staged.mkdir()
+    staged.mkdir(parents=True)
     job = Job(artifact=artifact, target=TARGETS[target], context=192, batch=3, staged=staged, options=options)
     return staged, hf.write(job)
 
@@ -112,8 +112,11 @@ def test_damage_is_found(make: Any, tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, path)
+    with pytest.raises(ArtifactError, match="model.safetensors is not what was published"):
+        write(artifact, tmp_path / "signed")
+    (artifact / "compress.json").unlink()  # a folder that nobody signed: its numbers must tell
     with pytest.raises(ArtifactError, match="model.norm.weight has NaN"):
-        write(artifact, tmp_path)
+        write(artifact, tmp_path / "unsigned")
 
 
 def test_a_copy_that_differs_is_found(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +221,7 @@ def test_folders_that_vllm_would_misread(make: Any, tmp_path: Path, change: Any,
     config = read_json(artifact / "config.json")
     config["quantization_config"].update(change)
     (artifact / "config.json").write_text(json.dumps(config))
+    (artifact / "compress.json").unlink()  # which would tell that the config was changed
     with pytest.raises(ArtifactError, match=message):
         write(artifact, tmp_path)
 

@@ -89,12 +89,19 @@ def flip(model: onnx.ModelProto, folder: Path, suffix: str) -> None:
 
 
 def exchanged(model: onnx.ModelProto, folder: Path) -> None:
-    """k and v of one layer swapped: same shapes, every weight present."""
-    k = next(n for n in model.graph.node if n.name == "model.layers.2.self_attn.k_proj/dequantized")
-    v = next(n for n in model.graph.node if n.name == "model.layers.2.self_attn.v_proj/dequantized")
-    a, b = list(k.input), list(v.input)
-    for which, names in ((k, b), (v, a)):
+    """o of two layers swapped: same shapes, every weight present."""
+    one = next(n for n in model.graph.node if n.name == "model.layers.2.self_attn.o_proj/dequantized")
+    other = next(n for n in model.graph.node if n.name == "model.layers.3.self_attn.o_proj/dequantized")
+    a, b = list(one.input), list(other.input)
+    for which, names in ((one, b), (other, a)):
         which.input[:] = names
+
+
+def exchanged_pieces(model: onnx.ModelProto, folder: Path) -> None:
+    """k and v of one product swapped: as wide as each other, so no shape tells."""
+    split = next(n for n in model.graph.node if "model.layers.2.self_attn.k_proj" in n.output)
+    q, k, v = split.output
+    split.output[:] = [q, v, k]
 
 
 def dense_instead(model: onnx.ModelProto, folder: Path) -> None:
@@ -178,6 +185,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "code": (code, "the codes of .* are not the artifact's"),
     "scale": (scale, "the scales of .* are not the artifact's"),
     "exchanged weights": (exchanged, "each belongs to its own layer"),
+    "exchanged pieces": (exchanged_pieces, "its columns are .*q_proj, .*k_proj, .*v_proj"),
     "dense layer": (dense_instead, "is not in the graph"),
     "short file": (short_file, "ends at byte"),
     "overlap": (overlap, "share bytes"),
@@ -211,5 +219,5 @@ def test_each_rule_is_enforced(name: str, written: tuple[Path, Path], tmp_path: 
 
 def test_graph_of_another_artifact_is_refused(written: tuple[Path, Path], reference_model: Path) -> None:
     """The unquantized parent has no quantized layers, so a graph that dequantizes is not its."""
-    with pytest.raises(ArtifactError, match="dequantizes 42 weights, but the artifact has 0"):
+    with pytest.raises(ArtifactError, match="has .* columns, but the artifact's quantized layers fill 0"):
         lint(written[1] / GRAPH, reference_model, 24)
