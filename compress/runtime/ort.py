@@ -21,7 +21,7 @@ from compress import threads
 from compress.errors import ArtifactError, ConfigError, UnsupportedError, explained
 from compress.files import check_file, read_json
 from compress.folders import check_members
-from compress.runtime.runner import Tokens
+from compress.runtime.runner import Span, Tokens
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -159,14 +159,27 @@ def _capacity(path: Path, pasts: Mapping[str, tuple[int, int, int]], session: An
 
 
 class OnnxReading:
-    """Runs a sequence when its logits are asked for, and keeps the last."""
-
-    observed = None
+    """Runs a sequence when its logits are asked for; keeps the last, and what was asked for last."""
 
     def __init__(self, runner: OnnxRunner, sequences: Sequence[Tokens]) -> None:
         self.runner = runner
         self.sequences = sequences
+        self.observed: None = None
         self._last: tuple[int, Tensor] | None = None
+        self._asked: tuple[Sequence[Span], Tensor] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.runner.vocab_size
+
+    @property
+    def ids_at_once(self) -> int:
+        return self.runner.vocab_size
+
+    def at(self, spans: Sequence[Span], ids: range) -> Tensor:
+        if self._asked is None or self._asked[0] != spans:
+            self._asked = (list(spans), torch.cat([self.logits(*span) for span in spans]))
+        return self._asked[1][:, ids.start : ids.stop]
 
     def logits(self, index: int, start: int, stop: int) -> Tensor:
         if self._last is None or self._last[0] != index:
@@ -174,7 +187,7 @@ class OnnxReading:
         return self._last[1][start:stop]
 
     def close(self) -> None:
-        self._last = None
+        self._last = self._asked = None
 
 
 def find_graph(folder: Path) -> Path:
