@@ -34,6 +34,26 @@ DTYPES = {
 _KNOWN = ("input_ids", "attention_mask", "position_ids", "write_indices", "logits_indices")
 
 
+def open_session(path: Path) -> Any:
+    """An ONNX Runtime session of a graph file on the CPU, computing what the graph says.
+
+    ONNX Runtime fuses DequantizeLinear and MatMul, and unless told otherwise then rounds activations to INT8, which is
+    another model (0.6 % off); accuracy level 0 keeps them. ConfigError when ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise ConfigError(
+            f'{path} needs ONNX Runtime, which is not installed; pip install "compress-toolkit[onnx]"'
+        ) from e
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    threads.calm(options)
+    options.log_severity_level = 3  # errors; TensorScatter warns at every call that it copies
+    with explained(f"{path}: ONNX Runtime cannot open the graph", "export it again"):
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 class OnnxRunner:
     """See `compress.runtime.runner.Runner`. `capacity` is the length of fixed caches, None without."""
 
@@ -52,21 +72,9 @@ class OnnxRunner:
     @classmethod
     def open(cls, folder: Path) -> OnnxRunner:
         """Open the folder's graph. ConfigError when ONNX Runtime is missing, UnsupportedError for an unknown input."""
-        try:
-            import onnxruntime
-        except ImportError as e:
-            raise ConfigError(
-                f'{folder} needs ONNX Runtime, which is not installed; pip install "compress-toolkit[onnx]"'
-            ) from e
         check_members(folder)
         path = find_graph(folder)
-        # ONNX Runtime fuses DequantizeLinear and MatMul, and unless told otherwise then rounds activations to INT8
-        options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        threads.calm(options)
-        options.log_severity_level = 3  # errors; TensorScatter warns at every call that it copies
-        with explained(f"{path}: ONNX Runtime cannot open the graph", "export it again"):
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(path)
         if "logits" not in [o.name for o in session.get_outputs()]:
             raise UnsupportedError(f"{path}: no output is called logits; only causal language models can be judged")
         for i in session.get_inputs():
