@@ -102,6 +102,7 @@ class StreamedModel:
         checkpoint = Checkpoint.open(path)
         model = meta_model(checkpoint, trust_remote_code=trust_remote_code)
         opened = cls(checkpoint, model, dtype, torch.device(device))
+        opened._check_prefixes()
         check_all_read(opened.stored, model, opened._source, opened.blocks_name, opened.num_blocks)
         return opened
 
@@ -144,6 +145,18 @@ class StreamedModel:
         prefix = f"{self.blocks_name}.{index}."
         first = next(iter(self.blocks[index].state_dict()))
         return self.source_name(prefix + first, suffix=first)
+
+    def _check_prefixes(self) -> None:
+        """What is written of a block is told from the rest by the checkpoint's prefix of its names."""
+        for index, block in enumerate(self.blocks):
+            prefix = self.block_prefix(index)
+            for name in block.state_dict():
+                source = self._source[f"{self.blocks_name}.{index}.{name}"]
+                if not source.startswith(prefix):
+                    raise ArtifactError(
+                        f"{self.checkpoint.path}: {source} belongs to the block whose other tensors are called "
+                        f"{prefix}*; fetch the model again"
+                    )
 
     def source_name(self, name: str, suffix: str = "") -> str:
         """The checkpoint's prefix for the model's parameter `name` once `suffix` is cut off."""
