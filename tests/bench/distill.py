@@ -50,7 +50,6 @@ def say(**facts: Any) -> None:
 def memory(arguments: argparse.Namespace) -> None:
     """Peak memory beyond the inputs and the output matrix's gradient, and the time, of forward and backward."""
     from compress.distill.heads import DenseTeacher, Head
-    from compress.distill.losses import Objective, losses
 
     tokens, width = arguments.tokens, arguments.width
     for vocabulary in (131_072, 262_144):
@@ -63,16 +62,7 @@ def memory(arguments: argparse.Namespace) -> None:
             head=Head(weight_VH=torch.randn(vocabulary, width, **make) / width**0.5),
         )
 
-        def own(fuse: bool) -> torch.Tensor:
-            return losses(hidden, Head(weight_VH=weight), teacher, None, Objective(), fuse=fuse)[0].mean()
-
-        def plain() -> torch.Tensor:
-            log_q = (hidden @ weight.t()).float().log_softmax(-1)
-            log_p = (teacher.hidden_PH @ teacher.head.weight_VH.t()).float().log_softmax(-1)
-            return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-        ways = {"blocks": lambda: own(False), "blocks, compiled": lambda: own(True), "plain": plain}
-        ways |= _liger(hidden, weight, teacher)
+        ways = _ways(hidden, weight, teacher)
         for name, way in ways.items():
             try:
                 say(
@@ -86,6 +76,23 @@ def memory(arguments: argparse.Namespace) -> None:
             except torch.cuda.OutOfMemoryError:
                 say(what="loss", way=name, vocabulary=vocabulary, tokens=tokens, width=width, out_of_memory=True)
             torch.cuda.empty_cache()
+
+
+def _ways(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str, Any]:
+    """The loss by our blocks, by the same compiled, written out plainly, and by Liger where it is installed."""
+    from compress.distill.heads import Head
+    from compress.distill.losses import Objective, losses
+
+    def own(fuse: bool) -> torch.Tensor:
+        return losses(hidden, Head(weight_VH=weight), teacher, None, Objective(), fuse=fuse)[0].mean()
+
+    def plain() -> torch.Tensor:
+        log_q = (hidden @ weight.t()).float().log_softmax(-1)
+        log_p = (teacher.hidden_PH @ teacher.head.weight_VH.t()).float().log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    ways = {"blocks": lambda: own(False), "blocks, compiled": lambda: own(True), "plain": plain}
+    return ways | _liger(hidden, weight, teacher)
 
 
 def _liger(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str, Any]:
