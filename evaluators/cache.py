@@ -46,6 +46,11 @@ def key(runner: TorchRunner, sequences: Sequence[Tokens], observe: int, model_sh
     return digest.hexdigest()
 
 
+def holds(folder: Path, name: str) -> bool:
+    """Whether something is kept under this key."""
+    return (folder / f"{name}.safetensors").is_file()
+
+
 def load(folder: Path, name: str, runner: TorchRunner, sequences: Sequence[Tokens]) -> TorchReading | None:
     """The reading kept under this key, or None."""
     path = folder / f"{name}.safetensors"
@@ -96,6 +101,7 @@ def save(folder: Path, name: str, reading: TorchReading) -> str | None:
             total -= path.stat().st_size
             path.unlink()
         save_atomically(folder / f"{name}.safetensors", tensors)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:  # safetensors has an error of its own for a full disk
+        (folder / f".{name}.safetensors.tmp").unlink(missing_ok=True)
         return f"the reference's results are not cached: {e}"
     return None
