@@ -147,8 +147,8 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
     if outcome.requantized:
         judge = advice.command("evaluate", outcome.requantized)
         console.print(
-            f"the codes that ship are those of {outcome.requantized}, quantized again for this reader: a verdict on the "
-            f"artifact that you named does not hold for them. Judge them: {judge}",
+            f"the codes that ship are those of {outcome.requantized}, quantized again for this reader: a verdict on "
+            f"the artifact that you named does not hold for them. Judge them: {judge}",
             soft_wrap=True,
         )
     verified = outcome.record["written"]["verified"]
