@@ -26,6 +26,10 @@ _COMMANDS = {
         "compress.cli.awq",
         "Quantize to AWQ INT4: an AutoAWQ folder that vLLM, SGLang and transformers load.",
     ),
+    "int8": (
+        "compress.cli.int8",
+        "Quantize to INT8, W8A8 or W8A16: a compressed-tensors folder for vLLM, SGLang and transformers.",
+    ),
     "teach": (
         "compress.cli.teach",
         "Write what a teacher predicts over a text, to train students from.",
