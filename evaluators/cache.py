@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def save(folder: Path, name: str, reading: TorchReading) -> str | None:
         return f"the reference's results are not cached: {size / 2**30:.1f} GiB is more than {LARGEST >> 30} GiB"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns)
+        # By their names these are ours; nothing else in the folder is ever removed.
+        ours = [p for p in folder.glob("*.safetensors") if re.fullmatch(r"[0-9a-f]{64}", p.stem)]
+        kept = sorted(ours, key=lambda p: p.stat().st_mtime_ns)
         total = sum(p.stat().st_size for p in kept) + size
         for path in kept:
             if total <= TOTAL:

@@ -81,12 +81,9 @@ def command(
     """
     import calibration_data
     from compress.devices import described, pick_device
+    from compress.output import check_apart
     from compress.workspace import is_candidate, is_reference, judged_as, resolve
 
-    if report is not None:
-        _check_writable(report, "--report")
-    if cache_folder is not None and not no_cache:
-        _check_writable(cache_folder, "--cache")
     device = pick_device(device)
     source = judged_as(resolve(candidate, accept=is_candidate))
     original = _original(source, reference)
@@ -95,6 +92,15 @@ def command(
             "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE.txt (or "
             ".jsonl, .parquet), --data hf:DATASET:SPLIT:COLUMN, or --data self (windows sampled from the original)"
         )
+    from evaluators.written import refuse_strangers
+
+    models = {"the candidate": source.path, "the reference": original}
+    for flag, folder in (("--report", report), ("--cache", None if no_cache else cache_folder)):
+        if folder is not None:
+            check_apart(folder, models, flag)
+            _check_writable(folder, flag)
+    if report is not None:
+        refuse_strangers(report)
     if not as_json:
         said = f"candidate: {source.said}\nreference: {original}\ncomputed on: {described(device)}"
         print(said, file=sys.stderr)
@@ -144,6 +150,8 @@ def _write(found: Report, folder: Path) -> ConfigError | None:
         print(f"note: {line}", file=sys.stderr)
     try:
         files, note = write_reports(found, folder, others)
+    except ConfigError as e:
+        return e
     except OSError as e:
         return ConfigError(f"the report could not be written to {folder} ({reason(e)}); what was found stands above")
     print(f"wrote {', '.join(str(f) for f in files)}", file=sys.stderr)

@@ -17,7 +17,7 @@ from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import awq_gemm
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
-from compress.plan import LayerPlan, LayerScheme
+from compress.plan import KvScheme, LayerPlan, LayerScheme
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
 from compress.quantize.damage import damaged
 from compress.quantize.tune import TuneOptions
@@ -123,22 +123,32 @@ def plan_of(request: AwqRequest, model: StreamedModel) -> LayerPlan:
 
     Says no, in one sentence, to what the method cannot do, before any work is done.
     """
-    refuse_quantized(model)
     if request.effort == "best" and distributed.running():
         raise UnsupportedError(
             f"--effort best tunes each block on all rows in one process, and {distributed.num_processes()} were "
             "started; start one, or use --effort balanced"
         )
+    return plan_blocks(model, LayerScheme(weight=request.scheme), skip=request.skip)
+
+
+def plan_blocks(
+    model: StreamedModel, scheme: LayerScheme, *, skip: Sequence[str] = (), kv: KvScheme | None = None
+) -> LayerPlan:
+    """Every linear of the blocks in `scheme` but those skipped; the others stay dense.
+
+    UnsupportedError for a model that is quantized already, and for layers that readers would not find.
+    """
+    refuse_quantized(model)
     outside, inside = stage.names_of(model)
-    blocks = LayerPlan.uniform(inside, LayerScheme(weight=request.scheme), skip=request.skip)
-    plan = LayerPlan({**LayerPlan.dense(outside), **blocks})
+    blocks = LayerPlan.uniform(inside, scheme, skip=skip)
+    plan = LayerPlan({**LayerPlan.dense(outside), **blocks}, kv)
     for i, block in enumerate(model.blocks):
         for name, module in linears(block).items():
             full = model.block_prefix(i) + name
             if is_conv1d(module) and not plan[full].is_dense:
                 raise UnsupportedError(
-                    f"{full} is a transformers Conv1D (GPT-2's transposed linear), which AutoAWQ readers leave "
-                    "as it is, so they could not load the folder; use a model built of nn.Linear"
+                    f"{full} is a transformers Conv1D (GPT-2's transposed linear), which readers of quantized folders "
+                    "leave as it is, so they could not load the folder; use a model built of nn.Linear"
                 )
     return plan
 

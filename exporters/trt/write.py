@@ -16,14 +16,13 @@ from compress.files import json_bytes, write_bytes_atomically
 from compress.model import StreamedModel
 from compress.runtime.ort import open_session
 from exporters import reference
-from exporters.reader import Job, Layout, Written
+from exporters.reader import Job, Written
 from exporters.trt.graph import architecture, engine, run
 from exporters.trt.graph.build_engine import available_bytes
 from exporters.trt.graph.decoder import DIALECTS
 from exporters.trt.graph.lint import lint, products
 from exporters.trt.graph.write import DATA, GRAPH, write_graph
 
-LAYOUT = Layout(num_bits=(4,), symmetric=True)
 OPSET = 24
 LARGE = 1_000_000_000
 # ONNX Runtime's memory over the weights' file: 2.0 (float16, 2.7 GB) and 1.8 (INT4, 1.1 GB) were measured.

@@ -1,0 +1,161 @@
+"""`compress int8`: options, progress and the closing summary. The work is in `compress.quantize.int8_stage`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compress.cli.calibrated import calibrated, console, print_json, print_rows_used, print_written
+from compress.cli.progress import Shown
+
+
+def _strength(_: click.Context, option: click.Parameter, value: str) -> float | None:
+    """`auto` is None; anything else must be a number, whose bounds the request checks."""
+    if value == "auto":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither `auto` nor a number from 0 to 1", param=option) from None
+
+
+@click.command("int8")
+@click.argument("model", required=False)
+@click.option(
+    "--scheme",
+    type=click.Choice(["w8a8", "w8a16"]),
+    default="w8a8",
+    show_default=True,
+    help="w8a8: weights and inputs as integers (A100, Orin, CPUs); w8a16: weights only.",
+)
+@click.option(
+    "--smoothing",
+    default="auto",
+    show_default=True,
+    metavar="auto|0..1",
+    callback=_strength,
+    help="How much of the inputs' outliers moves into the weights: searched for each group, or one strength for all.",
+)
+@click.option(
+    "--static", is_flag=True, help="One calibrated range of inputs a layer, for readers of Q/DQ; else one a token."
+)
+@click.option(
+    "--sym-activations/--asym-activations",
+    default=True,
+    show_default=True,
+    help="Inputs without zero points, or with.",
+)
+@click.option(
+    "--kv-cache", type=click.Choice(["int8"]), help="Keys and values in INT8 as well (vLLM's int8_per_token_head)."
+)
+@click.option(
+    "--group-size",
+    type=int,
+    default=-1,
+    show_default=True,
+    help="Input channels that share a scale (w8a16 only); -1: one scale a row.",
+)
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "balanced"]),
+    default="balanced",
+    show_default=True,
+    help="fast: smoothing and fitted ranges; balanced: with error feedback.",
+)
+@calibrated
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder to make [default: artifacts/NAME-int8-w8a8]."
+)
+def command(
+    model: str | None,
+    out: Path | None,
+    as_json: bool,
+    device: str,
+    dtype: str,
+    **rest: Any,
+) -> None:
+    """Quantize MODEL (a Hugging Face folder or hub id) to INT8, block by block.
+
+    The result is a compressed-tensors folder, which vLLM, SGLang and transformers load, with a manifest, compress.json.
+    A killed run goes on where it was, and ends with the same bytes.
+    """
+    started = time.monotonic()
+    from compress.devices import described, pick_device, pick_dtype
+
+    # Options that do not fit each other are refused before a model is looked for.
+    from compress.quantize.int8_stage import Int8Request, quantize_int8
+    from compress.workspace import WORKSPACE, Source, is_model, resolve
+
+    nowhere = Source(path=Path(), name="", said="")
+    label = Int8Request(source=nowhere, out=Path(), **rest).label()
+    source = resolve(model, quantizable=True, accept=is_model)
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
+    target = out or WORKSPACE / f"{source.name}-int8-{label}"
+    request = Int8Request(source=source, out=target, device=device, dtype=dtype, **rest)
+    with Shown(quiet=as_json, describe=_block_text) as shown:
+        outcome = quantize_int8(request, shown)
+    ended = time.monotonic()
+    if as_json:
+        print_json(outcome, ended - (shown.started or started), ended - started)
+    else:
+        _print_summary(outcome, ended - started, label)
+
+
+def _block_text(report: Mapping[str, Any]) -> str:
+    worst = max(report["layers"], key=lambda layer: layer["error"], default=None)
+    if worst is None:
+        return "nothing to quantize"
+    return f"worst {worst['layer'].split('.')[-1]} {worst['error']:.2e} (round-to-nearest {worst['rtn_error']:.2e})"
+
+
+def _print_summary(outcome: Any, seconds: float, label: str) -> None:
+    from rich.table import Table
+
+    record = outcome.record
+    to = console()
+    table = Table(title="Layers: output error power relative to the output's own", title_justify="left")
+    for column in ("layer", "error", "of inputs", "round-to-nearest", "of it", "smoothing"):
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
+    for layer in record["layers"]:
+        table.add_row(
+            layer["layer"],
+            f"{layer['error']:.3e}",
+            f"{layer['inputs_error']:.3e}",
+            f"{layer['rtn_error']:.3e}",
+            f"{layer['error'] / max(layer['rtn_error'], 1e-30):.2f}",
+            f"{layer['strength']:.1f}{' descended' if layer['descended'] else ''}",
+        )
+    to.print(table)
+    worst = sorted(record["layers"], key=lambda layer: -layer["error"])[:5]
+    to.print("worst layers: " + ", ".join(f"{w['layer']} {w['error']:.2e}" for w in worst), soft_wrap=True)
+    unfolded = [g for g in record["groups"] if g["fold"] is None]
+    if unfolded:
+        names = ", ".join(sorted({g["layers"][0].rsplit(".", 1)[-1] for g in unfolded}))
+        to.print(f"no smoothing for {len(unfolded)} of {len(record['groups'])} groups ({names}): see compress.json")
+    cache = record.get("kv_cache")
+    if cache:
+        said = ", ".join(f"{part} {max(c[part] for c in cache):.1e}" for part in ("keys", "values", "both"))
+        to.print(f"INT8 KV cache, error of the worst block's output: {said}")
+    print_rows_used(to, record)
+    for note in outcome.notes:
+        to.print(note)
+    print_written(to, outcome, seconds, label, record["left_dense"])
+    to.print(f"next: compress evaluate {outcome.out}   or, for less error: {_advice(record)}", soft_wrap=True)
+
+
+def _advice(record: Mapping[str, Any]) -> str:
+    options = record["options"]
+    if options["effort"] != "balanced":
+        return "--effort balanced"
+    if options["static"]:
+        return "leave --static out, if your reader quantizes by token"
+    if options["scheme"] == "w8a8":
+        return "--scheme w8a16, or --skip the worst layers"
+    return "--group-size 128" if options["group_size"] == -1 else "--skip the worst layers"

@@ -1,0 +1,202 @@
+"""`compress int8` as a stage: what the user asks for, the plan, and what the driver is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import stage
+from compress.block import BlockDone
+from compress.calibration_rows import Text, recorded_calib
+from compress.checkpoint import Checkpoint
+from compress.errors import ArtifactError, ConfigError
+from compress.formats import compressed_tensors
+from compress.model import StreamedModel
+from compress.plan import ActivationScheme, KvScheme, LayerPlan, LayerScheme
+from compress.quantize.awq_stage import plan_blocks
+from compress.quantize.int8_block import Int8Options, int8_block
+from compress.quantize.stored import to_stored
+from compress.scheme import Scheme
+from compress.stage import Job, Outcome, Stage
+from compress.tell import SILENT, Tell
+from compress.workspace import Source
+
+SCHEMES = ("w8a8", "w8a16")
+
+# The fields of a request that a manifest records, and that a recorded recipe may set again.
+_RECORDED = (
+    "samples", "seq_len", "seed", "dtype", "device", "skip", "effort", "scheme", "group_size", "static",
+    "sym_activations", "kv_cache", "smoothing", "self_samples",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Request:
+    """Everything that decides the artifact. samples and seq_len count calibration rows and tokens a row.
+
+    scheme: `w8a8`, weights and inputs as integers, or `w8a16`, weights only. group_size: input channels that share a
+    scale, -1 for one scale a row, which is all that readers take of w8a8. static: inputs with one calibrated range a
+    layer instead of one a token. sym_activations: without zero points. kv_cache: `int8` or None. smoothing: a strength
+    of SmoothQuant's formula for every group, 0 for none, None to search. self_samples: rows sampled from the model
+    itself and added to the text.
+    """
+
+    source: Source
+    out: Path
+    scheme: str = "w8a8"
+    group_size: int = -1
+    static: bool = False
+    sym_activations: bool = True
+    kv_cache: str | None = None
+    smoothing: float | None = None
+    calib: str | None = None
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    skip: tuple[str, ...] = ()
+    effort: str = "balanced"
+    self_samples: int | None = None
+    force: bool = False
+    resume: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ConfigError(f"--scheme {self.scheme} is not one of {', '.join(SCHEMES)}; choose one of these")
+        if self.scheme == "w8a8" and self.group_size != -1:
+            raise ConfigError(
+                f"--scheme w8a8 has one scale a row, and --group-size {self.group_size} asks for more; use --scheme "
+                "w8a16, or leave --group-size out"
+            )
+        if self.scheme == "w8a16" and (self.static or not self.sym_activations):
+            asked = "--static" if self.static else "--asym-activations"
+            raise ConfigError(f"{asked} is about inputs, which --scheme w8a16 does not quantize; use --scheme w8a8")
+        if self.kv_cache not in (None, "int8"):
+            raise ConfigError(f"--kv-cache {self.kv_cache} is not computed; choose int8, or leave it out")
+
+    def layer_scheme(self) -> LayerScheme:
+        """What every layer becomes."""
+        weight = Scheme(num_bits=8, group_size=self.group_size, symmetric=True)
+        if self.scheme == "w8a16":
+            return LayerScheme(weight=weight)
+        return LayerScheme(
+            weight=weight, input=ActivationScheme(symmetric=self.sym_activations, dynamic=not self.static)
+        )
+
+    def kv(self) -> KvScheme | None:
+        """How the cache is to be held."""
+        return KvScheme() if self.kv_cache == "int8" else None
+
+    def label(self) -> str:
+        """Short name as used in file names: `w8a8`, `w8a8-static`, `w8a16g128`, `w8a8-kv8`."""
+        parts = [self.scheme + (f"g{self.group_size}" if self.group_size != -1 else "")]
+        parts += ["static"] if self.static else []
+        parts += [] if self.sym_activations else ["asym"]
+        parts += ["kv8"] if self.kv_cache else []
+        return "-".join(parts)
+
+    def options(self) -> dict[str, Any]:
+        """What the manifest and the resumed run's check record."""
+        return {
+            **{name: getattr(self, name) for name in _RECORDED},
+            "device": torch.device(self.device).type,
+            "skip": list(self.skip),
+        }
+
+    def job(self) -> Job:
+        """What the driver is told."""
+        return Job(
+            source=self.source,
+            out=self.out,
+            text=Text(
+                calib=self.calib,
+                samples=self.samples,
+                seq_len=self.seq_len,
+                self_samples=self.self_samples,
+                seed=self.seed,
+            ),
+            dtype=self.dtype,
+            device=self.device,
+            force=self.force,
+            resume=self.resume,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def quantize_int8(request: Int8Request, tell: Tell = SILENT) -> Outcome:
+    """Quantize `request.source` to a compressed-tensors folder at `request.out`; see `stage.run`."""
+    return stage.run(int8_stage(request), request.job(), tell)
+
+
+def int8_stage(request: Int8Request) -> Stage:
+    """The stage that a request asks for."""
+    options = Int8Options(
+        effort=request.effort,
+        strength=request.smoothing,
+        dtype=stored_dtype(Checkpoint.open(request.source.path)),
+    )
+    return Stage(
+        name="int8",
+        options=request.options(),
+        format=compressed_tensors,
+        paths=options.paths,
+        wants=options.wanted,
+        plan=lambda model: plan_blocks(model, request.layer_scheme(), skip=request.skip, kv=request.kv()),
+        block=partial(int8_block, options=options),
+        stored=lambda value, name: to_stored(value, name, options.dtype),
+        config=partial(_config, options.dtype),
+        record=record_of,
+    )
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What scales and everything that is not quantized are stored in: the model's own 16-bit floats, else float16."""
+    largest = max(checkpoint.tensors.values(), key=lambda info: info.num_bytes)
+    return torch.bfloat16 if largest.dtype == "BF16" else torch.float16
+
+
+def _config(dtype: torch.dtype, model: StreamedModel, plan: LayerPlan) -> dict[str, Any]:
+    """The source's config.json with the dtype of what is not quantized."""
+    config = dict(model.checkpoint.config)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    return config
+
+
+def record_of(done: Sequence[BlockDone], plan: LayerPlan) -> dict[str, Any]:
+    """Errors of all layers, what was found of all groups, what an INT8 cache costs, and what was left as it is."""
+    record: dict[str, Any] = {
+        "layers": [layer for step in done for layer in step.report["layers"]],
+        "groups": [{"block": step.index, **group} for step in done for group in step.report["groups"]],
+        "left_dense": list(plan.left_dense),
+    }
+    if plan.kv is not None:
+        record["kv_cache"] = [{"block": step.index, **step.report["kv_cache"]} for step in done]
+    return record
+
+
+def request_from_record(
+    record: Mapping[str, Any], folder: Path, *, source: Source, out: Path, **changed: Any
+) -> Int8Request:
+    """The request that made the artifact in `folder`, as its manifest's `record` tells it, with fields `changed`.
+
+    `source` is its parent. Raises ArtifactError when the record holds an option that this version does not know, or
+    when the calibration text is gone.
+    """
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in record["options"].items()}
+    unknown = sorted(set(options) - set(_RECORDED))
+    if record.get("stage") != "int8" or unknown:
+        what = f"option {unknown[0]}" if unknown else f"stage {record.get('stage')!r}"
+        raise ArtifactError(
+            f"{folder}: its manifest records {what}, which this version cannot run again; quantize its parent "
+            f"{record['parent']['path']} yourself with `compress int8`"
+        )
+    calib = recorded_calib(record, folder)
+    return Int8Request(source=source, out=out, calib=calib, **{**options, **changed})
