@@ -1,65 +1,79 @@
-"""A finished block is believed only as this run wrote it; anything else is done again, and nothing is removed."""
+"""Finished blocks on disk: read back as they were, and not believed when anything about them is off."""
 
 from pathlib import Path
 
-import pytest
+import torch
 
-from compress.files import file_sha256
-from compress.journal import SharedStore, read_record, write_record
+from compress.block import BlockResult
+from compress.formats import compressed_tensors
+from compress.journal import Journal
+from compress.plan import ActivationScheme, LayerPlan, LayerScheme
+from compress.quantized import QuantizedWeight, StaticInput
+from compress.scheme import Scheme
 
-RUN = "ab" * 32
+PREFIX = "model.layers.3."
+W8 = Scheme(num_bits=8, group_size=-1, symmetric=True)
+PLAN = LayerPlan(
+    {
+        f"{PREFIX}up": LayerScheme(weight=W8, input=ActivationScheme(dynamic=False, symmetric=False)),
+        f"{PREFIX}down": LayerScheme(weight=W8),
+    }
+)
 
 
-def kept(folder: Path, name: str, run: str = RUN) -> tuple[Path, Path]:
-    tensors, record = folder / f"{name}.safetensors", folder / f"{name}.json"
-    tensors.write_bytes(f"the weights of {name}".encode() * 9)
-    write_record(
-        record, run, {"index": name, "sha256": file_sha256(tensors), "meant": {"a": "00"}, "report": {"x": 0.1}}
+def block() -> BlockResult:
+    generator = torch.Generator().manual_seed(0)
+
+    def weight() -> QuantizedWeight:
+        return QuantizedWeight(
+            codes_OI=torch.randint(0, 256, (8, 16), dtype=torch.uint8, generator=generator),
+            scale_OG=torch.rand(8, 1, generator=generator).bfloat16() + 0.5,
+            zero_point_OG=torch.full((8, 1), 128, dtype=torch.uint8),
+            scheme=W8,
+        )
+
+    static = StaticInput(scale=torch.tensor([0.25]), zero_point=torch.tensor([7], dtype=torch.uint8))
+    return BlockResult(
+        quantized={"up": weight(), "down": weight()},
+        dense={"norm.weight": torch.ones(4, dtype=torch.bfloat16), "up.bias": torch.zeros(8)},
+        inputs={"up": static},
+        report={"layers": [1, 2]},
     )
-    return record, tensors
 
 
-def test_what_was_kept_is_read(tmp_path: Path) -> None:
-    record, tensors = kept(tmp_path, "b")
-    found = read_record(record, RUN, tensors)
-    assert found is not None and found["index"] == "b" and found["report"] == {"x": 0.1}
-    assert read_record(record, RUN) == found
+def journal(folder: Path, run: str = "run") -> Journal:
+    return Journal(folder, run, compressed_tensors, PLAN)
 
 
-def test_any_flipped_bit_of_a_record_or_its_tensors_is_noticed(tmp_path: Path) -> None:
-    record, tensors = kept(tmp_path, "b")
-    noticed = 0
-    for path in (record, tensors):
-        whole = path.read_bytes()
-        for position in range(len(whole)):
-            damaged = bytearray(whole)
-            damaged[position] ^= 1 << position % 8
-            path.write_bytes(damaged)
-            found = read_record(record, RUN, tensors)
-            if found is None:
-                noticed += 1
-            else:  # white space between two words of JSON: what is read is what was written
-                assert path == record and found["report"] == {"x": 0.1} and found["meant"] == {"a": "00"}
-            assert path.exists()
-        path.write_bytes(whole)
-    assert noticed > 300 and read_record(record, RUN, tensors) is not None
+def test_a_block_comes_back_as_it_was(tmp_path: Path) -> None:
+    journal(tmp_path).save(3, PREFIX, block())
+    found, meant = journal(tmp_path).load(3), block()
+    assert found is not None and found.report == meant.report
+    assert found.quantized.keys() == meant.quantized.keys() and found.dense.keys() == meant.dense.keys()
+    for name, q in meant.quantized.items():
+        assert torch.equal(found.quantized[name].codes_OI, q.codes_OI)
+        assert torch.equal(found.quantized[name].scale_OG, q.scale_OG)
+    assert all(torch.equal(found.dense[name], value) for name, value in meant.dense.items())
+    assert list(found.inputs) == ["up"]
+    assert torch.equal(found.inputs["up"].scale, torch.tensor([0.25])) and int(found.inputs["up"].zero_point) == 7
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"run": NaN}', b"[" * 50_000, b"\xff\xfe"])
-def test_a_record_that_is_none_is_no_record(tmp_path: Path, content: bytes) -> None:
-    record, tensors = kept(tmp_path, "b")
-    record.write_bytes(content)
-    assert read_record(record, RUN, tensors) is None and record.read_bytes() == content
-
-
-def test_another_runs_block_and_another_blocks_tensors_are_not_taken(tmp_path: Path) -> None:
-    record, tensors = kept(tmp_path, "b")
-    _, others = kept(tmp_path, "c")
-    assert read_record(record, "cd" * 32, tensors) is None
-    assert read_record(record, RUN, others) is None
-    tensors.unlink()
-    assert read_record(record, RUN, tensors) is None and record.exists()
-
-
-def test_a_process_without_a_journal_finds_and_keeps_nothing() -> None:
-    assert SharedStore(None).load(0) is None
+def test_what_cannot_be_believed_is_not_there(tmp_path: Path) -> None:
+    one = journal(tmp_path)
+    assert one.load(3) is None
+    one.save(3, PREFIX, block())
+    assert one.load(4) is None and journal(tmp_path, "another run").load(3) is None
+    one.record_path(3).rename(one.record_path(4))
+    one.tensors_path(3).rename(one.tensors_path(4))
+    assert one.load(4) is None, "a block under another's number"
+    one.save(3, PREFIX, block())
+    data = one.tensors_path(3).read_bytes()
+    one.tensors_path(3).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert one.load(3) is None, "one bit of a tensor"
+    one.tensors_path(3).write_bytes(data)
+    assert one.load(3) is not None
+    text = one.record_path(3).read_text()
+    one.record_path(3).write_text(text.replace('"layers": [\n    1', '"layers": [\n    9'))
+    assert one.record_path(3).read_text() == text or one.load(3) is None, "one number of the record"
+    one.record_path(3).write_text(text[: len(text) // 2])
+    assert one.load(3) is None, "half a record"
