@@ -149,6 +149,13 @@ def install(
     gradients pass the rounding as if it were not there. A weight that is changed in place goes unseen.
     """
     held = module._parameters["weight"]
+    assert held is not None
+    weight = QuantizedWeight(  # once, and not in every forward
+        codes_OI=weight.codes_OI.to(held.device),
+        scale_OG=weight.scale_OG.to(held.device),
+        zero_point_OG=weight.zero_point_OG.to(held.device),
+        scheme=weight.scheme,
+    )
 
     def forward(x: Tensor) -> Tensor:
         bias = module._parameters.get("bias")

@@ -54,7 +54,8 @@ def meta_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn
     what = f"{checkpoint.path}: transformers cannot build a causal language model of type {kind!r}"
     way_out = (
         "mend config.json or fetch it again; for a newer architecture upgrade transformers, or pass "
-        "--trust-remote-code if the folder ships its own code and you trust it"
+        "--trust-remote-code to `compress awq` if the folder ships its own code and you trust it (evaluate and export "
+        "do not run such code)"
     )
 
     def build() -> nn.Module:
@@ -143,8 +144,8 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     kind = checkpoint.config.get("model_type")
     with explained(
         f"{checkpoint.path}: transformers {__version__} does not take its config.json of type {kind!r}",
-        "mend it or fetch it again; for a newer architecture upgrade transformers, or pass --trust-remote-code if the "
-        "folder ships its own code and you trust it",
+        "mend it or fetch it again; for a newer architecture upgrade transformers, or pass --trust-remote-code to "
+        "`compress awq` if the folder ships its own code and you trust it (evaluate and export do not run such code)",
         UnsupportedError,
     ):
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import manifest_of, path_from, read_manifest, write_manifest
+from compress.artifact import links_elsewhere, manifest_of, path_from, read_manifest, write_manifest
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.formats import awq_gemm
+from compress.model import StreamedModel
 from compress.output import Place, reserved
 from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
 from compress.workspace import WORKSPACE, Source
+from exporters import answer
 from exporters.reader import Artifact, Job, Layout, Written
 from exporters.requantize import requantize
 from exporters.sizing.inventory import Model
@@ -40,6 +43,7 @@ EXTRAS = {"onnx": "onnx", "onnx-trt": "onnx", "edge": "edge"}
 class Format(Protocol):
     """The two names of a format's module."""
 
+    __name__: str
     LAYOUT: Layout
 
     def write(self, job: Job) -> Written: ...
@@ -100,7 +104,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
     target, artifact = request.target, Artifact(path=request.source.path)
     artifact.look()
     with suppress(UnsupportedError):  # the format says itself what it cannot hold
-        _ = artifact.streamed  # names and shapes of all tensors, whatever the format
+        refuse_model(artifact.streamed, request, name, module, context_for(artifact.model, target, request.context))
     plan = Plan(
         format=name,
         context=context_for(artifact.model, target, request.context),
@@ -150,7 +154,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         fp16_bytes=2 * artifact.model.num_parameters,
         fp32_bytes=4 * artifact.model.num_parameters,
         requantized=requantized,
-        notes=[*written.notes, *filter(None, notes), *place.notes],
+        notes=[*written.notes, *filter(None, notes), *links_elsewhere(artifact.path), *place.notes],
     )
 
 
@@ -220,6 +224,18 @@ def wanted_codes(layout: Layout, artifact: Artifact) -> Scheme | None:
     schemes = artifact.plan.groups()
     wanted = [layout.wants(scheme.weight) for scheme in schemes if scheme.weight is not None]
     return next((scheme for scheme in wanted if scheme is not None), None)
+
+
+def refuse_model(model: StreamedModel, request: ExportRequest, name: str, module: Format, context: int) -> None:
+    """Raise ConfigError, with the nearest thing that works, for a model that the format cannot hold."""
+    path = request.source.path
+    held = [scheme.weight for scheme in model.stored.exact_plan().groups() if scheme.weight is not None]
+    scheme = (module.LAYOUT.wants(held[0]) or held[0]) if held else None
+    if module.__name__ != FORMATS.get(name) or (held and model.stored.format is not awq_gemm):
+        return
+    reason = answer.refusal(model, name, context, scheme)
+    if reason is not None:
+        raise ConfigError(f"{reason}; {answer.nearest(model, path, request.target, context)}")
 
 
 def refuse_exports(artifact: Path) -> None:

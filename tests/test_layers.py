@@ -79,6 +79,7 @@ ORDER = {name: row for row, line in enumerate(ROOMS.split("\n")) for name in lin
 # What a module of ours imports inside a function, outside the command line and the Python API (which must be there at
 # once, whatever they then need), and why.
 LAZY = {
+    ("exporters.answer", "exporters.trt.graph.architecture"): "needs the extra onnx",
     ("compress.doctor", "compress.runtime.kernels.nvrtc"): "looks whether it can be loaded",
     ("compress.doctor", "compress.runtime.kernels.weight_only"): "looks whether it can be loaded",
     ("compress.quantize.feedback_step", "compress.quantize.feedback_triton"): "Triton is there only with a GPU",

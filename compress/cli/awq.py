@@ -55,7 +55,8 @@ class GroupSize(click.ParamType):  # type: ignore[type-arg]
     "--calib",
     metavar="TEXT",
     help="Calibration text: a .txt, .jsonl or .parquet file, hf:DATASET[:split[:column]], or `self` (sampled from the "
-    "model). Default: the bundled set for the reference model.",
+    "model). Default: the bundled set for the reference model; for others `self` up to 1 GB of weights (4 GB on a "
+    "GPU), larger ones need a text.",
 )
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration rows.")
 @click.option("--seq-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens in a row.")
@@ -162,7 +163,7 @@ def _as_json(outcome: Any, seconds: float, wall_seconds: float) -> dict[str, Any
 
 
 def _print_summary(outcome: Any, seconds: float) -> None:
-    from rich.console import Console
+    from compress.cli.console import Console
 
     record = outcome.record
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress import advice
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 
@@ -122,8 +123,9 @@ def _as_json(outcome: ExportOutcome, seconds: float) -> dict[str, Any]:
 
 
 def _print(outcome: ExportOutcome, seconds: float) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from compress.cli.console import Console
 
     console = Console()
     console = console if console.is_terminal else Console(width=120)
@@ -143,7 +145,12 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
     for note in outcome.notes:
         console.print(f"note: {note}", soft_wrap=True)
     if outcome.requantized:
-        console.print(f"the codes are those of {outcome.requantized}, made on the way", soft_wrap=True)
+        judge = advice.command("evaluate", outcome.requantized)
+        console.print(
+            f"the codes that ship are those of {outcome.requantized}, quantized again for this reader: a verdict on "
+            f"the artifact that you named does not hold for them. Judge them: {judge}",
+            soft_wrap=True,
+        )
     verified = outcome.record["written"]["verified"]
     said = ", ".join(
         f"{key.replace('_', ' ')} {value}" for key, value in verified.items() if not isinstance(value, dict)
@@ -183,8 +190,9 @@ def _print_too_big(error: DoesNotFit, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"error": str(error), "sizing": error.sizing.to_json(), "fitting": suggestions}, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from compress.cli.console import Console
 
     console = Console(stderr=True)
     console = console if console.is_terminal else Console(stderr=True, width=120)

@@ -12,6 +12,8 @@ import click
 from compress.errors import ConfigError
 
 if TYPE_CHECKING:
+    from compress.model import StreamedModel
+    from compress.scheme import Scheme
     from exporters.sizing.inventory import Model
     from exporters.sizing.predict import Sizing
     from exporters.sizing.targets import Target
@@ -33,6 +35,7 @@ def command(model: str | None, target: str, format: str | None, context: int | N
     Exit code 0 if a choice fits that this version can make, 1 otherwise. Of a hub model only config.json is fetched.
     Speeds are predictions from published shares of bandwidth and arithmetic, not measurements.
     """
+    from compress.model import StreamedModel
     from compress.workspace import config_only, is_model, resolve
     from exporters.export import format_of, target_named
 
@@ -44,13 +47,23 @@ def command(model: str | None, target: str, format: str | None, context: int | N
     else:
         folder, said = config_only(model), model
     print(f"model: {said}", file=sys.stderr)
+    outline = StreamedModel.outline(folder)  # says what it is that is no dense decoder
     found = _inventory(folder)
-    rows = choices(found, machine, chosen, context, batch)
+    rows = choices(found, machine, chosen, context, batch, outline)
     fitting = [r for r in rows if r["fits"] and r["made"]]
+    refused = dict.fromkeys(r["refused"] for r in rows if r["refused"])
     if as_json:
         print(json.dumps(_as_json(found, machine, chosen, batch, rows), indent=2))
     else:
         _print(found, machine, chosen, batch, rows)
+        for reason in refused:
+            print(f"cannot be made: {reason}")
+        if refused:
+            from exporters import answer
+
+            codes = True if any(r["made"] for r in rows) else None
+            tokens = min(r["context"] for r in rows)
+            print(answer.nearest(outline, model or folder, machine, tokens, codes=codes))
     sys.exit(0 if fitting else 1)
 
 
@@ -60,11 +73,15 @@ def _inventory(folder: Path) -> Model:
     return read_model(folder)
 
 
-def choices(model: Model, target: Target, format: str, context: int | None, batch: int) -> list[dict[str, Any]]:
+def choices(
+    model: Model, target: Target, format: str, context: int | None, batch: int, outline: StreamedModel
+) -> list[dict[str, Any]]:
     """One row a choice: bits, kv_bits, context, its sizing, and whether this version and the reader can make it.
 
-    A model that is quantized already is sized as it is.
+    refused: why the format's reader cannot hold it (`exporters.answer`), or None. A model that is quantized already is
+    sized as it is.
     """
+    from exporters import answer
     from exporters.sizing.predict import KV_BITS, MADE_BITS, Plan, size
 
     limit = model.max_positions or max(CONTEXTS)
@@ -72,19 +89,31 @@ def choices(model: Model, target: Target, format: str, context: int | None, batc
         raise ConfigError(f"--context {context}: the model has {limit} positions; ask for at most that")
     contexts = [context] if context else sorted({min(c, limit) for c in (*CONTEXTS, target.context)})
     native = KV_BITS[format]
+    codes: dict[int | None, Scheme | None] = {16: None, 8: None, 4: None, None: None}
+    if model.scheme is None:
+        codes[4] = answer.codes_for(outline, format)
+    else:
+        exact = next(iter(outline.stored.exact_plan().groups())).weight
+        codes[None] = None if exact is None else answer.LAYOUTS[format].wants(exact) or exact
+    group_size = codes[4].group_size if codes[4] else 128
     rows = []
     for bits in BITS if model.scheme is None else (None,):
         for kv_bits in dict.fromkeys((native[0], 8)):
             for tokens in contexts:
-                plan = Plan(format=format, context=tokens, batch=batch, num_bits=bits, kv_bits=kv_bits)
+                plan = Plan(
+                    format=format, context=tokens, batch=batch, num_bits=bits, kv_bits=kv_bits, group_size=group_size
+                )
                 sizing: Sizing = size(model, plan, target)
-                made = (bits is None or bits in MADE_BITS) and kv_bits == native[0]
+                planned = (bits is not None and bits not in MADE_BITS) or kv_bits != native[0]
+                refused = answer.refusal(outline, format, tokens, codes[bits])
+                made = not planned and refused is None
                 rows.append(
                     {
-                        "weights": _weights(model, bits, format),
+                        "weights": _weights(model, bits, format, group_size),
                         "kv_bits": kv_bits,
                         "context": tokens,
                         "made": made,
+                        "refused": refused,
                         "fits": sizing.fits,
                         "sizing": sizing,
                     }
@@ -92,13 +121,13 @@ def choices(model: Model, target: Target, format: str, context: int | None, batc
     return rows
 
 
-def _weights(model: Model, bits: int | None, format: str) -> str:
+def _weights(model: Model, bits: int | None, format: str, group_size: int) -> str:
     if bits is None:
         assert model.scheme is not None
         return f"as stored, {model.scheme.label()}"
     if bits == 16:
         return "FP32" if format == "onnx" else "FP16"
-    return f"INT{bits} g128"
+    return f"INT{bits} g{group_size}"
 
 
 def _as_json(model: Model, target: Target, format: str, batch: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -113,9 +142,9 @@ def _as_json(model: Model, target: Target, format: str, batch: int, rows: list[d
 
 
 def _print(model: Model, target: Target, format: str, batch: int, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from compress.cli.console import Console
     from exporters.sizing.predict import MADE_BITS
 
     console = Console()
@@ -135,7 +164,7 @@ def _print(model: Model, target: Target, format: str, batch: int, rows: list[dic
             f"{row['kv_bits']} bit",
             str(row["context"]),
             f"{sizing.run_peak / 1e9:.2f}",
-            fits if row["made"] else f"{fits} (planned)",
+            "cannot be made" if row["refused"] else fits if row["made"] else f"{fits} (planned)",
             range_text(sizing.decode_tokens_per_s),
             range_text(sizing.first_token_s),
         )
@@ -150,7 +179,7 @@ def _print(model: Model, target: Target, format: str, batch: int, rows: list[dic
     smallest = min((r["sizing"] for r in rows if r["made"]), key=lambda s: s.run_peak, default=rows[-1]["sizing"])
     if note := smallest.build_note():
         console.print(note, soft_wrap=True)
-    if not any(r["fits"] and r["made"] for r in rows):
+    if not any((r["fits"] and r["made"]) or r["refused"] for r in rows):
         from exporters.sizing.predict import what_fits
 
         ways = [s for s in what_fits(model, smallest.plan, target) if s.made]

@@ -22,32 +22,29 @@ def command(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Targets (GB decimal; peak arithmetic dense)", title_justify="left")
+    table = Table(title="Targets (GB decimal)", title_justify="left")
     table.add_column("target", no_wrap=True)
     table.add_column("machine")
-    for column in ("memory", "usable", "GB/s", "FP16 TFLOPS", "INT8 TOPS", "SM"):
-        table.add_column(column, justify="right")
-    table.add_column("JetPack")
-    table.add_column("TensorRT")
+    for column in ("memory", "usable", "GB/s", "SM"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("formats")
     for t in TARGETS.values():
         table.add_row(
             t.name,
             t.title,
-            f"{t.memory_bytes / 1e9:g}{' unified' if t.unified and t.has_gpu else ''}",
+            f"{t.memory_bytes / 1e9:g}",
             f"{t.usable_bytes / 1e9:.1f}",
             _number(t.bandwidth and t.bandwidth / 1e9),
-            _number(t.fp16_tflops),
-            _number(t.int8_tops),
             t.sm or "-",
-            t.jetpack or "-",
-            t.tensorrt or "-",
             ", ".join([f"[bold]{t.formats[0]}[/bold]", *t.formats[1:]]),
         )
     console = Console()
-    console = console if console.is_terminal else Console(width=200)
+    console = console if console.is_terminal else Console(width=120)
     console.print(table)
-    console.print("- : not published, or does not apply. Sources: compress targets --json", soft_wrap=True)
+    console.print(
+        "- : not published, or does not apply. Arithmetic, JetPack, TensorRT and every source: compress targets --json",
+        soft_wrap=True,
+    )
 
 
 def _number(value: float | None) -> str:

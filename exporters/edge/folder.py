@@ -27,6 +27,7 @@ from compress.files import json_bytes
 from compress.formats import awq_gemm, stored
 from compress.quantized import QuantizedWeight
 from compress.shards import save_atomically
+from exporters.reader import Layout
 
 # model_type -> where that comes from. Every other type is refused before any work.
 ARCHITECTURES = {
@@ -37,6 +38,8 @@ ARCHITECTURES = {
     "phi3": "not on Edge-LLM's list; a Llama once its fused projections are split, which is exact",
 }
 GROUP_SIZE = 128  # Int4GroupwiseGemmPluginV2
+# AutoAWQ with other zero points than 8 is clipped silently by the exporter; its INT4 product takes groups of 128 only.
+LAYOUT = Layout(num_bits=(4,), group_sizes=(GROUP_SIZE,), symmetric=True)
 LLAMA3_DIMS = (64, 128)  # "Llama-3 RoPE supports rotaryDim 64 or 128 only", a message of its 0.11.0 runtime
 MULTIPLE_N = 64  # its fragments, tensorrt_edgellm 0.11.0 checkpoint/repacking.py
 
@@ -61,12 +64,7 @@ class Handed:
 def check_model(checkpoint: Checkpoint, context: int) -> None:
     """Raise UnsupportedError for an artifact that the exporter or its runtime would get wrong. Reads headers only."""
     config, path = checkpoint.config, checkpoint.path
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{path}: {kind} is not supported by edge yet: TensorRT Edge-LLM 0.11 would write it as a Llama without a "
-            f"word; {', '.join(ARCHITECTURES)} are, and --format onnx or hf takes more"
-        )
+    check_config(path, config, context)
     folder = stored(checkpoint)
     if folder.format not in (None, awq_gemm):
         raise UnsupportedError(
@@ -79,6 +77,19 @@ def check_model(checkpoint: Checkpoint, context: int) -> None:
                 f"{path}: group_size {scheme.weight.group_size} is not supported by edge, only "
                 f"{GROUP_SIZE}; quantize with `compress awq --bits 4 --sym --group-size {GROUP_SIZE}`"
             )
+    if "lm_head" in folder:
+        raise UnsupportedError(f"{path}: its lm_head is quantized, and edge takes it in float16; quantize without it")
+    check_rows(path, config, {name: folder.shape(name) for name in folder.layers})
+
+
+def check_config(path: Path, config: Mapping[str, Any], context: int) -> None:
+    """Raise UnsupportedError for a model that the exporter or its runtime would get wrong, from config.json alone."""
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{path}: {kind} is not supported by edge yet: TensorRT Edge-LLM 0.11 would write it as a Llama without a "
+            f"word; {', '.join(ARCHITECTURES)} are"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedError(
             f"{path}: hidden_act {config['hidden_act']!r} is not supported by edge yet, only silu is"
@@ -100,14 +111,16 @@ def check_model(checkpoint: Checkpoint, context: int) -> None:
             f"{path}: llama3 rotary embedding with head_dim {head_dim(config)} is not supported by edge, only with "
             f"{' or '.join(str(n) for n in LLAMA3_DIMS)}"
         )
-    if "lm_head" in folder:
-        raise UnsupportedError(f"{path}: its lm_head is quantized, and edge takes it in float16; quantize without it")
-    for name in folder.layers:
-        for part, size in _parts(name, folder.shape(name)[0], config):
+
+
+def check_rows(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise UnsupportedError for a quantized layer, by its `(out_features, in_features)`, that edge does not pack."""
+    for name, (rows, _) in shapes.items():
+        for part, size in _parts(name, rows, config):
             if size % MULTIPLE_N:
                 raise UnsupportedError(
                     f"{path}: {part} has {size} out_features, not a multiple of {MULTIPLE_N}, which edge's INT4 "
-                    f"product needs; leave it in float16 with --skip '*{part.rsplit('.', 1)[1]}'"
+                    "product needs"
                 )
 
 

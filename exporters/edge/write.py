@@ -24,10 +24,9 @@ from exporters.edge import check as edge_check
 from exporters.edge import env as edge_env
 from exporters.edge import folder as edge_folder
 from exporters.edge import graph as edge_graph
-from exporters.reader import Job, Layout, Written
+from exporters.reader import Job, Written
 
-# AutoAWQ with other zero points than 8 is clipped silently by the exporter; its INT4 product takes groups of 128 only.
-LAYOUT = Layout(num_bits=(4,), group_sizes=(edge_folder.GROUP_SIZE,), symmetric=True)
+LAYOUT = edge_folder.LAYOUT
 
 # float32 against float32, the same weights: only the order of sums differs. Measured: 4e-7 to 1e-6.
 TOLERANCE = 1e-4

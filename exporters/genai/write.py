@@ -16,9 +16,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -35,15 +33,8 @@ from exporters.genai import bundle
 from exporters.genai import graph as genai_graph
 from exporters.genai.bundle.run import Decoder
 from exporters.genai.check import block_linears, compare_weights, node_sources
-from exporters.reader import Job, Layout, Written
-
-LAYOUT = Layout(num_bits=(4,), group_sizes=(128, 64, 32, 16, 256), symmetric=False)
-
-# Built and compared with the artifact in tests/exporters/genai/test_write.py, INT4 and dense.
-ARCHITECTURES = (
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
-    "GemmaForCausalLM", "Gemma2ForCausalLM",
-)  # fmt: skip
+from exporters.genai.families import LAYOUT, check_config
+from exporters.reader import Job, Written
 
 # Of the logits, relative (Frobenius), against the artifact's float32 forward. Float32 sums in another order differ by
 # about 1e-6; a rotary table, norm or weight that is wrong by one part in a thousand shows above 1e-4.
@@ -101,17 +92,7 @@ def write(job: Job) -> Written:
 def check(folder: Stored, job: Job) -> bool:
     """Whether the artifact is quantized. Raises UnsupportedError or ConfigError for what cannot be exported."""
     config = folder.checkpoint.config
-    architecture = (config.get("architectures") or ["?"])[0]
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{job.artifact}: {architecture} is not supported by onnx yet; supported are {', '.join(ARCHITECTURES)}"
-        )
-    kind = rope_type(config)
-    if kind in ("dynamic", "longrope"):
-        raise UnsupportedError(
-            f"{job.artifact}: rope_type {kind!r} changes with the length of the text, beyond what the export checks; "
-            "it is not supported by onnx yet"
-        )
+    check_config(job.artifact, config)
     longest = config.get("max_position_embeddings")
     if longest and job.context > longest:
         raise ConfigError(f"--context {job.context}: {job.artifact} has positions for {longest} tokens; ask for fewer")
@@ -138,12 +119,6 @@ def check(folder: Stored, job: Job) -> bool:
             f"{', '.join(str(n) for n in sorted(LAYOUT.group_sizes or ()))}"
         )
     return True
-
-
-def rope_type(config: Mapping[str, Any]) -> str:
-    """transformers 5's `rope_parameters`, or the `rope_scaling` of older folders."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return str(given.get("rope_type", given.get("type", "default")))
 
 
 def dense_linears(folder: Stored) -> list[str]:

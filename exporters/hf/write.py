@@ -67,6 +67,8 @@ def write(job: Job) -> Written:
             "vllm_rules": "checked without vLLM",
         },
     }
+    many = "one sequence" if job.batch == 1 else f"{job.batch} sequences"
+    notes.append(f"the files in serve/ ask for max-num-seqs={job.batch}: {many} at once; --batch N plans for more")
     return Written(record=record, parts=_parts(folder), notes=notes, hashes=hashes)
 
 

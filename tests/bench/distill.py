@@ -50,42 +50,40 @@ def say(**facts: Any) -> None:
 def memory(arguments: argparse.Namespace) -> None:
     """Peak memory beyond the inputs and the output matrix's gradient, and the time, of forward and backward."""
     from compress.distill.heads import DenseTeacher, Head
-    from compress.distill.losses import Objective, losses
 
     tokens, width = arguments.tokens, arguments.width
     for vocabulary in (131_072, 262_144):
         torch.manual_seed(0)
-        make = {"device": "cuda", "dtype": torch.bfloat16}
+        make: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
         hidden = torch.randn(tokens, width, **make).requires_grad_()
         weight = (torch.randn(vocabulary, width, **make) / width**0.5).requires_grad_()
         teacher = DenseTeacher(
             hidden_PH=torch.randn(tokens, width, **make),
             head=Head(weight_VH=torch.randn(vocabulary, width, **make) / width**0.5),
         )
-
-        def own(fuse: bool) -> torch.Tensor:
-            return losses(hidden, Head(weight_VH=weight), teacher, None, Objective(), fuse=fuse)[0].mean()
-
-        def plain() -> torch.Tensor:
-            log_q = (hidden @ weight.t()).float().log_softmax(-1)
-            log_p = (teacher.hidden_PH @ teacher.head.weight_VH.t()).float().log_softmax(-1)
-            return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-        ways = {"blocks": lambda: own(False), "blocks, compiled": lambda: own(True), "plain": plain}
-        ways |= _liger(hidden, weight, teacher)
-        for name, way in ways.items():
+        for name, way in {**_ways(hidden, weight, teacher), **_liger(hidden, weight, teacher)}.items():
+            facts = {"what": "loss", "way": name, "vocabulary": vocabulary, "tokens": tokens, "width": width}
             try:
-                say(
-                    what="loss",
-                    way=name,
-                    vocabulary=vocabulary,
-                    tokens=tokens,
-                    width=width,
-                    **_measured(way, hidden, weight),
-                )
+                say(**facts, **_measured(way, hidden, weight))
             except torch.cuda.OutOfMemoryError:
-                say(what="loss", way=name, vocabulary=vocabulary, tokens=tokens, width=width, out_of_memory=True)
+                say(**facts, out_of_memory=True)
             torch.cuda.empty_cache()
+
+
+def _ways(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str, Any]:
+    """Mean forward KL: in blocks as it is trained with, plain or compiled, and on whole logits."""
+    from compress.distill.heads import Head
+    from compress.distill.losses import Objective, losses
+
+    def own(fuse: bool) -> torch.Tensor:
+        return losses(hidden, Head(weight_VH=weight), teacher, None, Objective(), fuse=fuse)[0].mean()
+
+    def plain() -> torch.Tensor:
+        log_q = (hidden @ weight.t()).float().log_softmax(-1)
+        log_p = (teacher.hidden_PH @ teacher.head.weight_VH.t()).float().log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    return {"blocks": lambda: own(False), "blocks, compiled": lambda: own(True), "plain": plain}
 
 
 def _liger(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str, Any]:

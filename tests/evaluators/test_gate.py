@@ -146,3 +146,14 @@ def test_the_worst_verdict_counts() -> None:
 
 def test_same_seed_same_verdict() -> None:
     assert perplexity(0.02, seed=5) == perplexity(0.02, seed=5)
+
+
+def test_losses_beyond_what_floats_can_hold_are_judged() -> None:
+    """Case: a mean loss above 709 nats was an OverflowError."""
+    reference, tokens = np.full(30, 64 * 3.0), np.full(30, 64.0)
+    bad = judge_perplexity(reference, np.linspace(64 * 800.0, 64 * 900.0, 30), tokens, threshold=0.98)
+    assert bad.outcome == "FAIL" and bad.recovery.upper == 0.0
+    good = judge_perplexity(np.linspace(64 * 800.0, 64 * 900.0, 30), reference, tokens, threshold=0.98)
+    assert good.outcome == "PASS" and math.isinf(good.recovery.value)
+    torn = judge_perplexity(reference + np.linspace(-1, 1, 30) * 1e6, reference, tokens, threshold=0.98)
+    assert torn.outcome == "INCONCLUSIVE"

@@ -107,8 +107,7 @@ def read(model: StreamedModel) -> Architecture:
     kind = config.model_type
     if kind not in FAMILIES:
         raise UnsupportedError(
-            f"{model.checkpoint.path}: {kind} is not supported by {FORMAT} yet; it writes {', '.join(FAMILIES)}, and "
-            "--format hf takes any model"
+            f"{model.checkpoint.path}: {kind} is not supported by {FORMAT} yet; it writes {', '.join(FAMILIES)}"
         )
     if getattr(config, "use_bidirectional_attention", None):
         raise UnsupportedError(

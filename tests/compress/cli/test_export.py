@@ -36,7 +36,7 @@ def test_awq_then_export_chain_with_no_arguments(
     assert exported.exit_code == 0, exported.output
     assert "verified: files equal to artifact" in exported.stdout
     assert "wrote artifacts/model-awq-w4g32-a100-hf/  hf for a100;" in exported.stdout
-    assert "the same model in FP16" in exported.stdout and "comparing" in exported.stderr
+    assert "the same model in FP16" in exported.stdout and "files back" in exported.stderr
     # the newest artifact, not the newest export
     again = compress("export", "--target", "orin", "--format", "hf", "--context", "64", "--json")
     result = json.loads(again.stdout)

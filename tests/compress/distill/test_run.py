@@ -73,16 +73,12 @@ def test_an_ordinary_folder_with_its_lineage(tmp_path: Path, pair: Pair, prose: 
 def test_trained_text_is_not_judged_on(tmp_path: Path, pair: Pair, prose: Prose) -> None:
     """Neither what it was trained on nor what it was watched on: both are texts that chose its weights."""
     from evaluators.evaluate import evaluate
-    from evaluators.request import Request
-
-    class Silent:
-        def stage(self, what: str) -> None: ...
-        def block(self, done: int, total: int) -> None: ...
+    from evaluators.request import EvaluationRequest
 
     out = distill(request(pair, tmp_path / "out", prose(60), watch=str(prose(20, 3)), watch_tokens=240)).out
     for text in (prose(60), prose(20, 3)):
         with pytest.raises(ConfigError, match="text that .* was calibrated on"):
-            evaluate(Request(candidate=out, reference=pair[0], data=str(text), context=32), Silent())
+            evaluate(EvaluationRequest(candidate=out, reference=pair[0], data=str(text), context=32))
 
 
 def test_cross_entropy_needs_no_teacher(tmp_path: Path, pair: Pair, prose: Prose) -> None:

@@ -1,0 +1,95 @@
+"""`fit` and `export` give one answer, before any work, and what they advise runs."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from compress.cli.main import main
+
+SMALL = {"num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 1024}
+SMOLLM2 = {**SMALL, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+GEMMA3 = {**SMALL, "hidden_size": 640, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 1}
+MIXTRAL = {**SMALL, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_local_experts": 2}
+
+
+def config(family: str, sizes: dict[str, Any], folder: Path) -> Path:
+    """A folder with a config.json alone, which is all that `fit` needs."""
+    import transformers
+
+    made = getattr(transformers, f"{family}Config")(
+        **sizes, architectures=[f"{family.removesuffix('Text')}ForCausalLM"]
+    )
+    made.save_pretrained(folder)
+    return folder
+
+
+def compress(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def advised(text: str) -> list[list[str]]:
+    """The commands after "this works:"; each must parse, options and values."""
+    line = re.search(r"this works: (.*)", text)
+    commands = [shlex.split(part)[1:] for part in line[1].split(" and then ")] if line else []
+    for words in commands:
+        command = main.get_command(None, words[0])  # type: ignore[arg-type]
+        assert command is not None
+        command.make_context(words[0], words[1:])
+    return commands
+
+
+def test_smollm2_on_orin(tmp_path: Path) -> None:
+    """edge takes groups of 128, which do not divide 576; in float16 it takes the model, and onnx-trt takes both."""
+    folder = config("Llama", SMOLLM2, tmp_path / "my model")
+    done = compress("fit", folder, "--target", "orin")
+    assert done.exit_code == 0
+    rows = [line for line in done.stdout.splitlines() if "INT4" in line]
+    assert rows and all("yes" not in row for row in rows)
+    assert "groups of 128 only, which do not divide the 576 inputs" in done.stdout
+    commands = advised(done.stdout)
+    assert commands[0] == ["awq", str(folder)]
+    assert commands[1][-2:] == ["--format", "onnx-trt"]
+    other = compress("fit", folder, "--target", "orin", "--format", "onnx-trt")
+    assert other.exit_code == 0 and "cannot be made" not in other.stdout
+
+
+def test_gemma3_on_orin(tmp_path: Path) -> None:
+    folder = config("Gemma3Text", GEMMA3, tmp_path / "gemma")
+    for target in ("orin", "orin-nano"):
+        done = compress("fit", folder, "--target", target)
+        assert done.exit_code == 1
+        assert "gemma3_text is not supported by edge yet" in done.stdout
+        assert advised(done.stdout)[-1][-2:] == ["--format", "onnx-trt"]
+    onnx = compress("fit", folder, "--target", "orin", "--format", "onnx")
+    assert onnx.exit_code == 1 and "not supported by onnx yet" in onnx.stdout
+    assert advised(onnx.stdout)[-1][-2:] == ["--format", "onnx-trt"]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "said"),
+    [
+        ("Bert", {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}, "not a causal language model"),
+        ("ViT", {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}, "not a causal language model"),
+        ("Mixtral", MIXTRAL, "mixture-of-experts models are not supported yet"),
+    ],
+)
+def test_what_no_stage_takes(family: str, sizes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = config(family, sizes, tmp_path / "model")
+    for target in ("orin", "a100", "cpu"):
+        done = compress("fit", folder, "--target", target)
+        assert done.exit_code == 1 and said in done.stderr and "yes" not in done.stdout
+
+
+def test_export_gives_the_same_answer_before_any_work(build_model: Any, tmp_path: Path) -> None:
+    folder = build_model("Gemma3Text")
+    done = compress("export", folder, "--target", "orin", "-o", tmp_path / "out")
+    assert done.exit_code == 1 and "gemma3_text is not supported by edge yet" in done.stderr
+    commands = advised(done.stderr)
+    assert commands == [["awq", str(folder)], ["export", "--target", "orin", "--format", "onnx-trt"]] or commands == [
+        ["export", str(folder), "--target", "orin", "--format", "onnx-trt"]
+    ]
+    assert not (tmp_path / "out").exists()
