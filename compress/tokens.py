@@ -47,7 +47,9 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTraine
     if not model.is_dir():
         raise ConfigError(f"model folder {model} does not exist; pass the folder of a Hugging Face model")
     try:
-        return AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=trust_remote_code)
+        found("")  # a setting of another type fails only in use
+        return found
     except Exception as error:  # tokenizers raises bare Exception; the rest ranges from KeyError to OSError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(

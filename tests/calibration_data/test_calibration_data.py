@@ -23,7 +23,7 @@ def recorded_hashes() -> dict[str, str]:
 
 def test_every_data_file_is_listed() -> None:
     files = (file for file in FOLDER.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    data = {f.relative_to(FOLDER).as_posix() for f in files if f.suffix not in {".py", ".md"}}
+    data = {f.relative_to(FOLDER).as_posix() for f in files if f.suffix not in {".py", ".md", ".typed"}}
     assert data - {"provenance.json"} == set(recorded_hashes())
 
 

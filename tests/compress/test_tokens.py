@@ -1,5 +1,6 @@
 """Packing documents into rows of token ids."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,3 +135,13 @@ def test_tokenizer_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m" / "tokenizer.json").write_text('{"broken"', encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot be loaded .*put the model's tokenizer.json"):
         tokens.load_tokenizer(tmp_path / "m")
+
+
+def test_a_setting_of_another_type_is_named_when_the_tokenizer_is_loaded(reference_model: Path, tmp_path: Path) -> None:
+    """transformers believes `model_max_length` until a text is compared with it."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(reference_model / name, tmp_path / name)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": "many"}))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        tokens.load_tokenizer(tmp_path)
