@@ -24,8 +24,8 @@ from compress.plan import KvScheme
 SMALLEST_SCALE = 1e-6
 # What transformers' blocks call the cache that they are given.
 ARGUMENTS = ("past_key_values", "layer_past")
-# The first version of vLLM that rounds, and keeps the scales of hybrid models apart.
-LEAST_VLLM = "0.25.2"
+# Up to this version vLLM cut codes off, or mixed up the scales of hybrid models (pull requests 45361, 44455).
+LAST_WRONG_VLLM = "0.25.1"
 
 
 def as_cached(x_BHTD: Tensor) -> Tensor:
@@ -58,6 +58,18 @@ class Int8Cache:
 def cache_of(scheme: KvScheme | None) -> Int8Cache | None:
     """The cache that a plan asks for."""
     return None if scheme is None else Int8Cache()
+
+
+def growing_cache(scheme: KvScheme | None, config: Any) -> Any:
+    """transformers' own cache, for generating token by token; what enters it is rounded where the plan says so."""
+    from transformers import DynamicCache
+
+    class Growing(DynamicCache):  # type: ignore[misc]
+        def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = super().update(as_cached(keys), as_cached(values), *args, **kwargs)
+            return found
+
+    return DynamicCache(config=config) if scheme is None else Growing(config=config)
 
 
 def with_cache(kwargs: dict[str, Any], cache: Int8Cache, block: str) -> dict[str, Any]:

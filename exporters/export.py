@@ -109,7 +109,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         format=name,
         context=context_for(artifact.model, target, request.context),
         batch=request.batch,
-        kv_bits=native_kv_bits(name),
+        kv_bits=_kv_bits(name, artifact),
     )
     sizing = check(artifact.model, plan, target)
     wanted = wanted_codes(module.LAYOUT, artifact)
@@ -156,6 +156,12 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         requantized=requantized,
         notes=[*written.notes, *filter(None, notes), *links_elsewhere(artifact.path), *place.notes],
     )
+
+
+def _kv_bits(name: str, artifact: Artifact) -> int:
+    """Of a number in the KV cache: the artifact's own wish where the format's reader takes it."""
+    kv = artifact.folder.plan.kv
+    return kv.num_bits if name == "hf" and kv is not None else native_kv_bits(name)
 
 
 def _identity(request: ExportRequest, name: str, plan: Plan) -> dict[str, Any]:

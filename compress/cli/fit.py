@@ -104,7 +104,7 @@ def choices(
                     format=format, context=tokens, batch=batch, num_bits=bits, kv_bits=kv_bits, group_size=group_size
                 )
                 sizing: Sizing = size(model, plan, target)
-                planned = (bits is not None and bits not in MADE_BITS) or kv_bits != native[0]
+                planned = (bits is not None and bits not in MADE_BITS[format]) or kv_bits not in native
                 refused = answer.refusal(outline, format, tokens, codes[bits])
                 made = not planned and refused is None
                 rows.append(
@@ -127,7 +127,7 @@ def _weights(model: Model, bits: int | None, format: str, group_size: int) -> st
         return f"as stored, {model.scheme.label()}"
     if bits == 16:
         return "FP32" if format == "onnx" else "FP16"
-    return f"INT{bits} g{group_size}"
+    return "INT8" if bits == 8 else f"INT{bits} g{group_size}"
 
 
 def _as_json(model: Model, target: Target, format: str, batch: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _print(model: Model, target: Target, format: str, batch: int, rows: list[dic
     from rich.table import Table
 
     from compress.cli.console import Console
-    from exporters.sizing.predict import MADE_BITS
+    from exporters.sizing.predict import KV_BITS, MADE_BITS
 
     console = Console()
     console = console if console.is_terminal else Console(width=120)
@@ -172,8 +172,9 @@ def _print(model: Model, target: Target, format: str, batch: int, rows: list[dic
     prompt = min(rows[0]["sizing"].plan.prompt, rows[0]["sizing"].plan.context)
     console.print(
         "* predicted from the roofline and the shares of it that published runs reach; not measured. First token: of "
-        f"a prompt of {prompt} tokens. planned: this version makes weights of {' and '.join(map(str, MADE_BITS))} bits "
-        "and the reader's own KV cache. - : nothing published to predict from, or a model smaller than those runs.",
+        f"a prompt of {prompt} tokens. planned: for {format} this version makes weights of "
+        f"{', '.join(map(str, MADE_BITS[format]))} bits and a KV cache of {', '.join(map(str, KV_BITS[format]))}."
+        " - : nothing published to predict from, or a model smaller than those runs.",
         soft_wrap=True,
     )
     smallest = min((r["sizing"] for r in rows if r["made"]), key=lambda s: s.run_peak, default=rows[-1]["sizing"])

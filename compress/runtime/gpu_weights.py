@@ -62,6 +62,8 @@ def _refuse(model: StreamedModel, capacity: int) -> None:
         reason = f"its heads have {_head_size(config)} values, not a multiple of 64"
     elif any(model.stored.scheme(layer).input is not None for layer in model.stored.layers):
         reason = "its activations are quantized"
+    elif model.kv is not None:
+        reason = "its KV cache is INT8"
     if reason:
         raise UnsupportedError(f"{path}: the GPU decoder does not run it, because {reason}; use --runtime torch")
 

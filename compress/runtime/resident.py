@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import ConfigError
+from compress.kv_cache import growing_cache
 from compress.model import StreamedModel
 
 
@@ -65,9 +66,7 @@ class TorchDecoder:
 
     @torch.no_grad()
     def prefill(self, ids_BT: Tensor) -> Tensor:
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self.model.model.config)
+        self._cache = growing_cache(self.model.kv, self.model.model.config)
         self.length = 0
         return self._forward(ids_BT)
 

@@ -15,17 +15,20 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from compress.plan import KvScheme
 from exporters.sizing.predict import PREFILL_TOKENS
 
 MOUNT = "/mnt/models"
 VLLM_IMAGE = "vllm/vllm-openai:v0.24.0"
+# An INT8 KV cache is right in versions after `kv_cache.LAST_WRONG_VLLM`; this is the one whose documentation was read.
+VLLM_IMAGE_KV = "vllm/vllm-openai:v0.32.0"
 PORT = 8000
 _GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What the files are filled in from. share: of the GPU's memory that the server may take."""
+    """What the files are filled in from. share: of the GPU's memory that the server may take. kv: of the cache."""
 
     name: str
     context: int
@@ -34,6 +37,12 @@ class Serving:
     dtype: str
     weight_bytes: int
     gpu: bool
+    kv: KvScheme | None = None
+
+    @property
+    def image(self) -> str:
+        """The container image of vLLM."""
+        return VLLM_IMAGE if self.kv is None else VLLM_IMAGE_KV
 
     @property
     def label(self) -> str:
@@ -56,6 +65,8 @@ class Serving:
             "max_num_batched_tokens": max(PREFILL_TOKENS, self.batch),
             "enable_chunked_prefill": True,
         }
+        if self.kv is not None:
+            arguments["kv_cache_dtype"] = self.kv.label()
         if self.gpu:
             arguments["gpu_memory_utilization"] = self.share
         return arguments
@@ -106,7 +117,7 @@ def deployment(serving: Serving) -> dict[str, Any]:
     """A Kubernetes Deployment of vLLM's OpenAI server over a volume claim called `models`."""
     container = {
         "name": "vllm",
-        "image": VLLM_IMAGE,
+        "image": serving.image,
         "args": [
             f"--model={MOUNT}/{serving.label}",
             f"--served-model-name={serving.label}",

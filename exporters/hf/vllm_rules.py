@@ -11,7 +11,8 @@ from typing import Any
 
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
-from compress.formats import Stored, awq_gemm
+from compress.formats import Stored, awq_gemm, compressed_tensors
+from exporters.hf import vllm_int8
 
 REQUIRED = ("quant_method", "bits", "group_size", "zero_point")
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
@@ -19,12 +20,14 @@ MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def check(folder: Stored) -> list[str]:
-    """Notes on what vLLM will do with the folder.
+def check(folder: Stored, sm: str | None = None) -> list[str]:
+    """Notes on what vLLM will do with the folder. sm: the target's compute capability, None for a CPU.
 
     Raises ArtifactError for a folder that vLLM would not load, and UnsupportedError, with the way out, for one that it
     cannot compute.
     """
+    if folder.format is compressed_tensors:
+        return vllm_int8.check(folder, sm)
     if folder.format is not awq_gemm:
         return []
     checkpoint = folder.checkpoint

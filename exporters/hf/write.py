@@ -21,6 +21,7 @@ from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import copy_durably, file_sha256, write_bytes_atomically
 from compress.formats import Stored, awq_gemm, stored
+from compress.kv_cache import LAST_WRONG_VLLM
 from exporters.hf import modelopt, serve, vllm_rules
 from exporters.reader import Artifact, Job, Layout, Written
 from exporters.sizing.inventory import inventory, part_of
@@ -37,7 +38,7 @@ def write(job: Job) -> Written:
     folder = stored(Checkpoint.open(job.staged))
     made = folder.checkpoint
     opened = _reopen(folder, job)
-    notes += vllm_rules.check(folder)
+    notes += vllm_rules.check(folder, job.target.sm)
     layers, note = _modelopt(folder, job)
     if note:
         notes.append(note)
@@ -46,7 +47,8 @@ def write(job: Job) -> Written:
         context=job.context,
         batch=job.batch,
         share=job.target.usable,
-        dtype="float16" if folder.layers else "auto",
+        dtype=str(made.config.get("dtype", "float16")) if folder.layers else "auto",
+        kv=folder.plan.kv,
         weight_bytes=sum(info.num_bytes for info in made.tensors.values()),
         gpu=job.target.has_gpu,
     )
@@ -60,6 +62,7 @@ def write(job: Job) -> Written:
         "reader": "vLLM, SGLang, transformers",
         "modelopt_layers": layers,
         "serve": sorted(texts),
+        "kv_cache": _kv_record(folder),
         "verified": {
             "files_equal_to_artifact": len(hashes),
             "tensors_reopened": opened,
@@ -67,9 +70,20 @@ def write(job: Job) -> Written:
             "vllm_rules": "checked without vLLM",
         },
     }
+    if folder.plan.kv is not None:
+        notes.append(
+            f"the KV cache is {folder.plan.kv.label()}: it needs vLLM newer than {LAST_WRONG_VLLM} (older ones cut "
+            "codes off, or mix up the scales of hybrid models), and leaves it Triton's attention only"
+        )
     many = "one sequence" if job.batch == 1 else f"{job.batch} sequences"
     notes.append(f"the files in serve/ ask for max-num-seqs={job.batch}: {many} at once; --batch N plans for more")
     return Written(record=record, parts=_parts(folder), notes=notes, hashes=hashes)
+
+
+def _kv_record(folder: Stored) -> dict[str, str] | None:
+    """How the KV cache is to be held, and by which server; None for the model's own dtype."""
+    kv = folder.plan.kv
+    return None if kv is None else {"dtype": kv.label(), "vllm": f"> {LAST_WRONG_VLLM}"}
 
 
 def _compare_with_architecture(artifact: Artifact) -> list[str]:

@@ -69,8 +69,12 @@ class Model:
         return self.lm_head or self.embedding
 
     def kv_bytes_per_token(self, num_bits: int) -> int:
-        """Keys and values of one token in all layers. A sliding window is counted as a full one."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * num_bits // 8
+        """Keys and values of one token in all layers. A sliding window is counted as a full one.
+
+        At 8 bits each token and head has a float32 scale (vLLM's `int8_per_token_head`).
+        """
+        scale = 4 if num_bits == 8 else 0
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * num_bits // 8 + scale)
 
 
 def read_model(folder: Path) -> Model:

@@ -34,8 +34,8 @@ ONNX_RUNTIME_BYTES = 200_000_000
 PREFILL_TOKENS = 2048
 # Build peak of a TensorRT engine: 3 to 4 bytes a parameter (Edge-LLM issue 30: a 32B model was killed at 128 GB).
 BUILD_BYTES_PER_PARAMETER = (3.0, 4.0)
-# Bits a weight and a cached number that this version can make; others are sized, and said to be plans.
-MADE_BITS = (4, 16)
+# Bits a weight that this version can make for each format; others are sized, and said to be plans.
+MADE_BITS: dict[str, tuple[int, ...]] = {"hf": (16, 8, 4), "edge": (16, 4), "onnx-trt": (16, 4), "onnx": (16, 4)}
 # Numbers in the KV cache: what each format's reader takes. TensorRT's cache layer and Edge-LLM on Orin: 16 bits only;
 # vLLM's kv_cache_dtype takes 8; ONNX Runtime's CPU kernels compute in float32.
 KV_BITS: dict[str, tuple[int, ...]] = {"hf": (16, 8), "edge": (16,), "onnx-trt": (16,), "onnx": (32,)}
@@ -303,7 +303,7 @@ def what_fits(model: Model, plan: Plan, target: Target) -> list[Suggestion]:
         for fewer in _fewer_bits(model, plan):
             smaller = replace(plan, num_bits=fewer)
             found += [
-                replace(s, text=f"{_bits_text(fewer)} and {s.text}", made=s.made and fewer in MADE_BITS)
+                replace(s, text=f"{_bits_text(fewer)} and {s.text}", made=s.made and fewer in MADE_BITS[plan.format])
                 for s in _changes(model, smaller, target)
             ]
     found += list(_elsewhere(model, plan, target))
@@ -317,7 +317,7 @@ def _changes(model: Model, plan: Plan, target: Target) -> Iterator[Suggestion]:
 
     for bits in _fewer_bits(model, plan):
         if sizing := sized(replace(plan, num_bits=bits)):
-            yield Suggestion(text=_bits_text(bits), sizing=sizing, made=bits in MADE_BITS)
+            yield Suggestion(text=_bits_text(bits), sizing=sizing, made=bits in MADE_BITS[plan.format])
     context = _largest(plan.context // _STEP, lambda n: bool(sized(replace(plan, context=n * _STEP)))) * _STEP
     if context and (sizing := sized(replace(plan, context=context))):
         yield Suggestion(text=f"--context {context}", sizing=sizing, made=True)
@@ -325,7 +325,9 @@ def _changes(model: Model, plan: Plan, target: Target) -> Iterator[Suggestion]:
     if batch and (sizing := sized(replace(plan, batch=batch))):
         yield Suggestion(text=f"--batch {batch}", sizing=sizing, made=True)
     if plan.kv_bits > 8 and (sizing := sized(replace(plan, kv_bits=8))):
-        yield Suggestion(text="a KV cache of 8 bits", sizing=sizing, made=False)
+        made = 8 in KV_BITS[plan.format]
+        text = "a KV cache of 8 bits" + (" (compress int8 --kv-cache int8)" if made else "")
+        yield Suggestion(text=text, sizing=sizing, made=made)
     kept = _largest(19, lambda n: bool(sized(replace(plan, keep=n / 20))))
     if kept and (sizing := sized(replace(plan, keep=kept / 20))):
         yield Suggestion(text=f"pruning {100 - 5 * kept} % of the decoder's weights", sizing=sizing, made=False)

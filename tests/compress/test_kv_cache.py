@@ -98,3 +98,26 @@ def test_keys_and_values_are_told_apart(build_model: Build) -> None:
 def test_a_block_that_takes_no_cache_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedError, match=r"model.layers.3 is called without a cache \(attention_mask\)"):
         kv_cache.with_cache({"attention_mask": None}, Int8Cache(), "model.layers.3")
+
+
+def test_token_by_token_it_is_what_whole_sequences_are(build_model: Build) -> None:
+    """The resident decoder keeps rounded keys and values; the streamed model rounds them on the way."""
+    from compress.runtime.resident import TorchDecoder
+
+    folder = build_model()
+    ids = torch.randint(5, 400, (1, 12), generator=torch.Generator().manual_seed(1))
+    decoder, streamed = TorchDecoder.open(folder, capacity=16), StreamedModel.open(folder)
+    plain = TorchDecoder.open(folder, capacity=16)
+    decoder.model.kv = streamed.kv = KvScheme()
+    hidden = streamed.embed(ids)
+    for i in range(streamed.num_blocks):
+        streamed.load_block(i)
+        hidden = streamed.run_block(i, hidden)
+        streamed.release_block(i)
+    expected = streamed.head(hidden)[:, -1]
+    decoder.prefill(ids[:, :8])
+    plain.prefill(ids[:, :8])
+    for t in range(8, 12):
+        found, exact = decoder.step(ids[:, t]), plain.step(ids[:, t])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert float((found - exact).norm()) > 10 * float((found - expected).norm())
