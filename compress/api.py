@@ -119,7 +119,7 @@ def evaluate(
     from compress.workspace import is_candidate, is_reference, judged_as, resolve
     from evaluators import cache
     from evaluators.evaluate import evaluate as run
-    from evaluators.request import Request
+    from evaluators.request import EvaluationRequest
 
     source = judged_as(resolve(None if candidate is None else os.fspath(candidate), accept=is_candidate))
     if reference is None:
@@ -130,8 +130,10 @@ def evaluate(
     else:
         original = resolve(os.fspath(reference)).path
     if data is None and not is_reference(original):
-        raise ConfigError("no data: the bundled evaluation text fits the bundled reference model only; pass data=FILE")
-    request = Request(
+        raise ConfigError(
+            'no data: the bundled evaluation text fits the bundled reference model only; pass data=FILE, or data="self"'
+        )
+    request = EvaluationRequest(
         candidate=source.path,
         reference=original,
         data=str(calibration_data.default_evaluation()) if data is None else os.fspath(data),
@@ -143,7 +145,7 @@ def evaluate(
         cache_folder=cache.default_folder(),
     )
     with _told(tell) as listener:
-        return run(request, _Blocks(listener))
+        return run(request, listener)
 
 
 def export(
@@ -191,21 +193,3 @@ def _told(tell: Tell | None) -> Iterator[Tell]:
 
     with Shown() as shown:
         yield shown
-
-
-class _Blocks:
-    """An evaluation's progress, told as a job of blocks for each model."""
-
-    def __init__(self, tell: Tell) -> None:
-        self.tell = tell
-        self.what = ""
-        self.total: int | None = None
-
-    def stage(self, what: str) -> None:
-        self.what, self.total = what, None
-
-    def block(self, done: int, total: int) -> None:
-        if total != self.total:
-            self.total = total
-            self.tell.start(f"{self.what} block", total)
-        self.tell.step(done)

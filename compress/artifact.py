@@ -17,7 +17,7 @@ from typing import Any
 
 import calibration_data
 from compress.errors import ArtifactError
-from compress.files import IO_THREADS, file_sha256, json_bytes, read_json, write_bytes_atomically
+from compress.files import IO_THREADS, file_sha256, is_file, json_bytes, read_json, write_bytes_atomically
 
 MANIFEST = "compress.json"
 SCHEMA = 1
@@ -165,7 +165,7 @@ def write_manifest(folder: Path, manifest: Manifest, files: Mapping[str, str] | 
 
 def names_in(folder: Path) -> list[str]:
     """Every file of an artifact but its manifest: paths inside the folder, sorted."""
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if is_file(p) and p != folder / MANIFEST)
 
 
 def file_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -214,5 +214,24 @@ def rebased(lineage: Sequence[Mapping[str, Any]], old: Path, new: Path) -> list[
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """The files that accompany the weights, sorted by name."""
-    return sorted({p for pattern in CARRIED for p in folder.glob(pattern) if p.is_file()})
+    """The files that accompany the weights, sorted by name; links that lead elsewhere are not among them."""
+    return sorted({p for pattern in CARRIED for p in folder.glob(pattern) if is_file(p) and _belongs(p)})
+
+
+def links_elsewhere(folder: Path) -> list[str]:
+    """A note for each file that would accompany the weights but is a link out of the model: it is not followed.
+
+    Whoever made the folder may have let LICENSE lead to a key of whoever quantizes it.
+    """
+    links = sorted({p for pattern in CARRIED for p in folder.glob(pattern) if not _belongs(p)})
+    return [f"{p} was not taken along: it is a link to {os.readlink(p)}, outside the model" for p in links]
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a file lies in its folder, or, in a snapshot of the hub's cache, among that very model's blobs."""
+    folder = Path(os.path.realpath(path.parent))
+    homes = [folder]
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        homes.append(folder.parent.parent / "blobs")
+    real = Path(os.path.realpath(path))
+    return any(home in real.parents for home in homes)

@@ -102,6 +102,7 @@ class StreamedModel:
         checkpoint = Checkpoint.open(path)
         model = meta_model(checkpoint, trust_remote_code=trust_remote_code)
         opened = cls(checkpoint, model, dtype, torch.device(device))
+        opened._check_prefixes()
         check_all_read(opened.stored, model, opened._source, opened.blocks_name, opened.num_blocks)
         return opened
 
@@ -144,6 +145,18 @@ class StreamedModel:
         prefix = f"{self.blocks_name}.{index}."
         first = next(iter(self.blocks[index].state_dict()))
         return self.source_name(prefix + first, suffix=first)
+
+    def _check_prefixes(self) -> None:
+        """What is written of a block is told from the rest by the checkpoint's prefix of its names."""
+        for index, block in enumerate(self.blocks):
+            prefix = self.block_prefix(index)
+            for name in block.state_dict():
+                source = self._source[f"{self.blocks_name}.{index}.{name}"]
+                if not source.startswith(prefix):
+                    raise ArtifactError(
+                        f"{self.checkpoint.path}: {source} belongs to the block whose other tensors are called "
+                        f"{prefix}*; fetch the model again"
+                    )
 
     def source_name(self, name: str, suffix: str = "") -> str:
         """The checkpoint's prefix for the model's parameter `name` once `suffix` is cut off."""
@@ -260,13 +273,8 @@ class StreamedModel:
 
     def embed_batches(self, ids_NT: Tensor, batch: int) -> list[Tensor]:
         """`embed` of every `batch` rows of `ids_NT`; the embedding is read from the checkpoint once for all of them."""
-        unique = self._unique_ids(ids_NT)
-        self._rows = (unique, self._embedding_table(unique))
-        try:
-            with self._outside_loaded(head=False):
-                return [self.embed(part) for part in ids_NT.split(batch)]
-        finally:
-            self._rows = None
+        with self.embedding_kept(ids_NT):
+            return [self.embed(part) for part in ids_NT.split(batch)]
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Hidden states `[B, T, H]` that enter block 0; records what every block is called with at this shape."""
@@ -328,17 +336,62 @@ class StreamedModel:
         assert isinstance(result, Tensor)
         return result
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits `[B, T, V]` from the last block's output: final norm, output matrix, soft cap if any."""
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-        logits, _ = self._shell(ids, last=hidden)
+    def head(self, hidden: Tensor, ids: range | None = None) -> Tensor:
+        """Logits `[B, T, V]` from the last block's output: final norm, output matrix, soft cap if any.
+
+        With `ids`, those of these consecutive ids only, and no more rows of the output matrix are read than they have.
+        """
+        zeros = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        with self._output_rows(ids) if ids is not None else contextlib.nullcontext():
+            logits, _ = self._shell(zeros, last=hidden)
         return logits
 
     @contextlib.contextmanager
-    def head_loaded(self) -> Iterator[None]:
-        """Keep the modules around the blocks in memory for several calls of `head`."""
-        with self._outside_loaded(head=True):
+    def head_loaded(self, *, matrix: bool = True) -> Iterator[None]:
+        """Keep the modules around the blocks in memory for several calls of `head`, the output matrix if `matrix`."""
+        zero, held = torch.zeros(1, dtype=torch.int64), self._rows
+        self._rows = (zero, self._embedding_table(zero))
+        try:
+            with self._outside_loaded(head=matrix):
+                yield
+        finally:
+            self._rows = held
+
+    @contextlib.contextmanager
+    def embedding_kept(self, ids: Tensor) -> Iterator[None]:
+        """Keep the embedding's rows of `ids` in memory for several calls of `embed`."""
+        unique, held = self._unique_ids(ids), self._rows
+        self._rows = (unique, self._embedding_table(unique))
+        try:
+            with self._outside_loaded(head=False):
+                yield
+        finally:
+            self._rows = held
+
+    def has_plain_head(self) -> bool:
+        """Whether the output matrix is stored as plain numbers, a row an id, so that `head` can take some ids alone."""
+        infos = [self.checkpoint.tensors.get(source) for source in self._output_sources().values()]
+        return bool(infos) and all(i is not None and i.dtype in ("F16", "BF16", "F32", "F64") for i in infos)
+
+    def _output_sources(self) -> dict[str, str]:
+        """The checkpoint's name of each parameter of the output matrix's module."""
+        output = self.model.get_output_embeddings()  # type: ignore[operator]
+        own = [key for key, p in getattr(output, "_parameters", {}).items() if p is not None]
+        return {key: self._source[f"{self._names[id(output)]}.{key}"] for key in own}
+
+    @contextlib.contextmanager
+    def _output_rows(self, ids: range) -> Iterator[None]:
+        """The output matrix holding the rows of these consecutive ids only."""
+        output: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        held = dict(output._parameters)
+        for key, source in self._output_sources().items():
+            rows = self.checkpoint.slice(source, ids.start, ids.stop)
+            self._check_finite(source, rows)
+            output._parameters[key] = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
+        try:
             yield
+        finally:
+            output._parameters.update(held)
 
     def _arguments(self, index: int, call: Call) -> dict[str, Any]:
         """What a block is called with by name, the cache included where keys and values are rounded."""
@@ -412,7 +465,7 @@ class StreamedModel:
         else a model does with ids, it does with the right ones.
         """
         embedding = self.embedding
-        if self._rows is None:
+        if self._rows is None or not bool(torch.isin(unique, self._rows[0]).all()):
             stored = self._embedding_table(unique)
         else:
             stored = self._rows[1][torch.searchsorted(self._rows[0], unique)]

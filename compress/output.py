@@ -87,6 +87,20 @@ def check(out: Path, reads: Mapping[str, Path], *, force: bool) -> Path:
     return real
 
 
+def check_apart(folder: Path, models: Mapping[str, Path], flag: str) -> None:
+    """Refuse a folder for reports or caches that is, or lies in, a model or an artifact: those are only read.
+
+    models: by what the user knows them as. Raises ConfigError; nothing is changed on disk.
+    """
+    real = Path(os.path.realpath(folder))
+    for above in (real, *real.parents):
+        what = next((f"{what}, {path}" for what, path in models.items() if above == path or _same(above, path)), None)
+        if what is None and _listed(above) is not None:
+            what = f"the artifact {above}"
+        if what is not None:
+            raise ConfigError(f"{flag} {folder} lies in {what}, which is only read; choose a place outside it")
+
+
 def file_read(spec: str | None) -> dict[str, Path]:
     """A text as `reads` of `check` wants it: nothing for what is no file (`self`, `hf:...`, the default)."""
     if spec is None or spec == "self" or spec.startswith("hf:"):
@@ -461,4 +475,4 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-__all__ = ["Place", "Run", "check", "file_read", "is_scratch", "reserved"]
+__all__ = ["Place", "Run", "check", "check_apart", "file_read", "is_scratch", "reserved"]

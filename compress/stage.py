@@ -20,7 +20,7 @@ from torch import Tensor
 
 import compress
 from compress import distributed, output
-from compress.artifact import MANIFEST, carried_files, manifest_of, path_from, read_manifest
+from compress.artifact import MANIFEST, carried_files, links_elsewhere, manifest_of, path_from, read_manifest
 from compress.assemble import Cut, assemble, nothing_cut, write_rest
 from compress.background import meanwhile
 from compress.block import BlockDone, BlockResult, LoadedBlock
@@ -231,7 +231,7 @@ def _begin(ready: _Prepared, place: Place | None) -> _Begun:
         "versions": versions(),
     }
     started = place.start(identity, resume=job.resume)
-    notes = [checked.note] if checked.note else []
+    notes = [*filter(None, [checked.note]), *links_elsewhere(model.checkpoint.path)]
     return _Begun(place=place, run=started, parent_sha256=parent_sha256, notes=notes)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def key(runner: TorchRunner, sequences: Sequence[Tokens], observe: int, model_sh
         digest.update(f"{len(s.ids_T)} {s.first} ".encode())
         digest.update(s.ids_T.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Whether something is kept under this key."""
+    return (folder / f"{name}.safetensors").is_file()
 
 
 def load(folder: Path, name: str, runner: TorchRunner, sequences: Sequence[Tokens]) -> TorchReading | None:
@@ -88,7 +94,9 @@ def save(folder: Path, name: str, reading: TorchReading) -> str | None:
         return f"the reference's results are not cached: {size / 2**30:.1f} GiB is more than {LARGEST >> 30} GiB"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = sorted(folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns)
+        # By their names these are ours; nothing else in the folder is ever removed.
+        ours = [p for p in folder.glob("*.safetensors") if re.fullmatch(r"[0-9a-f]{64}", p.stem)]
+        kept = sorted(ours, key=lambda p: p.stat().st_mtime_ns)
         total = sum(p.stat().st_size for p in kept) + size
         for path in kept:
             if total <= TOTAL:
@@ -96,6 +104,7 @@ def save(folder: Path, name: str, reading: TorchReading) -> str | None:
             total -= path.stat().st_size
             path.unlink()
         save_atomically(folder / f"{name}.safetensors", tensors)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:  # safetensors has an error of its own for a full disk
+        (folder / f".{name}.safetensors.tmp").unlink(missing_ok=True)
         return f"the reference's results are not cached: {e}"
     return None

@@ -7,29 +7,29 @@ likeliest next token is the same. (llama.cpp stores the reference in 16 bits and
 which moves its mean by less than a thousandth; its intervals take tokens as independent.) Intervals treat windows, not
 tokens, as independent.
 
-Shapes: N windows, P scored positions of a window, V vocabulary, S scored tokens of all windows
+Shapes: N windows, S scored tokens of all windows
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from compress.errors import ArtifactError
-from compress.runtime.runner import Reading
+from compress.runtime.runner import Reading, Span
+from evaluators.gate import exp
 from evaluators.results import Histogram, Metric
+from evaluators.scoring import Compared, batches, compare_at
 from evaluators.windows import Windows
 
 Array = npt.NDArray[np.float64]
 Interval = tuple[float, float | None, float | None]
 
-CHUNK = 256
 Z95 = 1.959963984540054
 KL_QUANTILES = (("median", 0.5), ("95", 0.95), ("99", 0.99), ("99.9", 0.999))
 
@@ -57,49 +57,31 @@ class TokenScores:
         return sums
 
 
-@torch.no_grad()
-def compare(
-    reference: Reading, candidate: Reading, windows: Windows, on_window: Callable[[int], None] = lambda i: None
-) -> TokenScores:
-    """Score every window with both models, `CHUNK` positions at a time. The readings begin with the windows."""
-    parts: list[tuple[Tensor, ...]] = []
-    for index, sequence in enumerate(windows.sequences):
-        end = len(sequence.ids_T) - 1
-        for start in range(windows.min_context - 1, end, CHUNK):
-            stop = min(start + CHUNK, end)
-            target_P = sequence.ids_T[start + 1 : stop + 1]
-            part = _chunk(reference.logits(index, start, stop), candidate.logits(index, start, stop), target_P)
-            for value, what in zip(part[:3], ("reference", "candidate", "candidate"), strict=True):
-                if not bool(torch.isfinite(value).all()):
-                    raise ArtifactError(
-                        f"the {what}'s logits after token {start} of window {index} are not finite; the model is "
-                        "damaged, or overflows in this dtype"
-                    )
-            parts.append((torch.full((stop - start,), index), *part))
-        on_window(index)
-    window, nll_r, nll_c, kl, same, mse = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+def compare(reference: Reading, candidate: Reading, windows: Windows) -> TokenScores:
+    """Score every window with both models. The readings begin with the windows."""
+    wanted = [
+        (Span(i, windows.min_context - 1, len(s.ids_T) - 1), windows.targets(i))
+        for i, s in enumerate(windows.sequences)
+    ]
+    parts = [compare_at(reference, candidate, spans, target_P) for spans, target_P in batches(wanted)]
+    return token_scores(parts, [len(target) for _, target in wanted])
+
+
+def token_scores(compared: Sequence[Compared], sizes: Sequence[int]) -> TokenScores:
+    """The scores of consecutive tokens, of which each window has as many as `sizes` says."""
+
+    def column(name: str) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any] = torch.cat([getattr(c, name) for c in compared]).numpy()
+        return values
+
     return TokenScores(
-        window_S=window, nll_reference_S=nll_r, nll_candidate_S=nll_c, kl_S=kl, same_top_S=same, mse_S=mse
+        window_S=np.repeat(np.arange(len(sizes)), sizes),
+        nll_reference_S=column("nll_reference_P"),
+        nll_candidate_S=column("nll_candidate_P"),
+        kl_S=column("kl_P"),
+        same_top_S=column("same_top_P"),
+        mse_S=column("mse_P"),
     )
-
-
-def _chunk(
-    reference_PV: Tensor, candidate_PV: Tensor, target_P: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if reference_PV.shape != candidate_PV.shape:
-        raise ArtifactError(
-            f"the candidate's vocabulary has {candidate_PV.shape[-1]} entries and the reference's "
-            f"{reference_PV.shape[-1]}; they cannot be compared token by token, pass the candidate's own original"
-        )
-    candidate_PV = candidate_PV.to(reference_PV.device)
-    mse_P = (candidate_PV - reference_PV).square().mean(-1, dtype=torch.float64)
-    same_P = reference_PV.argmax(-1) == candidate_PV.argmax(-1)
-    log_r_PV, log_c_PV = reference_PV.log_softmax(-1), candidate_PV.log_softmax(-1)
-    column = target_P.to(reference_PV.device)[:, None]
-    nll_r_P, nll_c_P = (-log.gather(-1, column)[:, 0].double() for log in (log_r_PV, log_c_PV))
-    # the difference of two nearly equal logs is summed in float64: KL is far smaller than either
-    kl_P = (log_r_PV.exp() * (log_r_PV - log_c_PV)).sum(-1, dtype=torch.float64)
-    return nll_r_P.cpu(), nll_c_P.cpu(), kl_P.cpu(), same_P.cpu(), mse_P.cpu()
 
 
 def metrics(scores: TokenScores, num_bytes: int) -> list[Metric]:
@@ -107,33 +89,18 @@ def metrics(scores: TokenScores, num_bytes: int) -> list[Metric]:
     n = len(scores.kl_S)
     per_byte = n / max(1, num_bytes) / math.log(2)
     kl = scores.kl_S
-
-    def lower(name: str, unit: str, interval: Interval, reference: float | None = None) -> Metric:
-        value, low, high = interval
-        return Metric(
-            name=name,
-            unit=unit,
-            better="lower",
-            value=value,
-            reference=reference,
-            lower=low,
-            upper=high,
-            n=n,
-            counted="tokens",
-        )
-
     reference = mean_interval(scores, scores.nll_reference_S)[0]
     nll = mean_interval(scores, scores.nll_candidate_S)
     square = mean_interval(scores, scores.delta_p_S**2)
     same, same_low, same_high = mean_interval(scores, scores.same_top_S)
     return [
-        lower("perplexity", "1", _through(math.exp, nll), math.exp(reference)),
-        lower("nll", "nats/token", nll, reference),
-        lower("bits_per_byte", "bits/byte", _through(lambda x: x * per_byte, nll), reference * per_byte),
-        lower("logits_mse", "1", mean_interval(scores, scores.mse_S)),
-        lower("kl_mean", "nats/token", mean_interval(scores, kl)),
-        *(lower(f"kl_{name}", "nats/token", (float(np.quantile(kl, q)), None, None)) for name, q in KL_QUANTILES),
-        lower("kl_max", "nats/token", (float(kl.max()), None, None)),
+        _lower("perplexity", "1", _through(exp, nll), n, exp(reference)),
+        _lower("nll", "nats/token", nll, n, reference),
+        _lower("bits_per_byte", "bits/byte", _through(lambda x: x * per_byte, nll), n, reference * per_byte),
+        _lower("logits_mse", "1", mean_interval(scores, scores.mse_S), n),
+        _lower("kl_mean", "nats/token", mean_interval(scores, kl), n),
+        *(_lower(f"kl_{name}", "nats/token", (float(np.quantile(kl, q)), None, None), n) for name, q in KL_QUANTILES),
+        _lower("kl_max", "nats/token", (float(kl.max()), None, None), n),
         Metric(
             name="top1_agreement",
             unit="share",
@@ -144,8 +111,24 @@ def metrics(scores: TokenScores, num_bytes: int) -> list[Metric]:
             n=n,
             counted="tokens",
         ),
-        lower("rms_delta_p", "share", _through(lambda x: math.sqrt(max(0.0, x)), square)),
+        _lower("rms_delta_p", "share", _through(lambda x: math.sqrt(max(0.0, x)), square), n),
     ]
+
+
+def _lower(name: str, unit: str, interval: Interval, n: int, reference: float | None = None) -> Metric:
+    """A metric on tokens of which less is better."""
+    value, low, high = interval
+    return Metric(
+        name=name,
+        unit=unit,
+        better="lower",
+        value=value,
+        reference=reference,
+        lower=low,
+        upper=high,
+        n=n,
+        counted="tokens",
+    )
 
 
 def _through(change: Callable[[float], float], interval: Interval) -> Interval:

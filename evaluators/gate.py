@@ -42,6 +42,7 @@ from evaluators.results import Outcome, Recovery, Verdict
 EXIT_CODES: dict[Outcome, int] = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4}
 DRAWS = 10_000
 LEAST_WINDOWS = 20
+MOST_NATS = 709.0
 Rule = Literal["bounds", "point"]
 Array = npt.NDArray[np.float64]
 
@@ -75,13 +76,18 @@ def judge_perplexity(
         recovery = Recovery(value=1.0, lower=1.0, upper=1.0)
     else:
         low, high = block_bounds(gain_N, tokens_N, confidence=confidence, seed=seed, draws=draws)
-        recovery = Recovery(value=math.exp(mean), lower=math.exp(low), upper=math.exp(high))
+        recovery = Recovery(value=exp(mean), lower=exp(low), upper=exp(high))
     no_evidence = None
     if windows < LEAST_WINDOWS and not same:
         no_evidence = f"{windows} windows are too few to judge by, {LEAST_WINDOWS} are needed: pass more text"
     return _verdict(
         "perplexity", recovery, threshold, confidence, windows, "windows", rule, no_evidence, scale=math.log
     )
+
+
+def exp(nats: float) -> float:
+    """e to the power of `nats`; infinite where floats end, at 709: a model that bad is judged, and is not an error."""
+    return math.exp(nats) if nats < MOST_NATS else math.inf
 
 
 def block_bounds(
@@ -260,7 +266,8 @@ def _verdict(
         outcome = "INCONCLUSIVE"
         distance = abs(scale(recovery.value) - scale(threshold)) if recovery.value > 0 else 0.0
         half_width = (scale(recovery.upper) - scale(max(recovery.lower, 1e-12))) / 2
-        needed = math.ceil(n * (half_width / distance) ** 2) if distance > 1e-6 else None
+        known = distance > 1e-6 and math.isfinite(distance) and math.isfinite(half_width)
+        needed = math.ceil(n * (half_width / distance) ** 2) if known else None
         more = f"about {needed} {counted} would tell" if needed else "it is too near the gate to tell"
         reason = f"recovery may lie on either side of the gate ({recovery.lower:.2%} to {recovery.upper:.2%}); {more}"
     return Verdict(

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 
 from compress.errors import ConfigError, UnsupportedError
-from compress.runtime.runner import Runner, Tokens
+from compress.runtime.runner import Runner, Span, Tokens
+from evaluators.scoring import score_all
 from evaluators.tasks import encode_pair
 
 if TYPE_CHECKING:
@@ -98,15 +99,13 @@ def _model(runner: Runner, tokenizer: PreTrainedTokenizerBase, front: int | None
             reading = runner.read(
                 [Tokens(ids_T=torch.tensor(w[:-1]), first=s) for w, s in zip(wholes, starts, strict=True)]
             )
-            out = []
-            with torch.no_grad():
-                for i, (start, (_, after)) in enumerate(zip(starts, pairs, strict=True)):
-                    logits = reading.logits(i, start, start + len(after)).cpu()
-                    picked = logits.log_softmax(-1).gather(-1, torch.tensor(after)[:, None])
-                    greedy = bool((logits.argmax(-1) == torch.tensor(after)).all())
-                    out.append((float(picked.sum(dtype=torch.float64)), greedy))
+            wanted = [
+                (Span(i, start, start + len(after)), torch.tensor(after))
+                for i, (start, (_, after)) in enumerate(zip(starts, pairs, strict=True))
+            ]
+            scored = score_all(reading, wanted)
             reading.close()
-            return out
+            return [(-float(nll_P.sum()), bool(is_top_P.all())) for nll_P, is_top_P in scored]
 
     def _prefix() -> int:
         own = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 from compress.runtime.watch import Observed
 from evaluators.results import BlockError, BlockInternals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inside:
+    """What the two models' insides told, and notes on what they did not."""
+
+    errors: list[BlockError] = field(default_factory=list)
+    internals: list[BlockInternals] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def compare_inside(reference: Observed | None, candidate: Observed | None) -> Inside:
+    """None stands for a model that shows no hidden states, or whose depth is not the other's."""
+    if reference is None or candidate is None:
+        missing = "one of the models shows no hidden states, or has another depth"
+        return Inside(notes=[f"error by depth is not available: {missing}"])
+    notes = []
+    if not any(candidate.entropy):
+        notes.append("attention entropy is not available: this architecture's attention is not seen")
+    same_width = reference.hidden[0].shape == candidate.hidden[0].shape
+    if not same_width:
+        notes.append("error by depth is not available: the models' hidden sizes differ")
+    errors = block_errors(reference, candidate) if same_width else []
+    return Inside(errors=errors, internals=block_internals(reference, candidate), notes=notes)
 
 
 def block_errors(reference: Observed, candidate: Observed) -> list[BlockError]:

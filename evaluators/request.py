@@ -1,23 +1,18 @@
-"""What an evaluation is asked for, and whom it tells of its progress."""
+"""What an evaluation is asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 from evaluators import gate
 from evaluators.windows import Bos
-
-if TYPE_CHECKING:
-    pass
-
 
 DEFAULT_THRESHOLD = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class EvaluationRequest:
     """What to judge. `reference` is the original; `data` a text as for calibration; `tasks` are `[NAME=]FILE.jsonl`.
 
     threshold None: measure and report, no verdict. cache_folder None: nothing is cached.
@@ -40,10 +35,3 @@ class Request:
     device: str = "cpu"
     dtype: str = "float32"
     cache_folder: Path | None = None
-
-
-class Progress(Protocol):
-    """What an evaluation tells while it runs."""
-
-    def stage(self, what: str) -> None: ...
-    def block(self, done: int, total: int) -> None: ...

@@ -16,14 +16,14 @@ from compress.folders import check_folder
 from compress.model import StreamedModel
 from compress.runtime.ort import OnnxRunner, find_graph
 from compress.runtime.streamed import TorchRunner
-from evaluators.request import Progress, Request
+from evaluators.request import EvaluationRequest
 from evaluators.results import Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def open_runner(path: Path, request: Request, progress: Progress) -> TorchRunner | OnnxRunner:
+def open_runner(path: Path, request: EvaluationRequest) -> TorchRunner | OnnxRunner:
     """The runner for what a folder holds: safetensors, or an ONNX graph."""
     import torch
 
@@ -34,7 +34,7 @@ def open_runner(path: Path, request: Request, progress: Progress) -> TorchRunner
         )
     if next(path.glob("*.safetensors"), None):
         dtype = getattr(torch, request.dtype)
-        return TorchRunner.open(path, device=request.device, dtype=dtype, on_block=progress.block)
+        return TorchRunner.open(path, device=request.device, dtype=dtype)
     if next(path.glob("*.onnx"), None):
         return OnnxRunner.open(path)
     check_folder(path)
@@ -87,7 +87,7 @@ def _parameters(checkpoint: Checkpoint) -> int:
     return sum({model.source_name(name): p.numel() for name, p in parameters.items()}.values())
 
 
-def _one_tokenizer(request: Request) -> PreTrainedTokenizerBase:
+def one_tokenizer(request: EvaluationRequest) -> PreTrainedTokenizerBase:
     """The reference's tokenizer; ConfigError when the candidate has another one."""
     tokenizer = tokens.load_tokenizer(request.reference)
     if (request.candidate / "tokenizer.json").exists() or (request.candidate / "tokenizer_config.json").exists():

@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from compress.errors import ConfigError
 from compress.files import file_sha256
-from compress.runtime.runner import Reading, Tokens
+from compress.runtime.runner import Reading, Span, Tokens
+from evaluators.scoring import score_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +58,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Continuation:
     """One continuation: its tokens `target`, and the sequence that predicts them from position `tokens.first` on."""
 
     item: int
@@ -149,7 +151,7 @@ def requests(
     front: int | None,
     max_length: int,
     positions: tuple[str, int] | None = None,
-) -> list[Request]:
+) -> list[Continuation]:
     """Every continuation of every item, in order. `front`: a token before each context.
 
     What is longer than `max_length` tokens loses its head, as in the harness. ConfigError for an item that has more
@@ -169,7 +171,7 @@ def requests(
                     f"({positions[0]} {positions[1]} in its config.json); shorten or remove the row"
                 )
             out.append(
-                Request(
+                Continuation(
                     item=number,
                     tokens=Tokens(ids_T=torch.tensor(whole[:-1]), first=len(whole) - 1 - len(target_ids)),
                     target=torch.tensor(target_ids),
@@ -189,20 +191,23 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     return context_ids, whole[len(context_ids) :]
 
 
-def score(task: Task, asked: Sequence[Request], reading: Reading, offset: int) -> Answers:
-    """What a model that has read the requests' sequences, the first as its `offset`th, answers."""
+def score(task: Task, asked: Sequence[Continuation], reading: Reading, offset: int) -> Answers:
+    """What a model that has read the continuations' sequences, the first as its `offset`th, answers."""
+    wanted = [(Span(offset + i, c.tokens.first, c.tokens.first + len(c.target)), c.target) for i, c in enumerate(asked)]
+    return answers(task, asked, score_all(reading, wanted))
+
+
+def answers(task: Task, asked: Sequence[Continuation], scored: Sequence[tuple[Tensor, Tensor]]) -> Answers:
+    """What a model answers, from each continuation's scores: nll of its tokens (nats), and which are the likeliest."""
     n = len(task.items)
     likelihood: list[list[float]] = [[] for _ in range(n)]
     per_character: list[list[float]] = [[] for _ in range(n)]
     greedy = np.zeros(n, dtype=bool)
-    for i, request in enumerate(asked):
-        first = request.tokens.first
-        logits_PV = reading.logits(offset + i, first, first + len(request.target)).cpu()
-        log_P = logits_PV.log_softmax(-1).gather(-1, request.target[:, None])
-        total = float(log_P.sum(dtype=torch.float64))
-        likelihood[request.item].append(total)
-        per_character[request.item].append(total / max(1, request.num_characters))
-        greedy[request.item] = bool((logits_PV.argmax(-1) == request.target).all())
+    for continuation, (nll_P, is_top_P) in zip(asked, scored, strict=True):
+        total = -float(nll_P.sum())
+        likelihood[continuation.item].append(total)
+        per_character[continuation.item].append(total / max(1, continuation.num_characters))
+        greedy[continuation.item] = bool(is_top_P.all())
     gold_N = np.array([row[item.gold] for row, item in zip(likelihood, task.items, strict=True)])
     if task.kind == "last_word":
         return Answers(correct_N=greedy, correct_norm_N=None, gold_N=gold_N)

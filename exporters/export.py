@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import manifest_of, path_from, read_manifest, write_manifest
+from compress.artifact import links_elsewhere, manifest_of, path_from, read_manifest, write_manifest
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.output import Place, reserved
@@ -150,7 +150,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         fp16_bytes=2 * artifact.model.num_parameters,
         fp32_bytes=4 * artifact.model.num_parameters,
         requantized=requantized,
-        notes=[*written.notes, *filter(None, notes), *place.notes],
+        notes=[*written.notes, *filter(None, notes), *links_elsewhere(artifact.path), *place.notes],
     )
 
 

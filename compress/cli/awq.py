@@ -162,7 +162,7 @@ def _as_json(outcome: Any, seconds: float, wall_seconds: float) -> dict[str, Any
 
 
 def _print_summary(outcome: Any, seconds: float) -> None:
-    from rich.console import Console
+    from compress.cli.console import Console
 
     record = outcome.record
     console = Console(width=None if sys.stdout.isatty() else 120)

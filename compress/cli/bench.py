@@ -162,8 +162,9 @@ def _endpoint(url: str, served: str | None, settings: Settings) -> dict[str, Any
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from compress.cli.console import Console
 
     table = Table(title="Decoding, milliseconds", title_justify="left")
     table.add_column("", overflow="fold")

@@ -51,12 +51,13 @@ if TYPE_CHECKING:
     help="Weight of the distance of hidden states, block by block (equal widths only).",
 )  # fmt: skip
 @click.option(
-    "--lr", "rate", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True, help="Peak rate."
+    "--lr", "rate", type=click.FloatRange(0, min_open=True), help="Peak rate [default: 3e-4; with --scheme 1e-3]."
 )
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Share of rising rate.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="Of matrices.")
 @click.option("--clip", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Gradient norm.")
 @click.option("--lora", type=click.IntRange(1), metavar="RANK", help="Train thin matrices, merged at the end (peft).")
+@click.option("--scheme", metavar="w4a16|w8a8|...", help="Train the codes and scales of a quantized student.")
 @click.option("--cache", type=click.Path(path_type=Path), help="The teacher's word, written by `compress teach`.")
 @click.option("--on-policy", type=click.FloatRange(0, 1), default=0.0, show_default=True, metavar="SHARE",
               help="Updates on text that the student writes.")  # fmt: skip
@@ -102,6 +103,8 @@ def command(
     as_json: bool,
     device: str,
     dtype: str,
+    scheme: str | None,
+    rate: float | None,
     compile: bool | None,
     **rest: Any,
 ) -> None:
@@ -118,7 +121,8 @@ def command(
     from compress.distill.run import distill
     from compress.workspace import WORKSPACE
 
-    learner = _student(student)
+    learner = _student(student, scheme)
+    rate = rate if rate is not None else 3e-4 if scheme is None else 1e-3
     master = _teacher(teacher, learner)
     if not data and rest["cache"] is None:
         raise ConfigError("no text to learn on; pass --data FILE, --data hf:DATASET, --data self or --cache FOLDER")
@@ -132,6 +136,8 @@ def command(
         data=Mix.of(data, mix),
         device=device,
         dtype=pick_dtype(dtype, device),
+        scheme=scheme,
+        rate=rate,
         compile=device.startswith("cuda") if compile is None else compile,
         **rest,
     )
@@ -151,17 +157,26 @@ def command(
         _print_summary(outcome, run, outcome.notes, time.monotonic() - started)
 
 
-def _student(asked: str | None) -> Source:
+def _student(asked: str | None, scheme: str | None) -> Source:
+    """The model named, or the workspace's newest pruned artifact; with a scheme, its newest quantized one."""
     from compress.artifact import read_manifest
+    from compress.files import read_json
     from compress.workspace import holds_weights, resolve
 
-    def is_pruned(folder: Path) -> bool:
+    def is_meant(folder: Path) -> bool:
         manifest = read_manifest(folder)
-        return holds_weights(folder) and manifest is not None and manifest.record["stage"] == "prune"
+        if manifest is None or not holds_weights(folder):
+            return False
+        if scheme is not None:
+            return bool(manifest.record["stage"] != "export") and "quantization_config" in read_json(
+                folder / "config.json"
+            )
+        return bool(manifest.record["stage"] == "prune")
 
-    found = resolve(asked, accept=is_pruned)
+    found = resolve(asked, accept=is_meant)
     if asked is None and read_manifest(found.path) is None:
-        raise ConfigError("there is no pruned artifact in the workspace to train; pass --student MODEL")
+        kind = "pruned" if scheme is None else "quantized"
+        raise ConfigError(f"there is no {kind} artifact in the workspace to train; pass --student MODEL")
     return found
 
 

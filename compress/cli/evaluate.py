@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.cli.progress import Shown
-from compress.errors import ConfigError, GateFailed
+from compress.errors import ConfigError, GateFailed, reason
 
 if TYPE_CHECKING:
     from compress.workspace import Source
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 @click.argument("candidate", required=False)
 @click.option("--reference", metavar="MODEL", help="What to compare with [default: the original in the manifest].")
 @click.option(
-    "--data", metavar="TEXT", help="Evaluation text, as for `awq --calib`. Default: the bundled held-out text."
+    "--data",
+    metavar="TEXT",
+    help="Evaluation text: a .txt, .jsonl or .parquet file, hf:DATASET[:SPLIT[:COLUMN]], or `self` (windows sampled "
+    "from the original). Default: the bundled held-out text, for the bundled model only.",
 )
 @click.option("--tasks", multiple=True, metavar="[NAME=]FILE.jsonl", help="Tasks, LAMBADA or multiple-choice layout.")
 @click.option("--lm-eval", multiple=True, metavar="TASK", help="A task of lm-evaluation-harness (extra `eval`).")
@@ -78,25 +81,34 @@ def command(
     """
     import calibration_data
     from compress.devices import described, pick_device
-    from compress.workspace import WORKSPACE, is_candidate, is_reference, judged_as, resolve
+    from compress.output import check_apart
+    from compress.workspace import is_candidate, is_reference, judged_as, resolve
 
     device = pick_device(device)
     source = judged_as(resolve(candidate, accept=is_candidate))
     original = _original(source, reference)
     if data is None and not is_reference(original):
         raise ConfigError(
-            "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE"
+            "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE.txt (or "
+            ".jsonl, .parquet), --data hf:DATASET:SPLIT:COLUMN, or --data self (windows sampled from the original)"
         )
+    from evaluators.written import refuse_strangers
+
+    models = {"the candidate": source.path, "the reference": original}
+    for flag, folder in (("--report", report), ("--cache", None if no_cache else cache_folder)):
+        if folder is not None:
+            check_apart(folder, models, flag)
+            _check_writable(folder, flag)
+    if report is not None:
+        refuse_strangers(report)
     if not as_json:
         said = f"candidate: {source.said}\nreference: {original}\ncomputed on: {described(device)}"
         print(said, file=sys.stderr)
     from evaluators import cache, evaluate, memory
-    from evaluators.gate import EXIT_CODES
     from evaluators.report import to_json, to_text
-    from evaluators.request import Request
-    from evaluators.written import write_reports
+    from evaluators.request import EvaluationRequest
 
-    request = Request(
+    request = EvaluationRequest(
         candidate=source.path,
         reference=original,
         data=data or str(calibration_data.default_evaluation()),
@@ -106,20 +118,46 @@ def command(
         cache_folder=None if no_cache else cache_folder or cache.default_folder(),
         **rest,
     )
-    with _Shown(quiet=as_json) as shown:
+    with Shown(quiet=as_json) as shown:
         found = evaluate.evaluate(request, shown)
     print(to_json(found).decode().rstrip() if as_json else to_text(found))
-    if report is not None:
-        others, notes = memory.others(found, WORKSPACE)
-        for line in notes:
-            print(f"note: {line}", file=sys.stderr)
-        files, note = write_reports(found, report, others)
-        print(f"wrote {', '.join(str(f) for f in files)}", file=sys.stderr)
-        if note:
-            print(note, file=sys.stderr)
+    unwritten = None if report is None else _write(found, report)
     if unkept := memory.remember(source.path, found):
         print(f"note: {unkept}", file=sys.stderr)
-    _exit(found, EXIT_CODES)
+    _exit(found, unwritten)
+
+
+def _check_writable(folder: Path, flag: str) -> None:
+    """ConfigError, before any work, when nothing can be written into the folder; it is made if it is not there."""
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ConfigError(f"{flag} {folder} cannot be written to ({reason(e)}); pass another folder") from e
+
+
+def _write(found: Report, folder: Path) -> ConfigError | None:
+    """Write the reports; why not, if they cannot be written: the verdict stands all the same."""
+    from compress.workspace import WORKSPACE
+    from evaluators import memory
+    from evaluators.written import write_reports
+
+    others, notes = memory.others(found, WORKSPACE)
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)
+    try:
+        files, note = write_reports(found, folder, others)
+    except ConfigError as e:
+        return e
+    except OSError as e:
+        return ConfigError(f"the report could not be written to {folder} ({reason(e)}); what was found stands above")
+    print(f"wrote {', '.join(str(f) for f in files)}", file=sys.stderr)
+    if note:
+        print(note, file=sys.stderr)
+    return None
 
 
 def _original(source: Source, reference: str | None) -> Path:
@@ -134,32 +172,17 @@ def _original(source: Source, reference: str | None) -> Path:
     return parent_path(manifest.root, source.path)
 
 
-def _exit(report: Report, codes: Any) -> None:
-    if report.outcome is None or not codes[report.outcome]:
+def _exit(report: Report, unwritten: ConfigError | None) -> None:
+    """The exit code is the gate's; without a gate, a report that could not be written is an error."""
+    from evaluators.gate import EXIT_CODES
+
+    if unwritten is not None and report.outcome is None:
+        raise unwritten
+    if unwritten is not None:
+        print(f"error: {unwritten}", file=sys.stderr)
+    if report.outcome is None or not EXIT_CODES[report.outcome]:
         return
     decisive = next(v for v in report.verdicts if v.outcome == report.outcome)
     more = " (--data, --max-tokens, --limit)" if report.outcome == "INCONCLUSIVE" else ""
     said = f"gate {decisive.threshold:.1%}: {decisive.metric}: {decisive.reason}{more}"
-    raise GateFailed(said, codes[report.outcome])
-
-
-class _Shown:
-    """Progress of each model in turn; see `evaluators.evaluate.Progress`."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.shown = Shown(quiet=quiet)
-
-    def __enter__(self) -> _Shown:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shown.end()
-
-    def stage(self, what: str) -> None:
-        self.shown.end()
-        self.what = what
-
-    def block(self, done: int, total: int) -> None:
-        if self.shown.pace is None:
-            self.shown.start(f"{self.what} block", total)
-        self.shown.step(done)
+    raise GateFailed(said, EXIT_CODES[report.outcome])

@@ -122,8 +122,9 @@ def _as_json(outcome: ExportOutcome, seconds: float) -> dict[str, Any]:
 
 
 def _print(outcome: ExportOutcome, seconds: float) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from compress.cli.console import Console
 
     console = Console()
     console = console if console.is_terminal else Console(width=120)
@@ -183,8 +184,9 @@ def _print_too_big(error: DoesNotFit, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"error": str(error), "sizing": error.sizing.to_json(), "fitting": suggestions}, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from compress.cli.console import Console
 
     console = Console(stderr=True)
     console = console if console.is_terminal else Console(stderr=True, width=120)

@@ -113,9 +113,9 @@ def _as_json(model: Model, target: Target, format: str, batch: int, rows: list[d
 
 
 def _print(model: Model, target: Target, format: str, batch: int, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from compress.cli.console import Console
     from exporters.sizing.predict import MADE_BITS
 
     console = Console()

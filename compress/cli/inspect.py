@@ -113,9 +113,10 @@ def _not_streamed(path: Path) -> str | None:
 
 
 def _print(facts: dict[str, Any], said: str) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from compress.cli.console import Console
 
     console = Console()
     table = Table(show_header=False, box=None, pad_edge=False)

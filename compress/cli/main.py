@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from compress import __version__, threads
+from compress.cli.terminal import plain_streams, printable
 from compress.errors import CompressError, Interrupted, out_of_room, reason
 from compress.siblings import check_siblings
 
@@ -87,7 +88,8 @@ class _Commands(click.Group):
         try:
             threads.configure()  # before any command loads torch
             check_siblings()
-            result = super().invoke(ctx)
+            with plain_streams():
+                result = super().invoke(ctx)
             sys.stdout.flush()  # a full disk behind a redirection is met here, not on the way out
             return result
         except (Exception, KeyboardInterrupt) as e:
@@ -119,7 +121,7 @@ def told(error: BaseException) -> tuple[str, int]:
         text, code = f"{reason(error)}; the file system refused it, mend that and run the same command again", 1
     else:
         text, code = _bug(error), 70
-    return f"error: {printable(text)}", code
+    return f"error: {printable(' '.join(text.split()), keep='')}", code
 
 
 def _bug(error: BaseException) -> str:
@@ -133,11 +135,6 @@ def _bug(error: BaseException) -> str:
     except OSError:
         return f"{text}; run it again with COMPRESS_DEBUG=1 and report the traceback"
     return f"{text}; please report it with {path}, which holds the traceback"
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with every character escaped that a terminal would act on."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -26,13 +26,15 @@ ENGINES = ("auto", "ddp", "fsdp", "deepspeed")
 class EngineOptions:
     """engine: one of `ENGINES`. compute: dtype of matrix products; master weights are float32. device: of this process.
 
-    compress_gradients: rank of PowerSGD's factors, None for whole gradients.
+    compress_gradients: rank of PowerSGD's factors, None for whole gradients. exact_parameters: shares are gathered in
+    float32, for parameters that 16 bits would change (codes about to be rounded).
     """
 
     engine: str = "auto"
     compute: torch.dtype = torch.float32
     device: str = "cpu"
     compress_gradients: int | None = None
+    exact_parameters: bool = False
 
     def resolved(self, processes: int) -> str:
         """`single`, `ddp`, `fsdp` or `deepspeed`. ConfigError for what does not go together."""
@@ -183,7 +185,9 @@ def _accelerator(kind: str, options: EngineOptions, block_class: str, micro_batc
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=[block_class],
             mixed_precision_policy=MixedPrecisionPolicy(
-                param_dtype=options.compute, reduce_dtype=torch.float32, output_dtype=torch.float32
+                param_dtype=torch.float32 if options.exact_parameters else options.compute,
+                reduce_dtype=torch.float32,
+                output_dtype=torch.float32,
             ),
         )
     if kind == "deepspeed":

@@ -155,7 +155,7 @@ def stored_state(loaded: LoadedModel, state: Mapping[str, Tensor]) -> dict[str, 
     """A model's state by the folder's names, tied tensors once, in the dtypes that the folder stores."""
     out: dict[str, Tensor] = {}
     for name, source in loaded.names.items():
-        if source not in out:
+        if source not in out and source.removesuffix(".weight") not in loaded.stored:
             info = loaded.checkpoint.tensors.get(source)
             dtype = torch.float16 if info is None else torch_dtype(info.dtype)
             out[source] = state[name].detach().to("cpu", dtype).contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +30,21 @@ class Rate:
         return self.peak * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def adamw(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, share: Callable[[str], float] = lambda name: 1.0
+) -> torch.optim.AdamW:
     """AdamW over the parameters that need a gradient; matrices decay, vectors (norms, biases) do not.
 
-    A group may scale the rate: see `set_rate`. Fused on a GPU.
+    share: of the run's rate that a parameter takes, by its name; see `set_rate`. Fused on a GPU.
     """
     trained = [(name, p) for name, p in named if p.requires_grad]
+    by_kind: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in trained:
+        by_kind.setdefault((p.ndim >= 2, share(name)), []).append(p)
     groups: list[dict[str, Any]] = [
-        {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": found, "weight_decay": weight_decay if matrix else 0.0, "scale": scale}
+        for (matrix, scale), found in by_kind.items()
     ]
-    groups = [g for g in groups if g["params"]]
     fused = all(p.is_cuda for _, p in trained)
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=1e-8, fused=fused or None)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from compress import distributed, sampling
 from compress.artifact import read_manifest
 from compress.checkpoint import Checkpoint
-from compress.distill import data, held, memory, models, rows
+from compress.distill import data, held, memory, models, qad, rows
 from compress.distill.cache import CachedTeacher
 from compress.distill.data import SELF, Mix
 from compress.distill.models import LoadedModel
@@ -52,6 +52,8 @@ def refuse(request: DistillRequest) -> None:
         raise ConfigError(
             "--loss cross-entropy trains on the text alone; leave out --cache, --hidden-loss and --on-policy"
         )
+    if request.scheme is not None and request.lora is not None:
+        raise ConfigError("--lora trains matrices beside the weights and --scheme the weights' codes; leave out one")
     if request.epochs < 1 or request.seq_len < 2:
         raise ConfigError(f"--epochs {request.epochs} --seq-len {request.seq_len}: at least 1 and 2 are needed")
 
@@ -106,6 +108,9 @@ def load_student(request: DistillRequest) -> LoadedModel:
         trust_remote_code=request.trust_remote_code,
     )
     models.proven_head(loaded)
+    qad.check_scheme(loaded, request.scheme)
+    if request.scheme is not None:
+        qad.learn_codes(loaded)
     loaded.model.requires_grad_(True)
     if request.checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

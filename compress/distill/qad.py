@@ -26,7 +26,7 @@ from compress import numerics
 from compress.activations import fake_quantize
 from compress.distill.models import LoadedModel
 from compress.errors import ConfigError, UnsupportedError
-from compress.plan import ActivationScheme
+from compress.plan import ActivationScheme, LayerScheme
 from compress.quantized import QuantizedWeight, StaticInput
 from compress.scheme import Scheme
 
@@ -137,6 +137,26 @@ def learn_codes(loaded: LoadedModel) -> None:
         learned = LearnedLinear(stored.weight(layer), module.bias, scheme.input, stored.static(layer))
         owner, _, leaf = name.rpartition(".")
         setattr(loaded.model.get_submodule(owner), leaf, learned.to(module.weight.device))
+
+
+def check_scheme(loaded: LoadedModel, asked: str | None) -> None:
+    """ConfigError unless a quantized folder's codes are asked to be trained, by the scheme that they have."""
+    found = sorted({label(scheme) for scheme in loaded.stored.plan.groups()})
+    path = loaded.checkpoint.path
+    if not found and asked is not None:
+        raise ConfigError(
+            f"--scheme {asked} trains the codes of a quantized student and {path} holds none; pass --student the "
+            "artifact that `compress awq` or `compress int8` made"
+        )
+    if found and asked not in found:
+        trained = f"--scheme {asked} is asked for" if asked else "no --scheme is given"
+        raise ConfigError(f"student {path} is quantized ({', '.join(found)}) and {trained}; pass --scheme {found[0]}")
+
+
+def label(scheme: LayerScheme) -> str:
+    """`w4a16`, `w8a8`: bits of weights and inputs."""
+    weight = 16 if scheme.weight is None else scheme.weight.num_bits
+    return f"w{weight}a{16 if scheme.input is None else scheme.input.num_bits}"
 
 
 def rate_of(name: str) -> float:

@@ -23,7 +23,8 @@ class DistillRequest:
 
     tokens: to train on, None for all of the text; epochs: how often each is read. batch: rows of an update over all
     processes. micro_batch: rows of a pass, None for the largest that the pass limit allows. rate: peak learning rate.
-    ce, hidden: weights beside the divergence. on_policy: share of updates on text that the student writes.
+    ce, hidden: weights beside the divergence. on_policy: share of updates on text that the student writes. scheme:
+    `w4a16` and the like, of a quantized student whose codes are trained (see `qad`).
     """
 
     teacher: Source
@@ -48,6 +49,7 @@ class DistillRequest:
     cache: Path | None = None
     on_policy: float = 0.0
     lora: int | None = None
+    scheme: str | None = None
     watch: str | None = None
     watch_tokens: int = 32_768
     watch_every: int | None = None
@@ -71,7 +73,7 @@ class DistillRequest:
         """What the manifest records and a resumed run must repeat."""
         names = (
             "tokens", "epochs", "seq_len", "batch", "micro_batch", "loss", "temperature", "beta", "ce", "hidden",
-            "rate", "warmup", "weight_decay", "clip", "isolate", "on_policy", "lora", "watch", "watch_tokens",
+            "rate", "warmup", "weight_decay", "clip", "isolate", "on_policy", "lora", "scheme", "watch", "watch_tokens",
             "watch_every", "patience", "seed", "dtype", "teacher_dtype", "engine", "compress_gradients",
             "checkpointing", "compile",
         )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from compress import distributed, output
 from compress.artifact import manifest_of, path_from, read_manifest
-from compress.distill import flops, lora, models, prepare, teacher
+from compress.distill import flops, lora, models, prepare, qad, teacher
 from compress.distill.cache import CachedTeacher
 from compress.distill.checkpoint import Checkpoints
 from compress.distill.engine import Engine, EngineOptions
@@ -125,7 +125,7 @@ def _distill(
 
     def finish() -> tuple[dict[str, Any], int]:
         assert run is not None
-        record = _record(request, hashes, facts)
+        record = {**_record(request, hashes, facts), **_stored_as(ready.student)}
         staged = run.new_staged()
         verified = write_model(
             run.folder,
@@ -230,6 +230,7 @@ def _engine_options(request: DistillRequest) -> EngineOptions:
         compute=DTYPES[request.dtype],
         device=request.device,
         compress_gradients=request.compress_gradients,
+        exact_parameters=request.scheme is not None,
     )
 
 
@@ -238,16 +239,20 @@ def _training(
 ) -> tuple[Engine, Training]:
     if request.lora is not None:
         lora.add(ready.student, request.lora)
-    if request.compile:
+    if request.compile and request.scheme is None:
         for block in ready.student.blocks:
             block.compile(dynamic=False)
     student = Student(ready.student, request.goal, states=ready.states, fuse=request.compile)
     options = _engine_options(request)
-    if options.resolved(distributed.num_processes()) != "fsdp":  # FSDP2 has a policy of its own
+    if options.resolved(distributed.num_processes()) != "fsdp" or options.exact_parameters:  # FSDP2 has its own policy
         student.compute_in(None if options.compute == torch.float32 else options.compute)
     engine = Engine.start(
         student,
-        adamw(student.named_parameters(), request.weight_decay),
+        adamw(
+            student.named_parameters(),
+            0.0 if request.scheme else request.weight_decay,
+            qad.rate_of if request.scheme else lambda name: 1.0,
+        ),
         options,
         block_class=type(ready.student.blocks[0]).__name__,
         micro_batch=ready.plan.micro,
@@ -297,6 +302,13 @@ def _facts(request: DistillRequest, ready: Prepared, training: Training, state: 
     }
 
 
+def _stored_as(student: LoadedModel) -> dict[str, Any]:
+    stored = student.stored
+    if stored.format is None:
+        return {"format": "dense"}
+    return {"format": stored.format.NAME, "plan": stored.plan.to_json()}
+
+
 def _watched(watch: Watch, state: State) -> dict[str, Any]:
     return {"sha256": watch.rows.sha256, "by": watch.by, "looks": state.watched, "sources": watch.rows.sources}
 
@@ -304,7 +316,6 @@ def _watched(watch: Watch, state: State) -> dict[str, Any]:
 def _record(request: DistillRequest, hashes: dict[str, str], facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "stage": "distill",
-        "format": "huggingface",
         "options": request.options(),
         "parent": {"path": path_from(request.out, request.student.path), "sha256": hashes["student"]},
         "teacher": {"path": path_from(request.out, request.teacher.path), "sha256": hashes["teacher"]},

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.errors import ArtifactError
+
 Array = np.ndarray
 # torch's name of a dtype, and the numbers; 16-bit floats as the integers of their bits.
 Again = tuple[str, Array]
@@ -36,13 +38,16 @@ def unpack_awq(words: Array) -> Array:
 def unpack_dense(words: Array, num_bits: int, num_columns: int) -> Array:
     """compressed-tensors words int32 `[R, W]` into unsigned codes, uint8 `[R, num_columns]`.
 
-    A row is one run of bits, the lowest of a word first; value i is bits `i * num_bits` and on.
+    A row is one run of bits, the lowest of a word first; value i is bits `i * num_bits` and on. ArtifactError when the
+    bits behind the last value are not zero.
     """
     rows = np.ascontiguousarray(words).astype("<i4", copy=False)
     out = np.zeros((len(rows), num_columns), dtype=np.uint8)
     step = max(1, _CACHED_WORDS // max(1, rows.shape[1]))
     for start in range(0, len(rows), step):
         bits = np.unpackbits(rows[start : start + step].view(np.uint8), axis=1, bitorder="little")
+        if bits[:, num_columns * num_bits :].any():
+            raise ArtifactError("a packed tensor differs from what was computed: its padding is not zero")
         for bit in range(num_bits):
             out[start : start + step] |= bits[:, bit : num_columns * num_bits : num_bits] << np.uint8(bit)
     return out

@@ -79,6 +79,7 @@ def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> Bloc
     scheme = options.scheme
     layers = linears(loaded.module)
     chosen = [name for name in layers if plan[loaded.prefix + name].weight is not None]
+    assert all(plan[loaded.prefix + name].weight == scheme for name in chosen), "one scheme a run"
     signals = {
         name: awq.output_error(weight_OI(layers[name]).float(), statistics.gram_II)
         for name, statistics in _inputs(loaded, chosen)

@@ -21,7 +21,7 @@ from compress import threads
 from compress.errors import ArtifactError, ConfigError, UnsupportedError, explained
 from compress.files import check_file, read_json
 from compress.folders import check_members
-from compress.runtime.runner import Tokens
+from compress.runtime.runner import Span, Tokens
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -32,6 +32,26 @@ DTYPES = {
 
 
 _KNOWN = ("input_ids", "attention_mask", "position_ids", "write_indices", "logits_indices")
+
+
+def open_session(path: Path) -> Any:
+    """An ONNX Runtime session of a graph file on the CPU, computing what the graph says.
+
+    ONNX Runtime fuses DequantizeLinear and MatMul, and unless told otherwise then rounds activations to INT8, which is
+    another model (0.6 % off); accuracy level 0 keeps them. ConfigError when ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise ConfigError(
+            f'{path} needs ONNX Runtime, which is not installed; pip install "compress-toolkit[onnx]"'
+        ) from e
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    threads.calm(options)
+    options.log_severity_level = 3  # errors; TensorScatter warns at every call that it copies
+    with explained(f"{path}: ONNX Runtime cannot open the graph", "export it again"):
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 class OnnxRunner:
@@ -52,21 +72,9 @@ class OnnxRunner:
     @classmethod
     def open(cls, folder: Path) -> OnnxRunner:
         """Open the folder's graph. ConfigError when ONNX Runtime is missing, UnsupportedError for an unknown input."""
-        try:
-            import onnxruntime
-        except ImportError as e:
-            raise ConfigError(
-                f'{folder} needs ONNX Runtime, which is not installed; pip install "compress-toolkit[onnx]"'
-            ) from e
         check_members(folder)
         path = find_graph(folder)
-        # ONNX Runtime fuses DequantizeLinear and MatMul, and unless told otherwise then rounds activations to INT8
-        options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        threads.calm(options)
-        options.log_severity_level = 3  # errors; TensorScatter warns at every call that it copies
-        with explained(f"{path}: ONNX Runtime cannot open the graph", "export it again"):
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(path)
         if "logits" not in [o.name for o in session.get_outputs()]:
             raise UnsupportedError(f"{path}: no output is called logits; only causal language models can be judged")
         for i in session.get_inputs():
@@ -159,14 +167,27 @@ def _capacity(path: Path, pasts: Mapping[str, tuple[int, int, int]], session: An
 
 
 class OnnxReading:
-    """Runs a sequence when its logits are asked for, and keeps the last."""
-
-    observed = None
+    """Runs a sequence when its logits are asked for; keeps the last, and what was asked for last."""
 
     def __init__(self, runner: OnnxRunner, sequences: Sequence[Tokens]) -> None:
         self.runner = runner
         self.sequences = sequences
+        self.observed: None = None
         self._last: tuple[int, Tensor] | None = None
+        self._asked: tuple[Sequence[Span], Tensor] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.runner.vocab_size
+
+    @property
+    def ids_at_once(self) -> int:
+        return self.runner.vocab_size
+
+    def at(self, spans: Sequence[Span], ids: range) -> Tensor:
+        if self._asked is None or self._asked[0] != spans:
+            self._asked = (list(spans), torch.cat([self.logits(*span) for span in spans]))
+        return self._asked[1][:, ids.start : ids.stop]
 
     def logits(self, index: int, start: int, stop: int) -> Tensor:
         if self._last is None or self._last[0] != index:
@@ -174,7 +195,7 @@ class OnnxReading:
         return self._last[1][start:stop]
 
     def close(self) -> None:
-        self._last = None
+        self._last = self._asked = None
 
 
 def find_graph(folder: Path) -> Path:

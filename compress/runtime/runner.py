@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,18 +20,39 @@ class Tokens:
     first: int = 0
 
 
+class Span(NamedTuple):
+    """Positions `start` to `stop` of one sequence."""
+
+    sequence: int
+    start: int
+    stop: int
+
+
 class Reading(Protocol):
     """A model that has read some sequences."""
 
-    def logits(self, index: int, start: int, stop: int) -> Tensor:
-        """Float32 `[stop - start, V]`: the predictions made AFTER reading tokens start .. stop - 1 of a sequence.
+    @property
+    def vocab_size(self) -> int: ...
 
-        `start` must not lie before the sequence's `first`.
+    @property
+    def ids_at_once(self) -> int:
+        """Of how many ids the logits are best asked for at once: all, or as many as keep the memory bounded."""
+        ...
+
+    def at(self, spans: Sequence[Span], ids: range) -> Tensor:
+        """Float32 `[P, len(ids)]`: logits of consecutive `ids` in the predictions made AFTER reading each position.
+
+        Positions come span by span. None may lie before its sequence's `first`. Asking for the same spans with other
+        ids, one after the other, costs no more than asking for all at once.
         """
         ...
 
+    def logits(self, index: int, start: int, stop: int) -> Tensor:
+        """Float32 `[stop - start, V]`: `at` of one span and the whole vocabulary."""
+        ...
+
     def close(self) -> None:
-        """Release what `logits` holds."""
+        """Release what `at` holds."""
         ...
 
 

@@ -1,7 +1,7 @@
 """A model folder read with torch, one decoder block in memory at a time, however long the text is.
 
-What is kept of a sequence is its last hidden state at the positions that will be asked for; logits exist for
-`CHUNK` positions at a time, so a vocabulary of 128k never becomes a `[B, T, V]` tensor.
+What is kept of a sequence is its last hidden state at the positions that will be asked for; logits exist for the
+positions and ids that are asked for, and of a large output matrix only the rows of these ids are in memory.
 
 Shapes: B batch, T tokens, H hidden size, P positions kept of all sequences, V vocabulary
 """
@@ -18,13 +18,16 @@ from torch import Tensor
 
 from compress.errors import ArtifactError
 from compress.model import StreamedModel
-from compress.runtime.runner import Tokens
+from compress.runtime.runner import Span, Tokens
 from compress.runtime.watch import Observed, Watch
 
 BATCH_TOKENS = 2048
-CHUNK = 256
 HIDDEN_BYTES = 2 << 30
+# Bytes of logits that are worth having at once, for `POSITIONS` positions: the rest of the vocabulary comes after.
+LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+POSITIONS = 512
 _BUCKET = 16
+_PADDING = torch.zeros(1, dtype=torch.int64)
 
 
 class TorchRunner:
@@ -58,7 +61,7 @@ class TorchRunner:
         watched: see `internals`."""
         kept = Kept.empty(sequences, self.model)
         watch = Watch()
-        rounds = _rounds(sequences, observe, self.hidden_size)
+        rounds = rounds_of(sequences, observe, self.hidden_size, HIDDEN_BYTES)
         total = len(rounds) * self.model.num_blocks
         for number, batches in enumerate(rounds):
             self._round(batches, sequences, observe if number == 0 else 0, kept, watch, number, total)
@@ -75,7 +78,8 @@ class TorchRunner:
         total: int,
     ) -> None:
         model = self.model
-        hidden = [model.embed(_padded([sequences[i].ids_T for i in batch])) for batch in batches]
+        with model.embedding_kept(torch.cat([sequences[i].ids_T for batch in batches for i in batch] + [_PADDING])):
+            hidden = [model.embed(_padded([sequences[i].ids_T for i in batch])) for batch in batches]
         for index in range(model.num_blocks):
             block = model.load_block(index)
             name = model.block_prefix(index).rstrip(".")
@@ -128,41 +132,79 @@ class Kept:
 
 
 class TorchReading:
-    """See `compress.runtime.runner.Reading`. Holds the output matrix from the first call of `logits` until `close`."""
+    """See `compress.runtime.runner.Reading`.
+
+    A small output matrix is held from the first call of `at` until `close`; of a large one, the rows asked for are read
+    each time.
+    """
 
     def __init__(self, model: StreamedModel, kept: Kept, observed: Observed | None) -> None:
         self.model = model
         self.kept = kept
         self.observed = observed
         self._stack = contextlib.ExitStack()
-        self._chunk: tuple[int, Tensor] | None = None
+        self._open = False
+        self._hidden: tuple[Sequence[Span], Tensor] | None = None
+        self._ids_at_once = 0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def ids_at_once(self) -> int:
+        if not self._ids_at_once:
+            most = LOGIT_BYTES.get(self.model.device.type, 16 << 20) // (4 * POSITIONS)
+            sliced = most < self.vocab_size and _slices_agree(self.model, self.kept.hidden_PH[:1])
+            self._ids_at_once = most if sliced else self.vocab_size
+        return self._ids_at_once
 
     @torch.no_grad()
-    def logits(self, index: int, start: int, stop: int) -> Tensor:
-        begin, end = self.kept.span(index)
-        low = begin + start - self.kept.first[index]
-        high = begin + stop - self.kept.first[index]
-        if not begin <= low <= high <= end:
-            raise IndexError(f"positions {start}..{stop} of sequence {index} were not kept")
-        parts = [
-            self._chunk_logits(chunk)[max(0, low - chunk * CHUNK) : high - chunk * CHUNK]
-            for chunk in range(low // CHUNK, (high - 1) // CHUNK + 1)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def at(self, spans: Sequence[Span], ids: range) -> Tensor:
+        if self._hidden is None or self._hidden[0] != spans:
+            self._hidden = (list(spans), torch.cat([self._kept(span) for span in spans]))
+        hidden_P1H = self._hidden[1][:, None]
+        whole = self.ids_at_once >= self.vocab_size
+        if not self._open:
+            self._stack.enter_context(self.model.head_loaded(matrix=whole))
+            self._open = True
+        if whole:
+            return self.model.head(hidden_P1H)[:, 0, ids.start : ids.stop].float()
+        return self.model.head(hidden_P1H, ids)[:, 0].float()
 
-    def _chunk_logits(self, chunk: int) -> Tensor:
-        """Asked for in order, each chunk is computed once."""
-        if self._chunk is None or self._chunk[0] != chunk:
-            if self._chunk is None:
-                self._stack.enter_context(self.model.head_loaded())
-            part_PH = self.kept.hidden_PH[chunk * CHUNK : (chunk + 1) * CHUNK]
-            self._chunk = (chunk, self.model.head(part_PH[None])[0].float())
-        return self._chunk[1]
+    def logits(self, index: int, start: int, stop: int) -> Tensor:
+        spans, step = [Span(index, start, stop)], self.ids_at_once
+        parts = [self.at(spans, ids) for ids in slices(self.vocab_size, step)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _kept(self, span: Span) -> Tensor:
+        begin, end = self.kept.span(span.sequence)
+        low, high = (begin + position - self.kept.first[span.sequence] for position in (span.start, span.stop))
+        if not begin <= low <= high <= end:
+            raise IndexError(f"positions {span.start}..{span.stop} of sequence {span.sequence} were not kept")
+        return self.kept.hidden_PH[low:high]
 
     def close(self) -> None:
         """Release the output matrix."""
         self._stack.close()
-        self._chunk = None
+        self._open = False
+        self._hidden = None
+
+
+def slices(vocab_size: int, step: int) -> list[range]:
+    """The ids of a vocabulary, `step` at a time."""
+    return [range(first, min(first + step, vocab_size)) for first in range(0, vocab_size, step)]
+
+
+@torch.no_grad()
+def _slices_agree(model: StreamedModel, hidden_1H: Tensor) -> bool:
+    """Whether the logits of some ids can be had alone: the output matrix is plain, and what follows it (a scale, a soft
+    cap) treats each logit by itself, as two slices that overlap show."""
+    if not model.has_plain_head() or not len(hidden_1H):
+        return False
+    with model.head_loaded(matrix=False):
+        one, two = (model.head(hidden_1H[:, None], ids)[0, 0].float() for ids in (range(0, 64), range(32, 96)))
+    return len(one) == len(two) == 64 and torch.allclose(one[32:], two[:32], rtol=1e-3, atol=1e-3)
 
 
 def _width(model: StreamedModel) -> int:
@@ -171,8 +213,8 @@ def _width(model: StreamedModel) -> int:
     return int(size) if size else int(model.base.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
 
 
-def _rounds(sequences: Sequence[Tokens], observe: int, width: int) -> list[list[list[int]]]:
-    """Batches of indices, in rounds whose hidden states stay below `HIDDEN_BYTES`; watched sequences come first.
+def rounds_of(sequences: Sequence[Tokens], observe: int, width: int, most_bytes: int) -> list[list[list[int]]]:
+    """Batches of indices, in rounds whose float32 hidden states stay below `most_bytes`; watched sequences come first.
 
     Sequences of nearly the same length share a batch, padded at the end: attention is causal, so padding behind a
     token cannot change it.
@@ -191,7 +233,7 @@ def _rounds(sequences: Sequence[Tokens], observe: int, width: int) -> list[list[
     held = 0
     for batch in batches:
         cost = len(batch) * max(len(sequences[i].ids_T) for i in batch) * width * 4
-        if not rounds or held + cost > HIDDEN_BYTES:
+        if not rounds or held + cost > most_bytes:
             rounds.append([])
             held = 0
         rounds[-1].append(batch)

@@ -37,9 +37,10 @@ class Serving:
 
     @property
     def label(self) -> str:
-        """The name as Kubernetes wants it: RFC 1123, at most 63 characters."""
-        text = re.sub(r"[^a-z0-9-]+", "-", self.name.lower()).strip("-")[:63].strip("-")
-        return text or "model"
+        """The name as Kubernetes wants it for a Service: RFC 1035, a letter first, at most 63 characters."""
+        text = re.sub(r"[^a-z0-9-]+", "-", self.name.lower()).strip("-") or "model"
+        text = text if text[0].isalpha() else f"model-{text}"
+        return text[:63].strip("-")
 
     @property
     def memory(self) -> str:

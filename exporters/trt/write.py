@@ -14,6 +14,7 @@ from compress.artifact import carried_files
 from compress.errors import ConfigError
 from compress.files import json_bytes, write_bytes_atomically
 from compress.model import StreamedModel
+from compress.runtime.ort import open_session
 from exporters import reference
 from exporters.reader import Job, Layout, Written
 from exporters.trt.graph import architecture, engine, run
@@ -110,5 +111,5 @@ def _tenths(job: Job) -> Callable[[int, int], None]:
 def verify(artifact: Path, folder: Path, num_layers: int) -> dict[str, float]:
     """Run the written graph and compare; ArtifactError when it differs from the artifact by more than float16 does."""
     wanted = reference.of_artifact(artifact)
-    found = run.logits_TV(run.open_session(folder / GRAPH), wanted.ids_T, wanted.prefill)
+    found = run.logits_TV(open_session(folder / GRAPH), wanted.ids_T, wanted.prefill)
     return reference.compare(found, wanted, tolerance=tolerance(num_layers), what=str(folder / GRAPH))

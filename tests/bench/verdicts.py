@@ -23,12 +23,7 @@ from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
 from evaluators.evaluate import evaluate
-from evaluators.request import Request
-
-
-class Silent:
-    def stage(self, what: str) -> None: ...
-    def block(self, done: int, total: int) -> None: ...
+from evaluators.request import EvaluationRequest
 
 
 def changed(original: Path, out: Path, method: str) -> Path:
@@ -68,11 +63,10 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
         for name, path in candidates.items():
             report = evaluate(
-                Request(
+                EvaluationRequest(
                     candidate=path, reference=original, data=o.data, tasks=tuple(o.tasks), limit=o.limit,
                     threshold=0.98, max_tokens=o.max_tokens, cache_folder=root / "cache",
-                ),
-                Silent(),
+                )
             )  # fmt: skip
             value = {m.name: m.value for m in report.metrics}
             for v in report.verdicts:

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compress.artifact import MANIFEST, Manifest, names_in, read_manifest, write_manifest
+from compress.artifact import (
+    MANIFEST,
+    Manifest,
+    carried_files,
+    links_elsewhere,
+    names_in,
+    read_manifest,
+    write_manifest,
+)
 from compress.errors import ArtifactError, CompressError
 from compress.files import file_sha256, json_bytes
 
@@ -125,3 +133,36 @@ def test_any_value_anywhere_is_read_or_refused(folder: Path, place: tuple[Any, .
     record = manifest.record
     assert isinstance(record["stage"], str) and isinstance(record["parent"]["path"], str)
     assert isinstance(record.get("options") or {}, dict) and isinstance(manifest.files or {}, dict)
+
+
+def test_a_link_out_of_the_model_is_not_taken_along_and_is_named(tmp_path: Path) -> None:
+    secret = tmp_path / "home" / "id_rsa"
+    secret.parent.mkdir()
+    secret.write_text("a private key")
+    model = tmp_path / "model"
+    (model / "deep").mkdir(parents=True)
+    (model / "tokenizer.json").write_text("{}")
+    (model / "deep" / "NOTICE").write_text("notice")
+    (model / "LICENSE").symlink_to(secret)
+    (model / "LICENSE.txt").symlink_to("../home/id_rsa")
+    (model / "NOTICE").symlink_to("deep/NOTICE")
+    (model / "vocab.txt").symlink_to("/dev/zero")
+    (model / "vocab.json").symlink_to("vocab.json")
+    assert [p.name for p in carried_files(model)] == ["NOTICE", "tokenizer.json"]
+    said = links_elsewhere(model)
+    assert len(said) == 3 and str(secret) in said[0] and "was not taken along" in said[0]
+    (tmp_path / "link").symlink_to(model)  # the model read through a link
+    assert [p.name for p in carried_files(tmp_path / "link")] == ["NOTICE", "tokenizer.json"]
+
+
+def test_links_of_a_hub_snapshot_lead_to_its_own_blobs(tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    for name in ("models--a--b", "models--c--d"):
+        (hub / name / "blobs").mkdir(parents=True)
+        (hub / name / "blobs" / "0123").write_text("{}")
+    snapshot = hub / "models--a--b" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/0123")
+    (snapshot / "LICENSE").symlink_to("../../../models--c--d/blobs/0123")
+    assert [p.name for p in carried_files(snapshot)] == ["tokenizer.json"]
+    assert len(links_elsewhere(snapshot)) == 1

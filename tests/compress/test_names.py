@@ -59,6 +59,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "one block more": ({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}, "describes 2 blocks"),
     "a block that is cut": ({"model.layers.1.mlp.up_proj.weight": None}, "1.mlp.up_proj.weight is missing"),
     "no output matrix": ({"lm_head.weight": None}, "lm_head.weight is missing and config.json does not tie it"),
+    "prefixes mixed": (
+        {"model.layers.1.mlp.up_proj.weight": None, "layers.1.mlp.up_proj.weight": torch.ones(128, 64)},
+        "layers.1.mlp.up_proj.weight belongs to the block whose other tensors are called model.layers.1",
+    ),
     "twice": ({"layers.0.mlp.up_proj.weight": torch.ones(128, 64)}, "both are model.layers.0.mlp.up_proj.weight"),
     "quantized and not": (
         {Q.replace("weight", "qweight"): torch.ones(64, 8, dtype=torch.int32)},

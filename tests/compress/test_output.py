@@ -500,3 +500,13 @@ def test_a_lock_that_a_kill_left_is_no_obstacle(desk: Desk) -> None:
     assert (desk.here / ".q.compress-lock").exists()
     make(Path("q"), desk)
     assert not (desk.here / ".q.compress-lock").exists()
+
+
+def test_reports_and_caches_stay_out_of_models_and_artifacts(desk: Desk) -> None:
+    make(Path("q"), desk)
+    models = {"the candidate": desk.model}
+    for inside in ("models/m", "models/m/reports", "q", "q/deep/more"):
+        with pytest.raises(ConfigError, match="which is only read; choose a place outside it"):
+            output.check_apart(Path(inside), models, "--report")
+    output.check_apart(Path("q.reports"), models, "--report")
+    output.check_apart(Path("models"), models, "--report")

@@ -42,15 +42,19 @@ def whole_logits(folder: Path, rows: list[Tokens]) -> list[torch.Tensor]:
         return [model(row.ids_T[None]).logits[0] for row in rows]
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPTNeoX"])
-def test_logits_of_any_lengths_equal_transformers(build_model: Any, family: str, monkeypatch: Any) -> None:
-    """Batches, padding, several rounds and chunks leave no trace."""
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole", "sliced"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GPTNeoX"])
+def test_logits_of_any_lengths_equal_transformers(
+    build_model: Any, family: str, sliced: bool, monkeypatch: Any
+) -> None:
+    """Batches, padding, several rounds and slices of the vocabulary leave no trace, nor does Gemma 2's soft cap."""
     folder = build_model(family)
     rows = sequences(40, 3, 41, 17, 40, 1, 100)
     rows[2] = Tokens(ids_T=rows[2].ids_T, first=30)
     monkeypatch.setattr(torch_runner, "HIDDEN_BYTES", 64 * 4 * 90)
-    monkeypatch.setattr(torch_runner, "CHUNK", 7)
+    monkeypatch.setitem(torch_runner.LOGIT_BYTES, "cpu", 4 * torch_runner.POSITIONS * (700 if sliced else 10_000))
     reading = TorchRunner.open(folder).read(rows)
+    assert reading.ids_at_once == (700 if sliced else 4096)
     for i, (row, expected) in enumerate(zip(rows, whole_logits(folder, rows), strict=True)):
         found = reading.logits(i, row.first, len(row.ids_T))
         torch.testing.assert_close(found, expected[row.first :], rtol=1e-4, atol=1e-4)

@@ -17,25 +17,18 @@ import torch
 from compress.errors import ArtifactError, ConfigError
 from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
+from compress.tell import Heard
 from compress.workspace import resolve
 from evaluators import cache, evaluate, memory
-from evaluators.report import to_json, to_junit, to_markdown, to_text, write_reports
-from evaluators.request import Request
+from evaluators.report import to_json, to_junit, to_markdown, to_text
+from evaluators.request import EvaluationRequest
 from evaluators.results import Report
+from evaluators.written import write_reports
 
 
-class Silent:
-    """Notes which stages ran and how many blocks were computed in each."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[str, int] = {}
-
-    def stage(self, what: str) -> None:
-        self.what = what
-        self.blocks[what] = 0
-
-    def block(self, done: int, total: int) -> None:
-        self.blocks[self.what] += 1
+def steps(heard: Heard, what: str) -> list[str]:
+    """What was told to be going on inside a stage."""
+    return [event[2] for event in heard.events if event[0] == "step" and event[2].startswith(what)]
 
 
 @pytest.fixture
@@ -60,9 +53,9 @@ def other_text(tmp_path: Path, calib_text: Path) -> Path:
     return path
 
 
-def ask(candidate: Path, reference: Path, data: Path, **options: Any) -> Request:
+def ask(candidate: Path, reference: Path, data: Path, **options: Any) -> EvaluationRequest:
     chosen = {"threshold": 0.98, "context": 64, "max_tokens": 1024, **options}
-    return Request(candidate=candidate, reference=reference, data=str(data), **chosen)
+    return EvaluationRequest(candidate=candidate, reference=reference, data=str(data), **chosen)
 
 
 @pytest.fixture
@@ -71,11 +64,11 @@ def report(pair: tuple[Path, Path], other_text: Path, tmp_path: Path) -> Report:
     task = tmp_path / "task.jsonl"
     task.write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
     request = ask(pair[1], pair[0], other_text, tasks=(f"odd<&|name={task}",), limit=10)
-    return evaluate.evaluate(request, Silent())
+    return evaluate.evaluate(request)
 
 
 def test_itself_passes_with_exactly_one(pair: tuple[Path, Path], other_text: Path) -> None:
-    found = evaluate.evaluate(ask(pair[0], pair[0], other_text), Silent())
+    found = evaluate.evaluate(ask(pair[0], pair[0], other_text))
     (verdict,) = found.verdicts
     assert (found.outcome, verdict.recovery.value, verdict.recovery.lower) == ("PASS", 1.0, 1.0)
     assert found.kl_histogram is None and all(b.mse == 0 for b in found.blocks)
@@ -99,9 +92,7 @@ def test_round_to_nearest_of_the_reference_model_fails(reference_model: Path, tm
             tensors[key] = numerics.round_to_nearest(tensors[key], Scheme())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     data = calibration_data.default_evaluation()
-    found = evaluate.evaluate(
-        ask(folder, reference_model, data, context=256, max_tokens=256 * 60, min_context=1), Silent()
-    )
+    found = evaluate.evaluate(ask(folder, reference_model, data, context=256, max_tokens=256 * 60, min_context=1))
     assert found.outcome == "FAIL" and found.verdicts[0].recovery.upper < 0.98
     assert found.blocks[0].snr_db is not None and found.blocks[-1].snr_db is not None
     assert found.blocks[0].snr_db > found.blocks[-1].snr_db
@@ -109,13 +100,13 @@ def test_round_to_nearest_of_the_reference_model_fails(reference_model: Path, tm
 
 def test_calibration_text_is_refused(pair: tuple[Path, Path], calib_text: Path) -> None:
     with pytest.raises(ConfigError, match="is the text that .* was calibrated on"):
-        evaluate.evaluate(ask(pair[1], pair[0], calib_text), Silent())
+        evaluate.evaluate(ask(pair[1], pair[0], calib_text))
 
 
 def test_other_tokenizer_and_other_vocabulary_are_refused(build_model: Any, other_text: Path) -> None:
     a, b = build_model(name="a"), build_model(name="b", vocab_size=4100)
     with pytest.raises(ConfigError, match="vocabulary of 4100 and .* one of 4096"):
-        evaluate.evaluate(ask(b, a, other_text), Silent())
+        evaluate.evaluate(ask(b, a, other_text))
     c = build_model(name="c")
     tokenizer = json.loads((c / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = tokenizer["model"]["vocab"]
@@ -123,29 +114,29 @@ def test_other_tokenizer_and_other_vocabulary_are_refused(build_model: Any, othe
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (c / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(ConfigError, match="different tokenizers"):
-        evaluate.evaluate(ask(c, a, other_text), Silent())
+        evaluate.evaluate(ask(c, a, other_text))
 
 
 def test_second_candidate_reads_the_reference_from_the_cache(
     pair: tuple[Path, Path], other_text: Path, tmp_path: Path
 ) -> None:
     request = ask(pair[1], pair[0], other_text, cache_folder=tmp_path / "cache")
-    plain = evaluate.evaluate(replace(request, cache_folder=None), Silent())
-    first, second = Silent(), Silent()
+    plain = evaluate.evaluate(replace(request, cache_folder=None))
+    first, second, third = Heard(), Heard(), Heard()
     assert to_json(evaluate.evaluate(request, first)) == to_json(plain)
     assert to_json(evaluate.evaluate(request, second)) == to_json(plain)
-    assert first.blocks["reference"] == 2 and second.blocks["reference"] == 1  # one tick: read back, nothing computed
+    assert steps(first, "reference") == ["reference, block 1 of 2", "reference, block 2 of 2"]
+    assert steps(second, "reference") == ["reference, read back"], "nothing is computed"
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_bytes(kept.read_bytes()[:100])  # damaged: computed anew, the same again
-    third = Silent()
-    assert to_json(evaluate.evaluate(request, third)) == to_json(plain) and third.blocks["reference"] == 2
+    assert to_json(evaluate.evaluate(request, third)) == to_json(plain) and len(steps(third, "reference")) == 2
 
 
 def test_cache_key_knows_what_matters(pair: tuple[Path, Path], other_text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    evaluate.evaluate(ask(pair[1], pair[0], other_text, cache_folder=folder), Silent())
-    evaluate.evaluate(ask(pair[1], pair[0], other_text, cache_folder=folder, max_tokens=960), Silent())
-    evaluate.evaluate(ask(pair[1], pair[0], other_text, cache_folder=folder, min_context=9), Silent())
+    evaluate.evaluate(ask(pair[1], pair[0], other_text, cache_folder=folder))
+    evaluate.evaluate(ask(pair[1], pair[0], other_text, cache_folder=folder, max_tokens=960))
+    evaluate.evaluate(ask(pair[1], pair[0], other_text, cache_folder=folder, min_context=9))
     assert len(list(folder.iterdir())) == 3
     assert cache.default_folder().parts[-2:] == ("compress-toolkit", "evaluate")
 
@@ -174,7 +165,7 @@ def test_onnx_candidate(pair: tuple[Path, Path], other_text: Path, tmp_path: Pat
         Logits(), (ids,), folder / "model.onnx", dynamo=True, input_names=["input_ids"], output_names=["logits"],
         dynamic_shapes={"input_ids": {1: torch.export.Dim("length", min=2, max=256)}}, verbose=False,
     )  # fmt: skip
-    found = evaluate.evaluate(ask(folder, pair[0], other_text, context=32), Silent())
+    found = evaluate.evaluate(ask(folder, pair[0], other_text, context=32))
     value = {m.name: m.value for m in found.metrics}
     assert found.candidate.runtime == "onnxruntime" and found.outcome == "PASS"
     assert abs(value["kl_mean"]) < 1e-6 and value["top1_agreement"] == pytest.approx(1.0)
@@ -185,7 +176,7 @@ def test_engines_and_empty_folders_are_refused(pair: tuple[Path, Path], other_te
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ArtifactError, match="one .onnx graph is needed, found none"):
-        evaluate.evaluate(ask(empty, pair[0], other_text), Silent())
+        evaluate.evaluate(ask(empty, pair[0], other_text))
 
 
 def test_evaluations_lie_beside_the_artifact_one_a_text(pair: tuple[Path, Path], report: Report) -> None:

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 
 from compress.artifact import Manifest, write_manifest
+from compress.errors import ConfigError
 from evaluators import memory
 from evaluators.results import Metric, Report, Subject
+from evaluators.written import refuse_strangers, write_reports
+
+COUNTS = ("num_tokens", "num_windows", "num_bytes", "context", "stride", "min_context", "bos")
 
 
 def subject(path: Path, sha256: str) -> Subject:
@@ -24,10 +28,10 @@ def report(artifact: Path, outcome: Any = "PASS", threshold: float = 0.98, text:
     return Report(
         candidate=subject(artifact, "c"),
         reference=subject(artifact.parent / "original", "r"),
-        text={"source": "anywhere", "text_sha256": text},
+        text={**dict.fromkeys(COUNTS, 1), "source": "anywhere", "text_sha256": text},
         metrics=[Metric(name="perplexity", unit="", better="lower", value=8.0, n=1, counted="windows")],
         verdicts=[],
-        gate={"threshold": threshold},
+        gate={"threshold": threshold, "confidence": 0.95, "rule": "bounds", "metrics": []},
         outcome=outcome,
         blocks=[],
         internals=[],
@@ -108,3 +112,24 @@ def test_a_neighbour_that_cannot_be_read_is_named_and_left_out(artifact: Path) -
     found, notes = memory.others(report(artifact.parent / "another"), artifact.parent)
     assert [o["path"] for o in found] == ["q"]
     assert len(notes) == 1 and notes[0].startswith(f"{foreign} was left out: ")
+
+
+def test_reports_are_written_over_reports_only(artifact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reports"
+    files, _ = write_reports(report(artifact), folder)
+    write_reports(report(artifact, "FAIL"), folder)
+    assert '"outcome": "FAIL"' in (folder / "report.json").read_text()
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(b"the user's own")
+        for refused in (lambda: refuse_strangers(folder), lambda: write_reports(report(artifact), folder)):
+            with pytest.raises(ConfigError, match=f"{path.name} is there and is not a report of ours"):
+                refused()
+        assert path.read_bytes() == b"the user's own"
+        path.unlink()
+        path.symlink_to("nowhere")
+        with pytest.raises(ConfigError, match="is there and is not a report of ours"):
+            refuse_strangers(folder)
+        path.unlink()
+        path.write_bytes(whole)
+    refuse_strangers(folder)

@@ -45,7 +45,10 @@ def damage(rng: random.Random, folder: Path, others: list[Path]) -> str:
     ]  # fmt: skip
     for _ in range(20):
         way = rng.choices([w for _, w in ways], [n for n, _ in ways])[0]
-        said = way(rng, folder, others) if way in (swap_file,) else way(rng, folder)
+        try:
+            said = way(rng, folder, others) if way is swap_file else way(rng, folder)
+        except Exception:  # it cannot be read any more: an earlier damage was to the same file
+            continue
         if said:
             return said
     return flip_bits(rng, folder)

@@ -49,10 +49,11 @@ class Worker:
         if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
-        code = self.process.poll()
-        self.process.kill()
-        self.process.wait()
-        return {"damage": "?", "outcome": "hang" if code is None else "traceback", "detail": f"ended with {code}"}
+        if not ready:
+            self.process.kill()
+        code = self.process.wait()
+        detail = f"the process ended with {code}" if ready else f"no answer in {seconds:.0f} s"
+        return {"damage": "?", "outcome": "traceback" if ready else "hang", "detail": detail}
 
 
 def serve(root: Path) -> None:

@@ -6,37 +6,14 @@ Shapes: T tokens, V vocabulary
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compress import threads
-from compress.errors import ConfigError
-
 VERSIONS = ("onnx", "onnxruntime")
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-
-
-def open_session(path: Path) -> Any:
-    """An ONNX Runtime session of a graph file, computing what the graph says.
-
-    ONNX Runtime fuses DequantizeLinear and MatMul, and by default then rounds the activations to INT8, which is another
-    model (0.6 % off); accuracy level 0 keeps them.
-    """
-    try:
-        import onnxruntime
-    except ImportError as e:
-        raise ConfigError(
-            'onnx-trt runs what it writes, and ONNX Runtime is not installed; pip install "compress-toolkit[onnx]"'
-        ) from e
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    threads.calm(options)
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+import calibration_data
 from compress.artifact import read_manifest
 from compress.distill import memory, models
 from compress.distill.data import Mix
@@ -384,3 +386,69 @@ def test_a_run_that_only_harms_the_watched_text_is_no_artifact(tmp_path: Path, p
     with pytest.raises(Worse, match="no step made the watched text better"):
         distill(request(pair, tmp_path / "out", prose(60), rate=1.0, watch=str(prose(9, 3)), watch_tokens=96))
     assert not (tmp_path / "out").exists()
+
+
+# ---- quantization-aware ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Path:
+    """The teacher at INT4, groups of 16, by our own quantizer."""
+    from compress.cli.main import main
+
+    out = tmp_path_factory.mktemp("quantized") / "awq"
+    made = CliRunner().invoke(
+        main,
+        ["awq", str(pair[0]), "--group-size", "16", "--effort", "fast", "-o", str(out), "--device", "cpu",
+         "--calib", str(calibration_data.default_calibration()), "--samples", "8", "--seq-len", "32"],
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    return out
+
+
+def test_codes_are_trained_and_written_in_the_same_format(
+    tmp_path: Path, pair: Pair, prose: Prose, quantized: Path
+) -> None:
+    """Nearer to the original than before, the same tensors by name, dtype and shape; read by the streamed reader."""
+    from compress.checkpoint import Checkpoint
+    from compress.runtime.runner import Tokens
+    from compress.runtime.streamed import TorchRunner
+
+    asked = request(
+        pair, tmp_path / "out", prose(120), student=quantized, scheme="w4a16", epochs=8, tokens=96 * 8 * 24, rate=2e-2
+    )
+    outcome = distill(asked)
+    before, after = Checkpoint.open(quantized), Checkpoint.open(tmp_path / "out")
+    assert {n: (i.dtype, i.shape) for n, i in before.tensors.items()} == {
+        n: (i.dtype, i.shape) for n, i in after.tensors.items()
+    }
+    assert dict(after.config) == dict(before.config)
+    assert outcome.record["format"] == "awq-gemm" and outcome.verified > 20
+    layer = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(before.tensor(f"{layer}.qweight"), after.tensor(f"{layer}.qweight"))
+    assert torch.equal(before.tensor(f"{layer}.qzeros"), after.tensor(f"{layer}.qzeros"))
+    assert not torch.equal(before.tensor(f"{layer}.scales"), after.tensor(f"{layer}.scales"))
+    text = [
+        Tokens(
+            ids_T=torch.tensor(models.load_tokenizer(pair[0])("the river had lived by the war since nobody").input_ids)
+        )
+    ]
+
+    def log_probabilities(folder: Path) -> torch.Tensor:
+        reading = TorchRunner.open(folder).read(text)
+        return reading.logits(0, 0, len(text[0].ids_T)).log_softmax(-1)
+
+    original, was, now = (log_probabilities(f) for f in (pair[0], quantized, tmp_path / "out"))
+    divergence = [(original.exp() * (original - other)).sum(-1).mean() for other in (was, now)]
+    assert divergence[1] < 0.85 * divergence[0]
+
+
+def test_a_scheme_that_is_not_the_students(tmp_path: Path, pair: Pair, prose: Prose, quantized: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"is quantized \(w4a16\) and --scheme w8a8 is asked for; pass --scheme w4a16"
+    ):
+        distill(request(pair, tmp_path / "a", prose(60), student=quantized, scheme="w8a8"))
+    with pytest.raises(ConfigError, match=r"is quantized \(w4a16\) and no --scheme is given"):
+        distill(request(pair, tmp_path / "b", prose(60), student=quantized))
+    with pytest.raises(ConfigError, match="--scheme w4a16 trains the codes of a quantized student and .* holds none"):
+        distill(request(pair, tmp_path / "c", prose(60), scheme="w4a16"))

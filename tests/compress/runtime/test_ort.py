@@ -14,17 +14,12 @@ from compress.model import StreamedModel
 from compress.runtime.ort import OnnxRunner
 from compress.runtime.runner import Tokens
 from evaluators import evaluate
-from evaluators.request import Request
+from evaluators.request import EvaluationRequest
 from exporters.trt.graph.write import write_graph
 
 pytest.importorskip("onnxruntime")
 
 SIZES = {"vocab": 48, "hidden": 32, "heads": 4, "kv_heads": 2, "size": 8}
-
-
-class Silent:
-    def stage(self, what: str) -> None: ...
-    def block(self, done: int, total: int) -> None: ...
 
 
 @pytest.mark.parametrize("opset", [24, 21])
@@ -56,10 +51,10 @@ def test_an_export_is_a_candidate_of_evaluate(reference_model: Path, tmp_path: P
     (tmp_path / "out").mkdir()
     write_graph(reference_model, tmp_path / "out", opset=24, capacity=64)
     chosen = {"threshold": 0.98, "context": 64, "max_tokens": 2048}
-    request = Request(
+    request = EvaluationRequest(
         candidate=tmp_path / "out", reference=reference_model, data=str(calib_text), **chosen
     )  # fmt: skip
-    found = evaluate.evaluate(request, Silent())
+    found = evaluate.evaluate(request)
     value = {m.name: m.value for m in found.metrics}
     assert found.outcome == "PASS" and found.candidate.runtime == "onnxruntime"
     assert 0 < value["kl_mean"] < 1e-5 and value["top1_agreement"] > 0.99

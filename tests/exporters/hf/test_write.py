@@ -224,3 +224,12 @@ def test_folders_that_vllm_would_misread(make: Any, tmp_path: Path, change: Any,
     (artifact / "compress.json").unlink()  # which would tell that the config was changed
     with pytest.raises(ArtifactError, match=message):
         write(artifact, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["8B-Instruct", "3", "---", "", "Ünïcode", "x" * 80, "1" * 80, "a.b_c", "-lead", "trail-", "[red]"]
+)
+def test_kubernetes_names_start_with_a_letter(name: str) -> None:
+    """A Service is called by RFC 1035: a letter, then letters, digits and hyphens, no hyphen at the end."""
+    serving = serve.Serving(name=name, context=1, batch=1, share=0.9, dtype="auto", weight_bytes=1, gpu=True)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", serving.label)

@@ -12,6 +12,7 @@ import torch
 
 from compress.errors import UnsupportedError
 from compress.model import StreamedModel
+from compress.runtime.ort import open_session
 from exporters import reference
 from exporters.trt.graph import architecture, decoder, run
 from exporters.trt.graph.lint import lint
@@ -55,7 +56,7 @@ def export(artifact: Path, folder: Path, opset: int, **options: Any) -> Any:
     folder.mkdir()
     write_graph(artifact, folder, opset=opset, capacity=CAPACITY, **options)
     onnx.checker.check_model(str(folder / GRAPH), full_check=True)
-    return run.open_session(folder / GRAPH)
+    return open_session(folder / GRAPH)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,0 +1,164 @@
+"""The driver with stages of its own: one that leaves blocks out, one that writes INT8 in both layouts."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress import numerics
+from compress.artifact import read_manifest
+from compress.block import BlockDone, BlockResult, LoadedBlock
+from compress.calibration_rows import Text
+from compress.checkpoint import Checkpoint
+from compress.formats import compressed_tensors, stored
+from compress.linear import linears, weight_OI
+from compress.model import StreamedModel
+from compress.plan import ActivationScheme, LayerPlan, LayerScheme
+from compress.quantized import QuantizedWeight, StaticInput
+from compress.scheme import Scheme
+from compress.stage import Job, Outcome, Stage, names_of, run
+from compress.statistics import Wanted
+from compress.tell import Heard
+from compress.workspace import resolve
+
+Build = Callable[..., Path]
+W8 = Scheme(num_bits=8, group_size=-1, symmetric=True)
+W8A8 = LayerScheme(weight=W8, input=ActivationScheme(dynamic=False))
+W8A16 = LayerScheme(weight=W8)
+
+
+def nothing_recorded(done: Sequence[BlockDone], plan: LayerPlan) -> dict[str, Any]:
+    return {"reports": [step.report for step in done]}
+
+
+def shorter(keep: list[int]) -> Stage:
+    """Leaves out every block but those to keep."""
+
+    def block(loaded: LoadedBlock, plan: LayerPlan) -> BlockResult:
+        dense = {name: value.clone() for name, value in loaded.module.state_dict().items()}
+        return BlockResult(quantized={}, dense=dense, report={"was": loaded.index})
+
+    return Stage(
+        name="shorten",
+        options={"keep": keep},
+        plan=lambda model: LayerPlan.dense([*names_of(model)[0], *names_of(model)[1]]),
+        block=block,
+        config=lambda model, plan: {**model.checkpoint.config, "num_hidden_layers": len(keep)},
+        record=nothing_recorded,
+        blocks=lambda model: keep,
+    )
+
+
+def int8() -> Stage:
+    """Rounds to nearest; down projections keep their inputs, all others quantize them by the ranges seen."""
+
+    def plan(model: StreamedModel) -> LayerPlan:
+        outside, inside = names_of(model)
+        quantized = LayerPlan.uniform(inside, W8A8).with_layers("down_proj", W8A16)
+        return LayerPlan({**LayerPlan.dense(outside), **quantized})
+
+    def block(loaded: LoadedBlock, plan: LayerPlan) -> BlockResult:
+        result = BlockResult(quantized={}, dense={}, report={"layers": len(linears(loaded.module))})
+        for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
+            for name in group.layers:
+                w_OGg = numerics.to_groups(weight_OI(loaded.module.get_submodule(name)).float(), W8)
+                scale, zero = numerics.scale_and_zero(*numerics.range_of(w_OGg), W8)
+                codes = numerics.quantize(w_OGg, scale, zero, W8)
+                result.quantized[name] = QuantizedWeight.from_parts(codes, scale, zero, W8, torch.float32)
+                if plan[loaded.prefix + name].input is not None:
+                    amax = statistics.amax_I.amax().reshape(1)
+                    middle = torch.tensor([128], dtype=torch.uint8)
+                    result.inputs[name] = StaticInput(scale=amax / 127, zero_point=middle)
+        taken = {f"{name}.weight" for name in result.quantized}
+        state = loaded.module.state_dict()
+        result.dense.update({name: value.clone() for name, value in state.items() if name not in taken})
+        return result
+
+    return Stage(
+        name="int8",
+        options={},
+        format=compressed_tensors,
+        paths=2,
+        wants=Wanted(ranges=True),
+        plan=plan,
+        block=block,
+        config=lambda model, plan: dict(model.checkpoint.config),
+        record=nothing_recorded,
+    )
+
+
+@pytest.fixture
+def made(calib_text: Path, tmp_path: Path) -> Callable[..., Outcome]:
+    def make(stage: Stage, model: Path, tell: Heard | None = None) -> Outcome:
+        text = Text(calib=str(calib_text), samples=4, seq_len=64)
+        return run(stage, Job(source=resolve(str(model)), out=tmp_path / stage.name, text=text), tell or Heard())
+
+    return make
+
+
+@torch.no_grad()
+def logits(folder: Path, blocks: list[int] | None = None) -> torch.Tensor:
+    ids = torch.randint(0, 4096, (1, 16), generator=torch.Generator().manual_seed(0))
+    model = StreamedModel.open(folder)
+    hidden = model.embed(ids)
+    for index in range(model.num_blocks) if blocks is None else blocks:
+        model.load_block(index)
+        hidden = model.run_block(index, hidden)
+        model.release_block(index)
+    return model.head(hidden)
+
+
+def test_a_stage_that_leaves_blocks_out_makes_an_ordinary_model(build_model: Build, made: Any) -> None:
+    model = build_model(num_hidden_layers=3)
+    outcome = made(shorter([0, 2]), model)
+    assert torch.equal(logits(outcome.out), logits(model, [0, 2]))
+    names = Checkpoint.open(outcome.out).names()
+    assert any(name.startswith("model.layers.1.") for name in names)
+    assert not any(name.startswith("model.layers.2.") for name in names)
+    manifest = read_manifest(outcome.out)
+    assert manifest is not None and manifest.record["format"] == "dense"
+    assert manifest.record["reports"] == [{"was": 0}, {"was": 2}]
+    assert all(".layers.2." not in name for name in manifest.record["plan"]["layers"])
+    assert outcome.verified == len(names)
+
+
+def test_a_stage_writes_both_layouts_of_compressed_tensors(build_model: Build, made: Any) -> None:
+    model = build_model()
+    tell = Heard()
+    outcome = made(int8(), model, tell)
+    folder = stored(Checkpoint.open(outcome.out))
+    assert {folder.scheme(layer) for layer in folder.layers if layer.endswith("down_proj")} == {W8A16}
+    assert {folder.scheme(layer) for layer in folder.layers if not layer.endswith("down_proj")} == {W8A8}
+    assert folder.checkpoint.config["quantization_config"]["format"] == "mixed-precision"
+    assert all(folder.static(layer) is not None for layer in folder.layers if not layer.endswith("down_proj"))
+    record = outcome.record
+    assert LayerPlan.from_json(record["plan"]).quantized == tuple(
+        name for name in LayerPlan.from_json(record["plan"]) if "layers" in name
+    )
+    change = float((logits(outcome.out) - logits(model)).norm() / logits(model).norm())
+    assert 1e-4 < change < 0.1, change
+    assert ("start", "block", 2) in tell.events and len(tell.finished) == 2
+
+
+def test_a_killed_stage_takes_its_static_inputs_up_again(build_model: Build, made: Any, tmp_path: Path) -> None:
+    model = build_model()
+    whole = made(int8(), model).out
+    expected = {name: Checkpoint.open(whole).tensor(name) for name in Checkpoint.open(whole).names()}
+
+    class Killed(Exception):
+        pass
+
+    class Stop(Heard):
+        def step(self, done: int | None = None, *args: Any, **kwargs: Any) -> None:
+            if done == 1:
+                raise Killed
+
+    whole.rename(tmp_path / "whole")
+    with pytest.raises(Killed):
+        made(int8(), model, Stop())
+    outcome = made(int8(), model)
+    assert outcome.resumed == 1
+    found = Checkpoint.open(outcome.out)
+    assert all(torch.equal(found.tensor(name), value) for name, value in expected.items())
