@@ -34,6 +34,7 @@ class Cut:
     kept: blocks that stay, ascending. structure: of every block; None when only blocks go. channels: hidden channels
     that stay (int64, ascending), or None for all. hidden_axes: which axes of a tensor are the hidden state's, by the
     model's name for tensors outside the blocks and by the block's own inside. attributes: see `blocks.Reshaping`.
+    final_scale: what the norm behind the last block is multiplied by, see `channels.py`.
     """
 
     old: Shape
@@ -43,6 +44,7 @@ class Cut:
     channels: Tensor | None = None
     hidden_axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    final_scale: float = 1.0
 
     @property
     def heads(self) -> Section | None:

@@ -232,10 +232,10 @@ def span_influence(model: StreamedModel, entering: Batches, length: int) -> list
 
 
 @torch.no_grad()
-def divergences(model: StreamedModel, original: Batches, others: Sequence[Batches]) -> list[float]:
+def divergences(model: StreamedModel, original: Batches, others: Sequence[Batches], times: float = 1.0) -> list[float]:
     """Mean KL divergence, in nats a token, of each model's predictions from the original's, given final hidden states.
 
-    Logits of `_CHUNK` positions exist at once, of two models.
+    times: what the others' logits are multiplied by. Logits of `_CHUNK` positions exist at once, of two models.
     """
     totals = [0.0] * len(others)
     tokens = 0
@@ -246,7 +246,8 @@ def divergences(model: StreamedModel, original: Batches, others: Sequence[Batche
                 part = slice(start, start + _CHUNK)
                 log_p = model.head(flat[None, part])[0].float().log_softmax(-1)
                 for k, other in enumerate(others):
-                    log_q = model.head(other[i].flatten(0, 1)[None, part])[0].float().log_softmax(-1)
+                    logits = model.head(other[i].flatten(0, 1)[None, part])[0].float()
+                    log_q = logits.mul_(times).log_softmax(-1)
                     totals[k] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
                 tokens += len(log_p)
     return [total / tokens for total in totals]

@@ -57,35 +57,46 @@ def judge(
 ) -> tuple[float, float]:
     """Mean KL divergence from the original in nats a token: on the rows held out, and on those fitted on."""
     options = replace(options, fitted=sample.fitted)
-    ends: list[Tensor] = []
-    originals: list[Tensor] = []
+    found: dict[str, float | None] = {}
 
     def method(loaded: LoadedBlock) -> BlockResult:
         result = prune_block(loaded, cut, options, stored_dtype(model, loaded.index))
         if loaded.index == cut.kept[-1]:
-            weights = {n: v.float() if v.is_floating_point() else v for n, v in result.dense.items()}
-            with with_attributes(loaded.module, cut.attributes):
-                ends.extend(loaded.forward(h, weights) for h in loaded.inputs)
-            originals.extend(loaded.targets)
+            found.update(final_divergence(model, loaded, result, cut, sample.held))
         return result
 
     for done in stream(
         model, sample.ids_NT, method, paths=2, wanted=WANTED, blocks=cut.kept, reshaping=reshaping_of(cut)
     ):
         tell.step(doing=f"block {done.index + 1} of {done.total}")
-    return compared(model, originals, ends, cut, sample)
+    held, fitted = found["held_out"], found["fitted"]
+    return float("nan") if held is None else held, float(fitted or 0.0)
 
 
-def compared(
-    model: StreamedModel, originals: list[Tensor], ends: list[Tensor], cut: Cut, sample: Sample
-) -> tuple[float, float]:
-    """The divergence of final hidden states, held out and fitted; of a narrower model, put back into their places."""
-    wide = [_widened(end, original, cut) for end, original in zip(ends, originals, strict=True)]
-    first = sample.fitted
-    [held] = divergences(model, originals[first:], [wide[first:]]) if sample.held else [float("nan")]
-    few = slice(0, max(1, sample.held))
-    [fitted] = divergences(model, originals[few], [wide[few]])
-    return held, fitted
+@torch.no_grad()
+def final_divergence(
+    model: StreamedModel, loaded: LoadedBlock, result: BlockResult, cut: Cut, held: int
+) -> dict[str, float | None]:
+    """KL of the pruned model, whose last block is loaded and done: on the `held` last batches, and on as many others.
+
+    Of a narrower model, the channels that went count as zero in front of the original's last norm, which then divides
+    by less than the pruned model's does.
+    """
+    times = cut.final_scale * (cut.shape.hidden / cut.old.hidden) ** 0.5
+    weights = {n: v.float() if v.is_floating_point() else v for n, v in result.dense.items()}
+    first = len(loaded.inputs) - held
+    parts = {"held_out": range(first, len(loaded.inputs)), "fitted": range(min(first, max(1, held)))}
+    found: dict[str, float | None] = {}
+    for name, batches in parts.items():
+        if not len(batches):
+            found[name] = None
+            continue
+        with with_attributes(loaded.module, cut.attributes):
+            ends = [loaded.forward(loaded.inputs[i], weights) for i in batches]
+        originals = [loaded.targets[i] for i in batches]
+        wide = [_widened(end, original, cut) for end, original in zip(ends, originals, strict=True)]
+        [found[name]] = divergences(model, originals, [wide], times)
+    return found
 
 
 def _widened(end: Tensor, original: Tensor, cut: Cut) -> Tensor:

@@ -154,6 +154,10 @@ class Counter:
         outside, block = self.parts(shape)
         return outside + shape.blocks * block
 
+    def config(self, shape: Shape) -> dict[str, Any]:
+        """The config.json of a shape, whichever blocks stay."""
+        return config_of(self.model, shape, range(shape.blocks))
+
     def parts(self, shape: Shape) -> tuple[int, int]:
         """Parameters around the blocks, and of one block."""
         widths = replace(shape, blocks=1)
@@ -208,7 +212,6 @@ def amount(text: str, option: str) -> Amount:
 
 def asked_shape(
     old: Shape,
-    head_dim: int,
     *,
     depth: str | None = None,
     intermediate: str | None = None,
