@@ -148,6 +148,11 @@ def _changed_attributes(
             before, after = _scalars(old_modules[name]), _scalars(module)
             differing = {key: value for key, value in after.items() if before.get(key) != value}
             wrong = next((k for k, v in differing.items() if same_widths or type(v) is not int), None)
+            if wrong is not None and not same_widths:
+                raise UnsupportedError(
+                    f"{_family(model)}: that width cannot be cut, {name}.{wrong} follows from it "
+                    f"({before.get(wrong)!r} would be {after[wrong]!r}); use --depth"
+                )
             if wrong is not None or before.keys() != after.keys():
                 what = wrong or "another module"
                 raise UnsupportedError(

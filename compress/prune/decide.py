@@ -115,7 +115,7 @@ class Asked:
         if not meets(nearest):
             raise ConfigError(
                 f"no shape meets {self.goal_text()}: the smallest that is tried, {nearest.label()}, has "
-                f"{Counter(model).parameters(nearest) / 1e6:.1f} M parameters; ask for that, or quantize as well"
+                f"{Counter(model).parameters(nearest) / 1e6:.3g} M parameters; ask for that, or quantize as well"
             )
 
     def meets(self, model: StreamedModel) -> Callable[[Shape], bool]:
@@ -196,7 +196,7 @@ class _Measured:
     """A model with what was measured of it, and how a shape of it is cut and judged."""
 
     model: StreamedModel
-    sample: Sample
+    sample: Sample | None
     options: PruneOptions
     facts: Facts
     tell: Tell
@@ -221,6 +221,7 @@ class _Measured:
         self.tell.step(doing=f"judging {shape.label()}")
 
         def find() -> float:
+            assert self.sample is not None
             return judge(self.model, self.sample, self.cut(shape), self.options, self.tell)[0]
 
         return float(self.facts.once(f"judged {shape.label()}", find))
@@ -262,7 +263,7 @@ def decide(
     wants = shape is None or options.repair or needs_structure(old, shape)
     measured = _Measured(
         model=model,
-        sample=search_sample(ids_NT, held, batch),
+        sample=search_sample(ids_NT, held, batch) if shape is None else None,
         options=options,
         facts=facts,
         tell=tell,
