@@ -89,6 +89,11 @@ def stream(
             yield BlockDone(index=position, source=index, total=len(chosen), resumed=resumed, report=report)
 
 
+def batch_rows(model: StreamedModel, seq_len: int) -> int:
+    """Rows of `seq_len` tokens that run through a block at once."""
+    return max(1, (GPU_BATCH_TOKENS if model.device.type == "cuda" else BATCH_TOKENS) // seq_len)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reshaping:
     """What the compressed path needs beside weights of other shapes. enter(h): what enters its first block.
@@ -119,8 +124,7 @@ class _Walk:
     ) -> None:
         self.model, self.method, self.plan, self.paths, self.wanted = model, method, plan, paths, wanted
         self.num_parts, self.tell = num_parts, tell
-        tokens = GPU_BATCH_TOKENS if model.device.type == "cuda" else BATCH_TOKENS
-        batch = max(1, tokens // ids_NT.shape[1])
+        batch = batch_rows(model, ids_NT.shape[1])
         parts = distributed.parts(ids_NT.split(batch), distributed.num_processes())
         mine = parts[distributed.rank()]
         if not mine:

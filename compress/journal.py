@@ -8,6 +8,7 @@ it is and holds a hash of itself and of its tensors: what the disk changed, or a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,23 @@ class Journal:
                 result.inputs[name] = static
         result.dense.update({name.removeprefix(prefix): value for name, value in tensors.items()})
         return result
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run has measured so far, in its scratch folder: a killed run does not measure it again."""
+
+    folder: Path
+    run: str
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What `find` returns, JSON; or what it returned when this run asked for `name` before."""
+        path = self.folder / f"fact-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+        known = read_record(path, self.run)
+        if known is None or known["name"] != name:
+            known = {"name": name, "value": find()}
+            write_record(path, self.run, known)
+        return known["value"]
 
 
 @dataclass(frozen=True)

@@ -282,6 +282,10 @@ class StreamedModel:
         self._calls[(ids_BT.shape[0], ids_BT.shape[1])] = calls
         return hidden
 
+    def call(self, index: int, ids_BT: Tensor) -> Call:
+        """What block `index` is called with besides hidden states, for rows of this shape, which were embedded."""
+        return self._calls[(ids_BT.shape[0], ids_BT.shape[1])][index]
+
     def run_block(self, index: int, hidden: Tensor) -> Tensor:
         """The loaded block's output `[B, T, H]` in the model's dtype. The shape must have been embedded before."""
         with torch.autocast(self.device.type, self.dtype, enabled=self._wide):

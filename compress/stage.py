@@ -24,14 +24,14 @@ from compress.artifact import MANIFEST, carried_files, links_elsewhere, manifest
 from compress.assemble import Cut, assemble, nothing_cut, write_rest
 from compress.background import meanwhile
 from compress.block import BlockDone, BlockResult, LoadedBlock
-from compress.blocks import stream
+from compress.blocks import Reshaping, stream
 from compress.calibration_rows import Rows, Text, read_rows, weight_bytes
 from compress.checkpoint import Checkpoint
 from compress.contents import check_files
 from compress.disk import check_free_space
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import Format
-from compress.journal import Journal, SharedStore
+from compress.journal import Facts, Journal, SharedStore
 from compress.linear import is_linear, linears, weight_OI
 from compress.model import StreamedModel
 from compress.output import Place, Run
@@ -72,6 +72,10 @@ class Stage:
     stored(value, name): a tensor outside the blocks, or a run of its rows, as it is stored; see `assemble.write_rest`.
     cut(name, shape): for each axis of a tensor outside the blocks the indices to keep (int64, sorted), None for all.
     blocks(model): the blocks that go on, ascending. The others are left out, and those that follow are renumbered.
+    reshaping: with two paths, see `blocks.stream`.
+    measure(model, rows, facts, tell): what must be measured before it is known what is made, JSON; kept with the run.
+    decided(model, measured): the stage as it then is. Its plan is not asked for again.
+    proof(model, staged, record): raises ArtifactError unless what was written is what was meant, before it has a name.
     """
 
     name: str
@@ -86,6 +90,10 @@ class Stage:
     stored: Callable[[Tensor, str], Tensor] = as_it_is
     cut: Callable[[str, tuple[int, ...]], Cut] = nothing_cut
     blocks: Callable[[StreamedModel], Sequence[int]] = every_block
+    reshaping: Reshaping = field(default_factory=Reshaping)
+    measure: Callable[[StreamedModel, Rows, Facts, Tell], Mapping[str, Any]] | None = None
+    decided: Callable[[StreamedModel, Mapping[str, Any]], Stage] | None = None
+    proof: Callable[[StreamedModel, Path, Mapping[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +182,8 @@ def _run(stage: Stage, job: Job, place: Place | None, tell: Tell) -> Outcome | N
         return _found(job, ["an earlier run had finished this artifact; nothing was left to do"])
     rows = ready.rows
     tell.say(f"calibration: {rows.text.source}, {len(rows.ids_NT)} x {rows.ids_NT.shape[1]} tokens")
+    ready = _decide(ready, begun, tell)
+    stage = ready.stage
     tell.start("block", len(ready.chosen))
     journal = Journal(begun.run.folder, begun.run.id, stage.format, ready.written_plan) if begun else None
     with ExitStack() as threads:
@@ -181,7 +191,7 @@ def _run(stage: Stage, job: Job, place: Place | None, tell: Tell) -> Outcome | N
             write = partial(write_rest, journal, ready.model, stage.stored, stage.cut)
             rest = threads.enter_context(meanwhile(write))
         done = _blocks(ready, SharedStore(journal), tell)
-        return _finish(ready, begun, journal, rest(), done) if begun and journal else None
+        return _finish(ready, begun, journal, rest(), done, tell) if begun and journal else None
 
 
 def _prepare(stage: Stage, job: Job, tell: Tell) -> _Prepared:
@@ -213,6 +223,21 @@ def _prepare(stage: Stage, job: Job, tell: Tell) -> _Prepared:
         rows=rows,
         stamp=model.checkpoint.stamp(),
     )
+
+
+def _decide(ready: _Prepared, begun: _Begun | None, tell: Tell) -> _Prepared:
+    """What the stage becomes by what it measures; measured once a run."""
+    stage, model = ready.stage, ready.model
+    if stage.measure is None or stage.decided is None:
+        return ready
+
+    def measured() -> Mapping[str, Any]:
+        assert begun is not None and stage.measure is not None
+        return stage.measure(model, ready.rows, Facts(begun.run.folder, begun.run.id), tell)
+
+    decided = stage.decided(model, distributed.told_by_first(measured))
+    chosen = list(decided.blocks(model))
+    return replace(ready, stage=decided, chosen=chosen, written_plan=renumbered(ready.plan, model, chosen))
 
 
 def _begin(ready: _Prepared, place: Place | None) -> _Begun:
@@ -247,6 +272,7 @@ def _blocks(ready: _Prepared, store: SharedStore, tell: Tell) -> list[BlockDone]
         paths=stage.paths,
         wanted=stage.wants,
         blocks=ready.chosen,
+        reshaping=stage.reshaping,
         tell=tell,
     ):
         done.append(step)
@@ -254,7 +280,9 @@ def _blocks(ready: _Prepared, store: SharedStore, tell: Tell) -> list[BlockDone]
     return done
 
 
-def _finish(ready: _Prepared, begun: _Begun, journal: Journal, rest: list[Path], done: Sequence[BlockDone]) -> Outcome:
+def _finish(
+    ready: _Prepared, begun: _Begun, journal: Journal, rest: list[Path], done: Sequence[BlockDone], tell: Tell
+) -> Outcome:
     """Assemble, verify, sign, publish."""
     stage, job, model = ready.stage, ready.job, ready.model
     config = stage.config(model, ready.written_plan)
@@ -270,6 +298,9 @@ def _finish(ready: _Prepared, begun: _Begun, journal: Journal, rest: list[Path],
         config=config,
         manifest=manifest_of(record, job.source.path, job.out),
     )
+    if stage.proof is not None:
+        tell.say("comparing the model as transformers builds it from the new folder")
+        stage.proof(model, begun.run.staged, record)
     if model.checkpoint.stamp() != ready.stamp:
         begun.run.discard()
         raise ArtifactError(f"{job.source.path} was changed while it was read; run the same command again")
@@ -324,6 +355,15 @@ def names_of(model: StreamedModel) -> tuple[list[str], list[str]]:
     outside = [n for n, m in model.model.named_modules() if is_linear(m) and not n.startswith(model.blocks_name + ".")]
     inside = [model.block_prefix(i) + name for i, block in enumerate(model.blocks) for name in linears(block)]
     return outside, inside
+
+
+def refuse_quantized(model: StreamedModel) -> None:
+    """UnsupportedError for a model whose weights are integers already."""
+    path = model.checkpoint.path
+    if "quantization_config" in model.checkpoint.config:
+        raise UnsupportedError(f"{path} is quantized already; pass the full-precision model it was made from")
+    if any(t.dtype.startswith(("I", "U")) and n.endswith(".weight") for n, t in model.checkpoint.tensors.items()):
+        raise UnsupportedError(f"{path} holds integer weights; pass the full-precision model they were made from")
 
 
 def shapes_of(model: StreamedModel, plan: LayerPlan) -> dict[str, tuple[int, int]]:

@@ -25,6 +25,18 @@ from compress.linear import weight_OI
 _TILE = 192
 _GPU_TILE = 1024
 _MIRROR_TILE = 512
+# How much of a Gram matrix's off-diagonal part is not believed, at least.
+SHRINKAGE = 0.05
+
+
+def kept_share(num_columns: int, num_tokens: int) -> float:
+    """What to take the off-diagonal part of a Gram matrix times: less, the fewer tokens it was measured on.
+
+    The correlations of a few thousand tokens are partly chance, and corrections that trust them overfit. The share of
+    the off-diagonal part that is chance grows as I / num_tokens (the sampling variance of a covariance matrix over its
+    size, as in Ledoit and Wolf's shrinkage), so that much is taken off, and never less than `SHRINKAGE`.
+    """
+    return 1 - min(1.0, max(SHRINKAGE, num_columns / max(1, num_tokens)))
 
 
 @dataclass(frozen=True, kw_only=True)

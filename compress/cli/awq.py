@@ -117,8 +117,9 @@ def command(
     dtype = pick_dtype(dtype, device)
     print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
     from compress.model import StreamedModel
-    from compress.quantize.awq_stage import AwqRequest, quantize_awq, refuse_quantized
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.quantize.group_size import chosen_group_size
+    from compress.stage import refuse_quantized
 
     if group_size is None:
         outline = StreamedModel.outline(source.path, trust_remote_code=rest["trust_remote_code"])

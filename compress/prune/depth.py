@@ -16,8 +16,9 @@ Shapes: B batch, T tokens, H hidden size, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +38,12 @@ Batches = list[Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """A step: the blocks that went (numbers in the original), and then the mean KL to the original, nats a token.
+    """A step: the block that went (its number in the original), and then the mean KL to the original, nats a token.
 
-    tried: what the other candidates of that step would have cost, by block.
+    tried: what each candidate of that step would have cost, by block.
     """
 
-    blocks: tuple[int, ...]
+    block: int
     divergence: float
     tried: dict[int, float]
 
@@ -51,15 +52,59 @@ class Removal:
 class Depth:
     """What was measured. influence: of every block in the whole model. removals: one by one, in order.
 
-    spans: runs of neighbours (first block, length) and their KL. kept: blocks that stay, ascending, and the model's
-    divergence with them.
+    spans: runs of neighbours (first block, length) and their KL.
     """
 
     influence: list[float]
     removals: list[Removal]
     spans: dict[tuple[int, int], float]
-    kept: list[int]
-    divergence: float
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.influence)
+
+    def kept(self, remove: int) -> list[int]:
+        """The blocks that stay when `remove` go, ascending: those taken one by one, or a run that costs less."""
+        span = self._span(remove)
+        if span is not None and self.spans[span] < self.removals[remove - 1].divergence:
+            gone = set(range(span[0], span[0] + remove))
+        else:
+            gone = {removal.block for removal in self.removals[:remove]}
+        return [i for i in range(self.num_blocks) if i not in gone]
+
+    def divergence(self, remove: int) -> float:
+        """KL of the model without those blocks, nothing refitted."""
+        if not remove:
+            return 0.0
+        span = self._span(remove)
+        one_by_one = self.removals[remove - 1].divergence
+        return one_by_one if span is None else min(one_by_one, self.spans[span])
+
+    def _span(self, length: int) -> tuple[int, int] | None:
+        found = [key for key in self.spans if key[1] == length]
+        return min(found, key=lambda key: (self.spans[key], key), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest; `from_json` reads it back."""
+        return {
+            "influence": self.influence,
+            "removals": [
+                {"block": r.block, "divergence": r.divergence, "tried": [[b, cost] for b, cost in r.tried.items()]}
+                for r in self.removals
+            ],
+            "spans": [[first, length, cost] for (first, length), cost in self.spans.items()],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Depth:
+        return cls(
+            influence=list(value["influence"]),
+            removals=[
+                Removal(block=r["block"], divergence=r["divergence"], tried={b: cost for b, cost in r["tried"]})
+                for r in value["removals"]
+            ],
+            spans={(first, length): cost for first, length, cost in value["spans"]},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +119,7 @@ class Swept:
     influence: dict[tuple[int, ...], dict[int, float]]
 
 
-def choose_depth(
+def measure_depth(
     model: StreamedModel,
     ids_NT: Tensor,
     remove: int,
@@ -84,36 +129,30 @@ def choose_depth(
     spans: int = SPANS,
     tell: Tell = SILENT,
 ) -> Depth:
-    """The `remove` blocks whose absence costs least, by KL divergence on `ids_NT` (int64 `[N, T]`).
+    """Take up to `remove` blocks out, each time the one whose absence costs least on `ids_NT` (int64 `[N, T]`).
 
-    batch: rows run at once. Deterministic.
+    batch: rows run at once. Runs of neighbours are measured for every length from two to `remove`. Deterministic.
     """
     everything = list(range(model.num_blocks))
     entering = model.embed_batches(ids_NT, batch)
     whole = sweep(model, entering, everything, [], tell=tell)
-    influence = whole.influence[()]
-    kept, removals, latest = everything, [], influence
+    latest = whole.influence[()]
+    kept, removals = everything, []
     for _ in range(remove):
         order = sorted(kept, key=lambda i: (latest[i], i))[:candidates]
         chosen: list[tuple[int, ...]] = [(i,) for i in sorted(order)]
         swept = sweep(model, entering, kept, chosen, tell=tell)
         costs = divergences(model, whole.final, [swept.candidates[c] for c in chosen])
         best = min(range(len(chosen)), key=lambda i: (costs[i], chosen[i]))
-        gone = chosen[best]
-        kept = [i for i in kept if i not in gone]
-        latest = swept.influence[gone]
+        kept = [i for i in kept if i not in chosen[best]]
+        latest = swept.influence[chosen[best]]
         tried = {c[0]: cost for c, cost in zip(chosen, costs, strict=True)}
-        removals.append(Removal(blocks=gone, divergence=costs[best], tried=tried))
-    divergence = removals[-1].divergence if removals else 0.0
+        removals.append(Removal(block=chosen[best][0], divergence=costs[best], tried=tried))
     runs: dict[tuple[int, int], float] = {}
-    if remove > 1 and spans:
-        runs = _spans(model, entering, whole, remove, spans, tell)
-        first, cost = min(((start, cost) for (start, _), cost in runs.items()), key=lambda pair: (pair[1], pair[0]))
-        if cost < divergence:
-            kept = [i for i in everything if not first <= i < first + remove]
-            divergence = cost
-    return Depth(influence=[influence[i] for i in everything], removals=removals, spans=runs, kept=kept,
-                 divergence=divergence)  # fmt: skip
+    for length in range(2, remove + 1) if spans else ():
+        runs.update(_spans(model, entering, whole, length, spans, tell))
+    influence = whole.influence[()]
+    return Depth(influence=[influence[i] for i in everything], removals=removals, spans=runs)
 
 
 def _spans(
@@ -193,10 +232,10 @@ def span_influence(model: StreamedModel, entering: Batches, length: int) -> list
 
 
 @torch.no_grad()
-def divergences(model: StreamedModel, original: Batches, others: Sequence[Batches]) -> list[float]:
+def divergences(model: StreamedModel, original: Batches, others: Sequence[Batches], times: float = 1.0) -> list[float]:
     """Mean KL divergence, in nats a token, of each model's predictions from the original's, given final hidden states.
 
-    Logits of `_CHUNK` positions exist at once, of two models.
+    times: what the others' logits are multiplied by. Logits of `_CHUNK` positions exist at once, of two models.
     """
     totals = [0.0] * len(others)
     tokens = 0
@@ -207,7 +246,8 @@ def divergences(model: StreamedModel, original: Batches, others: Sequence[Batche
                 part = slice(start, start + _CHUNK)
                 log_p = model.head(flat[None, part])[0].float().log_softmax(-1)
                 for k, other in enumerate(others):
-                    log_q = model.head(other[i].flatten(0, 1)[None, part])[0].float().log_softmax(-1)
+                    logits = model.head(other[i].flatten(0, 1)[None, part])[0].float()
+                    log_q = logits.mul_(times).log_softmax(-1)
                     totals[k] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
                 tokens += len(log_p)
     return [total / tokens for total in totals]

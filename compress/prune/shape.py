@@ -109,23 +109,27 @@ def config_of(model: StreamedModel, shape: Shape, kept: Sequence[int]) -> dict[s
             config[key] = [value[i] for i in kept]
     for name in _KEYS:
         before, after = getattr(old, name), getattr(shape, name)
-        if before != after:
-            config[_key(model, name)] = after
+        if before == after:
+            continue
+        key = _key(model, name)
+        if key is not None:
+            config[key] = after
+        elif name != "kv_heads":  # which follow from the heads where no config names them
+            raise UnsupportedError(
+                f"{model.checkpoint.path}: config.json of type {model.checkpoint.config.get('model_type')!r} has no "
+                f"{_KEYS[name][0]} that could be made smaller; use --depth"
+            )
     if (shape.heads, shape.hidden) != (old.heads, old.hidden):
         config["head_dim"] = head_dim_of(model)
     return config
 
 
-def _key(model: StreamedModel, name: str) -> str:
-    config = _config(model)
-    for where in (model.checkpoint.config, config.to_dict()):
+def _key(model: StreamedModel, name: str) -> str | None:
+    for where in (model.checkpoint.config, _config(model).to_dict()):
         for key in _KEYS[name]:
             if where.get(key) is not None:
                 return key
-    raise UnsupportedError(
-        f"{model.checkpoint.path}: config.json of type {model.checkpoint.config.get('model_type')!r} has no "
-        f"{_KEYS[name][0]} that could be made smaller; use --depth"
-    )
+    return None
 
 
 def skeleton(model: StreamedModel, config: Mapping[str, Any]) -> nn.Module:
@@ -149,6 +153,10 @@ class Counter:
         """Numbers stored: a tied output matrix counts once."""
         outside, block = self.parts(shape)
         return outside + shape.blocks * block
+
+    def config(self, shape: Shape) -> dict[str, Any]:
+        """The config.json of a shape, whichever blocks stay."""
+        return config_of(self.model, shape, range(shape.blocks))
 
     def parts(self, shape: Shape) -> tuple[int, int]:
         """Parameters around the blocks, and of one block."""
@@ -204,7 +212,6 @@ def amount(text: str, option: str) -> Amount:
 
 def asked_shape(
     old: Shape,
-    head_dim: int,
     *,
     depth: str | None = None,
     intermediate: str | None = None,
@@ -261,6 +268,8 @@ def _narrower(name: str, width: int, text: str) -> int:
 def _fewer_heads(new: Shape, old: Shape, text: str) -> Shape:
     """Query heads go evenly from every key-value group."""
     left = old.heads - amount(text, "--heads").of(old.heads)
+    if old.heads == old.kv_heads:  # every head is a group of its own
+        return _fewer_groups(new, old, text, "--heads")
     allowed = [n for n in range(old.kv_heads, old.heads + 1, old.kv_heads) if old.heads % old.kv_heads == 0]
     nearest = min(allowed, key=lambda n: abs(n - left), default=old.heads)
     if abs(nearest - left) > 0.02 * old.heads:
@@ -272,14 +281,14 @@ def _fewer_heads(new: Shape, old: Shape, text: str) -> Shape:
     return replace(new, heads=nearest)
 
 
-def _fewer_groups(new: Shape, old: Shape, text: str) -> Shape:
+def _fewer_groups(new: Shape, old: Shape, text: str, option: str = "--kv-heads") -> Shape:
     """Whole key-value groups go, with their query heads."""
-    left = old.kv_heads - amount(text, "--kv-heads").of(old.kv_heads)
+    left = old.kv_heads - amount(text, option).of(old.kv_heads)
     nearest = round(left)
     if abs(nearest - left) > 0.02 * old.kv_heads or not 1 <= nearest <= old.kv_heads:
         choices = ", ".join(f"{(old.kv_heads - n) / old.kv_heads:.3g}" for n in range(old.kv_heads - 1, 0, -1))
         raise ConfigError(
-            f"--kv-heads {text} would leave {left:g} of {old.kv_heads} key-value heads; "
+            f"{option} {text} would leave {left:g} of {old.kv_heads} key-value heads; "
             f"{'choose from ' + choices if choices else 'there is only one'}"
         )
     return replace(new, kv_heads=nearest, heads=new.heads // old.kv_heads * nearest)

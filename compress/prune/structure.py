@@ -13,8 +13,8 @@ Shapes: I input channels of the consumer, R rows of a producer, S rows of a segm
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,15 @@ class Producer:
 class Section:
     """A linear that reads units, and those that make them. group_U: int64 `[U]`, which units share a producer's rows.
 
-    Groups are numbered by their first unit. Neurons are groups of their own; heads share keys and values.
+    Groups are numbered by their first unit. Neurons are groups of their own; heads share keys and values. adds: whether
+    the consumer's outputs are added to the hidden state as they are (a norm may stand between).
     """
 
     consumer: str
     unit_size: int
     group_U: Tensor
     producers: tuple[Producer, ...]
+    adds: bool = True
 
     @property
     def num_units(self) -> int:
@@ -101,7 +103,40 @@ def find_structure(block: nn.Module, run: Callable[[], Tensor], head_dim: int) -
                 continue
         if heads is None and head_dim:
             heads = _heads(probe, before, head_dim)
-    return Structure(neurons=neurons, heads=heads)
+    found = [section for section in (heads, neurons) if section is not None]
+    adds = {section.consumer: _adds(block, run, section.consumer, found) for section in found}
+    return Structure(
+        neurons=neurons and replace(neurons, adds=adds[neurons.consumer]),
+        heads=heads and replace(heads, adds=adds[heads.consumer]),
+    )
+
+
+def _adds(block: nn.Module, run: Callable[[], Tensor], consumer: str, sections: Sequence[Section]) -> bool:
+    """Whether moving a consumer's output moves the block's by as much, while other sections give nothing."""
+    moved: list[Tensor] = []
+
+    def move(_: nn.Module, __: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        size = y.square().mean().sqrt()
+        draw = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
+        moved.append(size * draw)
+        return y + moved[-1]
+
+    def nothing(_: nn.Module, __: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        return torch.zeros_like(y)
+
+    others = [block.get_submodule(s.consumer) for s in sections if s.consumer != consumer]
+    handles = [other.register_forward_hook(nothing) for other in others]
+    try:
+        before = run()
+        handles.append(block.get_submodule(consumer).register_forward_hook(move))
+        change = run() - before
+    finally:
+        for handle in handles:
+            handle.remove()
+    if change.shape != moved[0].shape:
+        return False
+    wrong, right = (torch.linalg.vector_norm(t.double()) for t in (change - moved[0], moved[0]))
+    return bool(wrong <= 1e-3 * right)
 
 
 def _order(block: nn.Module, run: Callable[[], Tensor]) -> list[str]:

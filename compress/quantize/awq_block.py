@@ -27,7 +27,7 @@ from compress.linear import is_linear, linears, parameter, set_weight_OI, weight
 from compress.plan import LayerPlan
 from compress.quantize import awq
 from compress.quantize.damage import refuse_damage, relative_error
-from compress.quantize.feedback import Prepared, Rounded, kept_share, prepare, round_with_feedback
+from compress.quantize.feedback import Prepared, Rounded, prepare, round_with_feedback
 from compress.quantize.folding import fold_proven
 from compress.quantize.lift import lift_of, room_of
 from compress.quantize.refit import refit_scales
@@ -35,7 +35,7 @@ from compress.quantize.retarget import retarget
 from compress.quantize.tune import TuneOptions, tune_block
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
-from compress.statistics import InputStatistics
+from compress.statistics import InputStatistics, kept_share
 
 # What the field's AWQ readers expect of everything that is not packed.
 STORE_DTYPE = torch.float16

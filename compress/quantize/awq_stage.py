@@ -22,7 +22,7 @@ from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_s
 from compress.quantize.damage import damaged
 from compress.quantize.tune import TuneOptions
 from compress.scheme import Scheme
-from compress.stage import Job, Outcome, Stage
+from compress.stage import Job, Outcome, Stage, refuse_quantized
 from compress.tell import SILENT, Tell
 from compress.workspace import Source
 
@@ -151,15 +151,6 @@ def plan_blocks(
                     "leave as it is, so they could not load the folder; use a model built of nn.Linear"
                 )
     return plan
-
-
-def refuse_quantized(model: StreamedModel) -> None:
-    """UnsupportedError for a model whose weights are integers already."""
-    path = model.checkpoint.path
-    if "quantization_config" in model.checkpoint.config:
-        raise UnsupportedError(f"{path} is quantized already; pass the full-precision model it was made from")
-    if any(t.dtype.startswith(("I", "U")) and n.endswith(".weight") for n, t in model.checkpoint.tensors.items()):
-        raise UnsupportedError(f"{path} holds integer weights; pass the full-precision model they were made from")
 
 
 def float16_config(model: StreamedModel, plan: LayerPlan) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from compress.quantize.feedback_step import kernels, round_group
 from compress.scheme import Scheme
 
 DAMPING = 0.01  # of the mean of diag(H); the paper's
-SHRINKAGE = 0.05  # of H towards its diagonal, at least
 RANGE_STEPS = 20
 RANGE_MIN = 0.5
 _INVERTED_AT_ONCE = 256
@@ -67,16 +66,6 @@ class Rounded:
         """The weight that a reader computes with, float32 `[O, I]`."""
         q_OGg = numerics.to_groups(self.codes_OI, scheme).float()
         return numerics.dequantize(q_OGg, self.scale_OG, self.zero_point_OG).reshape(self.codes_OI.shape)
-
-
-def kept_share(num_columns: int, num_tokens: int) -> float:
-    """What to take the off-diagonal part of a Gram matrix times: less, the fewer tokens it was measured on.
-
-    The correlations of a few thousand tokens are partly chance, and corrections that trust them overfit. The share of
-    the off-diagonal part that is chance grows as I / num_tokens (the sampling variance of a covariance matrix over its
-    size, as in Ledoit and Wolf's shrinkage), so that much is taken off, and never less than `SHRINKAGE`.
-    """
-    return 1 - min(1.0, max(SHRINKAGE, num_columns / max(1, num_tokens)))
 
 
 def inverse_factor(hessian_II: Tensor, damping: float = DAMPING) -> Tensor:

@@ -27,7 +27,7 @@ from compress.linear import linears, weight_OI
 from compress.plan import ActivationScheme, LayerPlan, LayerScheme
 from compress.quantize import int8
 from compress.quantize.damage import refuse_damage, relative_error
-from compress.quantize.feedback import Rounded, kept_share
+from compress.quantize.feedback import Rounded
 from compress.quantize.folding import fold_proven
 from compress.quantize.int8 import InputNoise
 from compress.quantize.retarget import STRENGTH, retarget
@@ -36,7 +36,7 @@ from compress.quantize.static_range import fit_static
 from compress.quantize.stored import dense_tensors
 from compress.quantized import QuantizedWeight, StaticInput
 from compress.scheme import Scheme
-from compress.statistics import InputStatistics, Wanted
+from compress.statistics import InputStatistics, Wanted, kept_share
 
 EFFORTS = ("fast", "balanced")
 SAMPLED_ROWS = 1024

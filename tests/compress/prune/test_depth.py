@@ -1,5 +1,6 @@
 """Damage of blocks against transformers with the blocks taken out, one model at a time."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.model import StreamedModel
-from compress.prune.depth import choose_depth, divergences, span_influence, sweep
+from compress.prune.depth import Depth, Removal, divergences, measure_depth, span_influence, sweep
 
 Build = Callable[..., Path]
 BLOCKS = 5
@@ -55,23 +56,32 @@ def test_a_sweep_runs_every_candidate_as_if_it_were_the_model(folder: Path) -> N
 
 def test_greedy_takes_the_best_each_time_and_spans_are_tried(folder: Path) -> None:
     model = StreamedModel.open(folder)
-    found = choose_depth(model, ids(), 2, batch=3, candidates=BLOCKS, spans=BLOCKS)
+    found = measure_depth(model, ids(), 2, batch=3, candidates=BLOCKS, spans=BLOCKS)
     everything = set(range(BLOCKS))
     costs = {i: slow_divergence(folder, sorted(everything - {i})) for i in everything}
     first = min(costs, key=lambda i: costs[i])
-    assert found.removals[0].blocks == (first,)
+    assert found.removals[0].block == first
     assert found.removals[0].tried == pytest.approx(costs, rel=1e-4)
     seconds = {i: slow_divergence(folder, sorted(everything - {first, i})) for i in everything - {first}}
     assert found.removals[1].tried == pytest.approx(seconds, rel=1e-4)
     spans = {(i, 2): slow_divergence(folder, sorted(everything - {i, i + 1})) for i in range(BLOCKS - 1)}
     assert found.spans == pytest.approx(spans, rel=1e-4)
-    assert found.divergence == pytest.approx(min(*seconds.values(), *spans.values()), rel=1e-4)
-    assert found.divergence == pytest.approx(slow_divergence(folder, found.kept), rel=1e-4)
+    assert found.divergence(2) == pytest.approx(min(*seconds.values(), *spans.values()), rel=1e-4)
+    assert found.divergence(2) == pytest.approx(slow_divergence(folder, found.kept(2)), rel=1e-4)
+    assert found.kept(1) == sorted(everything - {first}) and found.divergence(1) == found.removals[0].divergence
+    assert Depth.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_run_of_neighbours_that_costs_less_goes_instead() -> None:
+    steps = [Removal(block=1, divergence=0.1, tried={}), Removal(block=3, divergence=0.5, tried={})]
+    found = Depth(influence=[0.0] * 5, removals=steps, spans={(0, 2): 0.6, (2, 2): 0.4})
+    assert found.kept(2) == [0, 1, 4] and found.divergence(2) == 0.4
+    assert found.kept(1) == [0, 2, 3, 4] and found.kept(0) == [0, 1, 2, 3, 4]
 
 
 def test_few_candidates_are_the_least_influential(folder: Path) -> None:
     model = StreamedModel.open(folder)
-    found = choose_depth(model, ids(), 1, batch=3, candidates=2)
+    found = measure_depth(model, ids(), 1, batch=3, candidates=2)
     least = sorted(range(BLOCKS), key=lambda i: found.influence[i])[:2]
     assert sorted(found.removals[0].tried) == sorted(least)
 
@@ -98,5 +108,5 @@ def test_influence_is_one_minus_the_cosine(folder: Path) -> None:
 
 
 def test_nothing_to_remove(folder: Path) -> None:
-    found = choose_depth(StreamedModel.open(folder), ids(), 0, batch=3)
-    assert found.kept == list(range(BLOCKS)) and found.divergence == 0 and not found.removals
+    found = measure_depth(StreamedModel.open(folder), ids(), 0, batch=3)
+    assert found.kept(0) == list(range(BLOCKS)) and found.divergence(0) == 0 and not found.removals

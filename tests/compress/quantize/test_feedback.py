@@ -14,11 +14,11 @@ from compress.quantize.feedback import (
     group_order,
     inverse_factor,
     invert_upper_,
-    kept_share,
     prepare,
     round_with_feedback,
 )
 from compress.scheme import Scheme
+from compress.statistics import kept_share
 
 G16 = Scheme(group_size=16)
 
