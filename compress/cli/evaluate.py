@@ -84,6 +84,9 @@ def command(
     from compress.output import check_apart
     from compress.workspace import is_candidate, is_reference, judged_as, resolve
 
+    asked = {"--report": report, "--cache": None if no_cache else cache_folder}
+    places = [(flag, place) for flag, place in asked.items() if place is not None]
+    made = [place for flag, place in places if _check_writable(place, flag)]
     device = pick_device(device)
     source = judged_as(resolve(candidate, accept=is_candidate))
     original = _original(source, reference)
@@ -95,10 +98,13 @@ def command(
     from evaluators.written import refuse_strangers
 
     models = {"the candidate": source.path, "the reference": original}
-    for flag, folder in (("--report", report), ("--cache", None if no_cache else cache_folder)):
-        if folder is not None:
-            check_apart(folder, models, flag)
-            _check_writable(folder, flag)
+    for flag, place in places:
+        try:
+            check_apart(place, models, flag)
+        except ConfigError:
+            for folder in made:
+                folder.rmdir()  # ours, and empty
+            raise
     if report is not None:
         refuse_strangers(report)
     if not as_json:
@@ -127,16 +133,18 @@ def command(
     _exit(found, unwritten)
 
 
-def _check_writable(folder: Path, flag: str) -> None:
-    """ConfigError, before any work, when nothing can be written into the folder; it is made if it is not there."""
+def _check_writable(folder: Path, flag: str) -> bool:
+    """ConfigError, before any work, when nothing can be written into the folder. Whether it had to be made."""
     import tempfile
 
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as e:
         raise ConfigError(f"{flag} {folder} cannot be written to ({reason(e)}); pass another folder") from e
+    return made
 
 
 def _write(found: Report, folder: Path) -> ConfigError | None:
