@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 
+from compress.cli.console import Console
 from compress.cli.progress import peak_memory_bytes, seconds_text
 
 F = TypeVar("F", bound=Callable[..., Any])

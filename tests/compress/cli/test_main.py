@@ -102,7 +102,7 @@ class _Surprise:
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
-        (ValueError("odd\n\x1b[31mname"), 70, r"a bug of compress (ValueError: odd \x1b[31mname); please report it"),
+        (ValueError("odd\n\x1b[31mname"), 70, r"a bug of compress (ValueError: odd \u001b[31mname); please report it"),
         (OSError(28, "No space left on device", "/x/y"), 1, "error: the disk is full at /x/y"),
         (
             PermissionError(13, "Permission denied", "/x/y"),
