@@ -26,6 +26,10 @@ _COMMANDS = {
         "compress.cli.awq",
         "Quantize to AWQ INT4: an AutoAWQ folder that vLLM, SGLang and transformers load.",
     ),
+    "prune": (
+        "compress.cli.prune",
+        "Remove blocks, neurons, heads or channels, chosen by measured damage, and refit the rest.",
+    ),
     "teach": (
         "compress.cli.teach",
         "Write what a teacher predicts over a text, to train students from.",
