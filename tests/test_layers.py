@@ -201,7 +201,7 @@ def test_help_imports_no_torch() -> None:
 
     code = (
         "import sys; from click.testing import CliRunner; from compress.cli.main import main\n"
-        "for name in ('', 'awq', 'teach', 'distill', 'inspect', 'export', 'fit', 'targets', 'evaluate'):\n"
+        "for name in ('', 'awq', 'prune', 'teach', 'distill', 'inspect', 'export', 'fit', 'targets', 'evaluate'):\n"
         "    args = [name, '--help'] if name else ['--help']\n"
         "    assert CliRunner().invoke(main, args).exit_code == 0, args\n"
         "print('torch' in sys.modules)"

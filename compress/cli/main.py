@@ -30,6 +30,10 @@ _COMMANDS = {
         "compress.cli.int8",
         "Quantize to INT8, W8A8 or W8A16: a compressed-tensors folder for vLLM, SGLang and transformers.",
     ),
+    "prune": (
+        "compress.cli.prune",
+        "Remove blocks, neurons, heads or channels, chosen by measured damage, and refit the rest.",
+    ),
     "teach": (
         "compress.cli.teach",
         "Write what a teacher predicts over a text, to train students from.",

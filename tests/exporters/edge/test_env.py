@@ -56,7 +56,7 @@ def test_failed_installation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         f"making an environment for TensorRT Edge-LLM {edge_env.VERSION} (once)",
         "pip install torch==2.13.0",
     ]
-    assert [p.suffix for p in (tmp_path / "compress").iterdir()] == [".lock"]
+    assert list((tmp_path / "compress").iterdir()) == []
 
 
 def test_torch_comes_first_with_its_own_arguments() -> None:

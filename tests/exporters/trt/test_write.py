@@ -21,6 +21,7 @@ from exporters.reader import Job, Written
 from exporters.trt import write as onnx_trt
 from exporters.trt.graph.external import place
 from exporters.trt.graph.write import DATA, GRAPH
+from exporters.trt.layout import LAYOUT
 
 pytest.importorskip("onnxruntime")
 TARGET: Any = SimpleNamespace(name="orin")  # the format asks a target for nothing
@@ -123,8 +124,8 @@ def test_a_check_that_does_not_fit_is_refused(
 def test_zero_points_are_refused(quantized: Any, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="a zero point is not 8.*--sym"):
         write(quantized(False), tmp_path / "out")
-    assert onnx_trt.LAYOUT.wants(Scheme(group_size=32)) == Scheme(group_size=32, symmetric=True)
-    assert onnx_trt.LAYOUT.wants(Scheme(symmetric=True)) is None
+    assert LAYOUT.wants(Scheme(group_size=32)) == Scheme(group_size=32, symmetric=True)
+    assert LAYOUT.wants(Scheme(symmetric=True)) is None
 
 
 @pytest.mark.parametrize(
