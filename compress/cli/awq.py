@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress import advice
+from compress.cli.calibrated import print_json
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def command(
         outcome = quantize_awq(request, shown)
     ended = time.monotonic()
     if as_json:
-        print(json.dumps(_as_json(outcome, ended - (shown.started or started), ended - started), indent=2))
+        print_json(outcome, ended - (shown.started or started), ended - started)
     else:
         _print_summary(outcome, ended - started)
 
@@ -145,22 +145,6 @@ def _block_text(report: Mapping[str, Any]) -> str:
     if worst is None:
         return "nothing to quantize"
     return f"worst {worst['layer'].split('.')[-1]} {worst['error']:.2e} (round-to-nearest {worst['rtn_error']:.2e})"
-
-
-def _as_json(outcome: Any, seconds: float, wall_seconds: float) -> dict[str, Any]:
-    """seconds: from the model and text being ready to the verified artifact; wall_seconds: of the whole command."""
-    return {
-        "out": str(outcome.out),
-        "seconds": round(seconds, 3),
-        "wall_seconds": round(wall_seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "source_bytes": outcome.source_bytes,
-        "out_bytes": outcome.out_bytes,
-        "tensors_verified": outcome.verified,
-        "blocks_resumed": outcome.resumed,
-        "notes": outcome.notes,
-        "record": outcome.record,
-    }
 
 
 def _print_summary(outcome: Any, seconds: float) -> None:
