@@ -34,7 +34,8 @@ PACK = 8
 
 
 def check(plan: LayerPlan, shapes: Mapping[str, Shape]) -> None:
-    """See `Format.check`."""
+    """See `Format.check`. What a person can choose, the group size, comes before what only --skip mends."""
+    check_groups(plan, shapes)
     for name in plan.quantized:
         scheme = plan[name]
         if scheme.weight is None or scheme.input is not None:
@@ -53,7 +54,6 @@ def check(plan: LayerPlan, shapes: Mapping[str, Shape]) -> None:
                 f"{name}: out_features={out_features} is not a multiple of {PACK}, which the AutoAWQ gemm format packs "
                 f"into one word; list the layer in --skip"
             )
-    check_groups(plan, shapes)
     plan.only()  # its config states one scheme for all layers
 
 
