@@ -42,8 +42,8 @@ def check_codes(num_bits: int, symmetric: bool | None = None) -> bool:
     """
     if num_bits not in _FORMAT_OF:
         raise UnsupportedError(
-            f"--bits {num_bits}: `compress awq` makes codes of 4 bits (an AutoAWQ folder) and of 8 (compressed-tensors);"
-            " use `compress awq --bits 4` or `compress awq --bits 8`"
+            f"--bits {num_bits}: `compress awq` makes codes of 4 bits (an AutoAWQ folder) and of 8 (compressed-tensors)"
+            "; use `compress awq --bits 4` or `compress awq --bits 8`"
         )
     if num_bits == 8 and symmetric is False:
         raise UnsupportedError(
