@@ -85,9 +85,9 @@ def load(
     """The calibration set that `spec` names, at most `num_samples` rows of `seq_len` tokens.
 
     spec is what `documents` takes, or `self` for text sampled from the model in the folder `model`: only that
-    uses `seed` and `device`, and tells how far it is. None means the bundled text for the bundled
-    reference model (`is_reference`), and `self` for any other that is small enough (`may_sample_from`). Fewer rows
-    than asked for is no error; the caller says so. ConfigError for rows longer than the model's positions.
+    uses `seed` and `device`, and tells how far it is. None means the bundled text for the bundled reference model and
+    what was made from it (`is_reference`), and `self` for any other that is small enough (`may_sample_from`). Fewer
+    rows than asked for is no error; the caller says so. ConfigError for rows longer than the model's positions.
     """
     refuse_longer(model, seq_len, "--seq-len")
     if spec is None and not is_reference:

@@ -21,7 +21,10 @@ WORKSPACE = Path("artifacts")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model to read. `path` is on disk; `name` is short, for file names; `said` tells the user why this one."""
+    """A model to read. `path` is on disk; `name` is short, for file names; `said` tells the user why this one.
+
+    is_reference: whether it is the bundled model or was made from it, so that the bundled text is its own.
+    """
 
     path: Path
     name: str
@@ -92,7 +95,7 @@ def resolve(
         return _from_workspace(quantizable, accept, workspace)
     path = Path(model)
     if path.is_dir():
-        return Source(path=path, name=_short(path.resolve().name), said=str(path), is_reference=is_reference(path))
+        return Source(path=path, name=_short(path.resolve().name), said=str(path), is_reference=from_reference(path))
     if path.exists():
         check_model_file(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
@@ -122,10 +125,10 @@ def _from_workspace(quantizable: bool, accept: Accept, workspace: Path) -> Sourc
             path=path,
             name=_short(path.name),
             said=f"{path}, from which the newest artifact {folder} was made{skipped}",
-            is_reference=is_reference(path),
+            is_reference=from_reference(path),
         )
     said = f"{folder}, the newest artifact{skipped}"
-    return Source(path=folder, name=_short(folder.name), said=said, is_reference=False)
+    return Source(path=folder, name=_short(folder.name), said=said, is_reference=from_reference(folder))
 
 
 def _newest(accept: Accept, workspace: Path) -> tuple[Path | None, str]:
@@ -157,6 +160,18 @@ def is_reference(path: Path) -> bool:
     if not theirs.exists() or theirs.stat().st_size != mine.stat().st_size:
         return False
     return file_sha256(mine) == file_sha256(theirs)
+
+
+def from_reference(path: Path) -> bool:
+    """Whether a folder is the bundled model, or an artifact whose lineage begins with it: pruned, distilled."""
+    if is_reference(path):
+        return True
+    manifest = read_manifest(path)
+    if manifest is None:
+        return False
+    if manifest.root["path"] == BUNDLED:
+        return True
+    return bool(manifest.root["sha256"] == Checkpoint.open(calibration_data.reference_model()).content_sha256())
 
 
 def _short(name: str) -> str:

@@ -19,7 +19,7 @@ from compress.errors import ArtifactError, ConfigError
 from compress.quantize.awq_stage import AwqRequest, quantize_awq, request_from_record
 from compress.scheme import Scheme
 from compress.tell import Tell
-from compress.workspace import Source, is_reference
+from compress.workspace import Source, from_reference
 
 MADE_FOR_EXPORT = "for-export"
 
@@ -45,7 +45,7 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, tell: Tel
             f"{artifact}: {reader} needs {wanted.label()} codes, and its parent {record['parent']['path']} is gone; "
             f"fetch that model and run: compress awq MODEL {flags}"
         ) from None
-    source = Source(path=parent, name=parent.name, said=str(parent), is_reference=is_reference(parent))
+    source = Source(path=parent, name=parent.name, said=str(parent), is_reference=from_reference(parent))
     home = artifact.parent if os.access(artifact.parent, os.W_OK) else out.parent
     only_symmetric = wanted.symmetric and wanted.label() == f"{_recorded_scheme(record).label()}-sym"
     # In a folder of its own: what one reader needed must not become the workspace's newest artifact.

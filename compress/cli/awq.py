@@ -35,7 +35,7 @@ class GroupSize(click.ParamType):  # type: ignore[type-arg]
 
 @click.command("awq")
 @click.argument("model", required=False)
-@click.option("--bits", type=int, default=4, show_default=True, help="Bits a weight; the AutoAWQ format holds 4.")
+@click.option("--bits", type=int, default=4, show_default=True, help="Bits a weight, 4 or 8.")
 @click.option(
     "--group-size",
     type=GroupSize(),
@@ -43,7 +43,11 @@ class GroupSize(click.ParamType):  # type: ignore[type-arg]
     show_default=True,
     help="Input channels that share a scale; auto: the largest of 128, 64 and 32 that divides every layer's.",
 )
-@click.option("--sym/--asym", default=False, show_default=True, help="Zero points all 8 (TensorRT readers), or fitted.")
+@click.option(
+    "--sym/--asym",
+    default=None,
+    help="Zero points in the middle (TensorRT readers), or fitted [default: --asym at 4 bits; 8 bits are --sym].",
+)
 @click.option(
     "--effort",
     type=click.Choice(["fast", "balanced", "best"]),
@@ -95,29 +99,28 @@ def command(
     as_json: bool,
     bits: int,
     group_size: int | None,
-    sym: bool,
+    sym: bool | None,
     device: str,
     dtype: str,
     **rest: Any,
 ) -> None:
-    """Quantize MODEL (a Hugging Face folder or hub id) to AWQ INT4, block by block.
+    """Quantize MODEL (a Hugging Face folder or hub id) to AWQ INT4 or INT8, block by block.
 
-    The result is an AutoAWQ `gemm` folder with a manifest, compress.json. A killed run goes on where it was, and
-    ends with the same bytes.
+    The result is an AutoAWQ `gemm` folder (4 bits) or a compressed-tensors folder (8 bits, weights only) with a
+    manifest, compress.json. A killed run goes on where it was, and ends with the same bytes.
     """
     started = time.monotonic()
     from compress.devices import described, pick_device, pick_dtype
-    from compress.formats import awq_gemm
+    from compress.quantize.awq_stage import AwqRequest, check_codes, quantize_awq
     from compress.scheme import Scheme
     from compress.workspace import WORKSPACE, is_model, resolve
 
-    awq_gemm.check_bits(bits)
+    symmetric = check_codes(bits, sym)
     source = resolve(model, quantizable=True, accept=is_model)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
     from compress.model import StreamedModel
-    from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.quantize.group_size import chosen_group_size
     from compress.stage import refuse_quantized
 
@@ -127,7 +130,7 @@ def command(
         group_size, why = chosen_group_size(outline, rest["skip"])
         if why:
             print(why, file=sys.stderr)
-    scheme = Scheme(num_bits=bits, group_size=group_size, symmetric=sym)
+    scheme = Scheme(num_bits=bits, group_size=group_size, symmetric=symmetric)
 
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
@@ -242,7 +245,7 @@ def _advice(record: dict[str, Any]) -> str:
     scheme = options["scheme"]
     if options["effort"] != "best":
         return "--effort best" if options["effort"] == "balanced" else "--effort balanced"
-    if scheme["symmetric"]:
+    if scheme["symmetric"] and scheme["num_bits"] == 4:
         return "--asym, if your reader takes zero points"
     if scheme["group_size"] > 32:
         return f"--group-size {scheme['group_size'] // 2}, or --skip the worst layers"

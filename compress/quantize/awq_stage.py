@@ -14,7 +14,7 @@ from compress import distributed, stage
 from compress.block import BlockDone
 from compress.calibration_rows import Text, recorded_calib
 from compress.errors import ArtifactError, UnsupportedError
-from compress.formats import awq_gemm
+from compress.formats import Format, awq_gemm, compressed_tensors
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
 from compress.plan import KvScheme, LayerPlan, LayerScheme
@@ -30,6 +30,26 @@ from compress.workspace import Source
 _RECORDED = (
     "samples", "seq_len", "seed", "dtype", "device", "skip", "effort", "smooth", "clip", "tune_steps", "self_samples",
 )  # fmt: skip
+
+# The layout that holds codes of so many bits: AutoAWQ's gemm has room for four.
+_FORMAT_OF: dict[int, Format] = {4: awq_gemm, 8: compressed_tensors}
+
+
+def check_codes(num_bits: int, symmetric: bool | None = None) -> bool:
+    """Whether codes of so many bits are to be symmetric: as asked, by default (None) at 8 bits only.
+
+    UnsupportedError for codes that no format here, or no reader of it, takes.
+    """
+    if num_bits not in _FORMAT_OF:
+        raise UnsupportedError(
+            f"--bits {num_bits}: `compress awq` makes codes of 4 bits (an AutoAWQ folder) and of 8 (compressed-tensors)"
+            "; use `compress awq --bits 4` or `compress awq --bits 8`"
+        )
+    if num_bits == 8 and symmetric is False:
+        raise UnsupportedError(
+            "--asym: engines have no kernels for 8-bit weights with zero points; use `compress awq --bits 8 --sym`"
+        )
+    return num_bits == 8 if symmetric is None else symmetric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +111,13 @@ class AwqRequest:
 
 
 def quantize_awq(request: AwqRequest, tell: Tell = SILENT) -> Outcome:
-    """Quantize `request.source` to an AutoAWQ gemm folder at `request.out`; see `stage.run`."""
+    """Quantize `request.source` to a folder at `request.out`, AutoAWQ gemm at 4 bits, compressed-tensors at 8."""
     return stage.run(awq_stage(request), request.job(), tell)
 
 
 def awq_stage(request: AwqRequest) -> Stage:
     """The stage that a request asks for."""
+    check_codes(request.scheme.num_bits, request.scheme.symmetric)
     options = AwqOptions(
         scheme=request.scheme,
         effort=request.effort,
@@ -108,7 +129,7 @@ def awq_stage(request: AwqRequest) -> Stage:
     return Stage(
         name="awq",
         options=request.options(),
-        format=awq_gemm,
+        format=_FORMAT_OF[request.scheme.num_bits],
         paths=options.paths,
         plan=partial(plan_of, request),
         block=partial(awq_block, options=options),

@@ -118,3 +118,16 @@ def test_what_is_no_artifact_at_all_does_not_stop_anything(tmp_path: Path) -> No
     shutil.copytree(mine, tmp_path / ".mine.0123abcd.partial")
     found = resolve(None, accept=is_model, workspace=tmp_path)
     assert found.path == mine and "note" not in found.said
+
+
+def test_what_was_made_from_the_bundled_model_has_its_text(tmp_path: Path, reference_model: Path) -> None:
+    """By the manifest's root, whether that is bundled or a copy of it that lies elsewhere, or is gone."""
+    content = Checkpoint.open(reference_model).content_sha256()
+    root = {"bundled": {"path": "bundled:reference_lm", "sha256": ""}, "copy": {"path": "../gone", "sha256": content}}
+    for name, parent in root.items():
+        made = artifact(tmp_path / name, {"stage": "prune", "parent": parent}, "config.json", "model.safetensors")
+        assert resolve(str(made)).is_reference
+        assert resolve(None, workspace=tmp_path).is_reference
+    assert resolve(str(reference_model)).is_reference
+    assert not resolve(str(model(tmp_path / "other"))).is_reference
+    assert not resolve(None, workspace=tmp_path).is_reference

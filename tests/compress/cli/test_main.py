@@ -51,8 +51,8 @@ def test_the_three_commands_chain_with_no_arguments(compress: Any, tmp_path: Pat
     ("args", "code", "message"),
     [
         (("awq", "nowhere"), 1, "nowhere: no such folder, and not a hub id"),
-        (("awq", "--bits", "8"), 1, "codes of 4 bits only; use `compress awq --bits 4`"),
-        (("awq", "--bits", "16"), 1, "codes of 4 bits only; use `compress awq --bits 4`"),
+        (("awq", "--bits", "8", "--asym"), 1, "use `compress awq --bits 8 --sym`"),
+        (("awq", "--bits", "16"), 1, "use `compress awq --bits 4` or `compress awq --bits 8`"),
         (("awq", "--group-size", "0"), 2, "choose auto, 128, 64 or 32"),
         (("awq", "--group-size", "-1"), 2, "choose auto, 128, 64 or 32"),
         (("awq", "--group-size", "256"), 1, "--group-size 128 or --group-size 64 or --group-size 32 divides"),

@@ -118,6 +118,36 @@ def test_artifact_is_a_complete_folder(build_model: Any, quantize: Any) -> None:
     assert not list(outcome.out.parent.glob(".*")) and not list(outcome.out.glob(".*"))
 
 
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+def test_eight_bits_are_a_compressed_tensors_folder_that_transformers_computes(
+    effort: str, build_model: Any, quantize: Any, random_text: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = build_model("Llama")
+    scheme = Scheme(num_bits=8, group_size=32, symmetric=True)
+    options: dict[str, Any] = {"calib": str(random_text), "effort": effort, "tune_steps": 10, "self_samples": 0}
+    outcome = quantize(folder, scheme=scheme, **options)
+    assert outcome.record["format"] == "compressed-tensors" and outcome.record["stage"] == "awq"
+    config = json.loads((outcome.out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "pack-quantized"
+    assert config["config_groups"]["group_0"]["weights"]["num_bits"] == 8
+    assert any(group["ratio"] for group in outcome.record["groups"])
+    original, found = logits(folder, IDS), logits(outcome.out, IDS)
+    assert 0 < float((found - original).square().mean()) < 1e-3 * float(original.square().mean())
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(outcome.out, dtype=torch.float32).eval()(IDS).logits
+    assert float((found - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def test_codes_that_no_reader_takes_are_refused(build_model: Any, quantize: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no kernels for 8-bit weights with zero points"):
+        quantize(build_model(), scheme=Scheme(num_bits=8, group_size=32))
+    with pytest.raises(UnsupportedError, match="--bits 3: .* makes codes of 4 bits .* and of 8"):
+        quantize(build_model(), scheme=Scheme(num_bits=3, group_size=32))
+    assert not (tmp_path / "out").exists()
+
+
 def test_symmetric_writes_eights(build_model: Any, quantize: Any) -> None:
     outcome = quantize(build_model(), scheme=Scheme(group_size=32, symmetric=True))
     checkpoint = Checkpoint.open(outcome.out)
