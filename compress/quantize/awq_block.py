@@ -25,7 +25,7 @@ from compress.groups import Group
 from compress.linear import is_linear, linears, parameter, set_weight_OI, weight_OI
 from compress.plan import LayerPlan
 from compress.quantize import awq
-from compress.quantize.damage import refuse_damage, relative_error
+from compress.quantize.damage import refuse_damage, refuse_drowning, relative_error
 from compress.quantize.feedback import Prepared, Rounded, prepare, round_with_feedback
 from compress.quantize.folding import fold_proven
 from compress.quantize.lift import lift_of, room_of
@@ -79,6 +79,9 @@ def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> Bloc
     layers = linears(loaded.module)
     chosen = [name for name in layers if plan[loaded.prefix + name].weight is not None]
     assert all(plan[loaded.prefix + name].weight == scheme for name in chosen), "one scheme a run"
+    if not options.allow_damage:
+        for name in chosen:
+            refuse_drowning(loaded.prefix + name, weight_OI(layers[name]))
     signals = {
         name: awq.output_error(weight_OI(layers[name]).float(), statistics.gram_II)
         for name, statistics in _inputs(loaded, chosen)

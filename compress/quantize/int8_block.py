@@ -26,7 +26,7 @@ from compress.groups import Group
 from compress.linear import linears, weight_OI
 from compress.plan import ActivationScheme, LayerPlan, LayerScheme
 from compress.quantize import int8
-from compress.quantize.damage import refuse_damage, relative_error
+from compress.quantize.damage import refuse_damage, refuse_drowning, relative_error
 from compress.quantize.feedback import Rounded
 from compress.quantize.folding import fold_proven
 from compress.quantize.int8 import InputNoise
@@ -115,6 +115,10 @@ class _Members:
 def int8_block(loaded: LoadedBlock, plan: LayerPlan, options: Int8Options) -> BlockResult:
     """Quantize one block; see the module docstring. Changes the loaded weights."""
     work = _Work(loaded=loaded, options=options, current=loaded.check_output)
+    if not options.allow_damage:
+        for name, module in linears(loaded.module).items():
+            if not plan[loaded.prefix + name].is_dense:
+                refuse_drowning(loaded.prefix + name, weight_OI(module))
     if any(scheme.input is not None and not scheme.input.dynamic for scheme in plan.groups()):
         _add_check_rows(loaded)
     cache = {"kv_cache": loaded.cache_errors()} if plan.kv else {}
