@@ -120,5 +120,5 @@ def assemble(
     # The manifest's hashes and the comparison read the same bytes side by side, so that the disk gives them once.
     with meanwhile(partial(file_hashes, staged, names_in(staged))) as hashed:
         compared = verify_written(staged, meant)
-    write_manifest(staged, manifest, hashed())
+    write_manifest(staged, manifest, hashed.result())
     return compared

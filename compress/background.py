@@ -72,10 +72,10 @@ class BackgroundStore:
 
 
 @contextmanager
-def meanwhile(compute: Callable[[], T]) -> Iterator[Callable[[], T]]:
-    """Run `compute` in a thread while the context lasts; gives a function that waits for its value or raises its error.
+def meanwhile(compute: Callable[[], T]) -> Iterator[Future[T]]:
+    """Run `compute` in a thread while the context lasts; gives its future, whose `result()` waits or raises the error.
 
     Leaving the context waits as well, so that nothing is written behind the caller's back.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="meanwhile") as pool:
-        yield pool.submit(compute).result
+        yield pool.submit(compute)

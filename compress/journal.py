@@ -118,12 +118,21 @@ class Facts:
 
 @dataclass(frozen=True)
 class SharedStore:
-    """The journal as several processes see it: the first one has it, and what it finds there comes to all."""
+    """The journal as several processes see it: the first one has it, and what it finds there comes to all.
+
+    check: called there whenever a block's weights have been read, before anything is made of them; its errors are
+    everybody's.
+    """
 
     journal: Journal | None
+    check: Callable[[], None] = lambda: None
 
     def load(self, index: int) -> BlockResult | None:
-        return distributed.told_by_first(lambda: self.journal.load(index) if self.journal else None)
+        def found() -> BlockResult | None:
+            self.check()
+            return self.journal.load(index) if self.journal else None
+
+        return distributed.told_by_first(found)
 
     def save(self, index: int, prefix: str, result: BlockResult) -> None:
         if self.journal is not None:

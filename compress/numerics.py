@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,39 @@ def tensor_float32() -> Iterator[None]:
 def mean_of(x: Tensor) -> float:
     """Mean of all values, the same for any number of threads: those share out a sum over everything, not one a row."""
     return math.fsum(x.reshape(-1, x.shape[-1]).sum(-1, dtype=torch.float64).tolist()) / max(1, x.numel())
+
+
+def add_by_index_(total_K: Tensor, index_I: Tensor, value_I: Tensor) -> Tensor:
+    """Add each value at its index, in place, in the order of the values; indices may repeat. Returns `total_K`.
+
+    A GPU's own `index_add_` adds where an index repeats in the order in which its threads come, so that the last bit
+    differs from run to run: three heads that share a scale are enough. Vectors are short, so the CPU adds them.
+    """
+    if not total_K.is_cuda:
+        return total_K.index_add_(0, index_I, value_I)
+    return total_K.copy_(total_K.cpu().index_add_(0, index_I.cpu(), value_I.cpu()))
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, let operations that have an implementation of fixed order take it inside the context.
+
+    The backward pass of fused attention sums with atomic operations otherwise. Nothing changes on a CPU, whose
+    operations have one order anyhow.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # we read nothing that was not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
 
 
 def to_groups(w_OI: Tensor, scheme: Scheme) -> Tensor:

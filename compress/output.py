@@ -16,12 +16,13 @@ import ctypes
 import errno
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ RUN = "run.json"
 FINAL = "final"
 _KIND = "run of compress"
 _PUBLISHED = "published"
+_CONTENT = "content"
 _SCRATCH = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 _LOCK = ".compress-lock"
 # Longest file name of the usual file systems, in bytes, and what a scratch name adds to OUT's.
@@ -211,18 +213,30 @@ class Place:
     old: _Seen | None
     notes: list[str] = field(default_factory=list)
 
-    def start(self, identity: Mapping[str, Any], *, resume: bool) -> Run:
+    def start(self, identity: Mapping[str, Any], *, resume: bool, content: Callable[[], str] | None = None) -> Run:
         """The scratch folder of the run with this `identity`, which decides every byte that it makes.
 
         It is the one that the same run left when it was killed, or a new one; with `resume` False always a new one.
         Other runs' scratch folders are left alone and named in `notes`.
+
+        content: what completes the identity and takes long to find, the hash of what is read. It is asked for only
+        where a run that is otherwise the same left something. Else the run may begin without it, and says it with
+        `Run.settle` once it is known; what a run left that was killed before cannot be shown to be of the same bytes,
+        and is removed (`Run.anew`).
         """
-        stated = {"kind": _KIND, "out": self.real.name, **identity}
-        run_id = hashlib.sha256(json_bytes(stated)).hexdigest()
-        run = Run(place=self, folder=self.real.with_name(f".{self.real.name}.{run_id[:8]}.partial"), id=run_id)
-        found = _run_file(run.folder)
+        # As a run file gives it back: with lists where there were tuples.
+        stated = json.loads(json_bytes({"kind": _KIND, "out": self.real.name, **identity}))
+        run = self._run_of(stated)
+        if content is not None and any(_agrees(_run_file(s), stated) for s in _scratches(self.real)):
+            found = _run_file(run.folder) or {}
+            stated[_CONTENT] = run.content = content()
+            if found.get("id") == run.id and _CONTENT not in found:
+                run.discard()
+                run.anew = True
+            elif found.get(_CONTENT) != run.content:  # that one is of other bytes: a folder apart
+                run = self._run_of(stated)
         if os.path.lexists(run.folder) and not _is_empty(run.folder):
-            if found is None or found.get("id") != run_id:
+            if (_run_file(run.folder) or {}).get("id") != run.id:
                 raise ConfigError(f"{run.folder} is in the way and is not this run's scratch; move it elsewhere")
             if resume:
                 run.resumed = True
@@ -232,20 +246,31 @@ class Place:
             raise ConfigError(f"{self.out} exists already; pass --force to replace it, or -o for another place")
         if not run.resumed:
             run.folder.mkdir(exist_ok=True)
-            write_bytes_atomically(run.folder / RUN, json_bytes({"id": run_id, **stated}))
+            write_bytes_atomically(run.folder / RUN, json_bytes({"id": run.id, **stated}))
             fsync_dir(run.folder.parent)
         self.notes += [_left_alone(s, stated) for s in _scratches(self.real) if s != run.folder and _run_file(s)]
         return run
 
+    def _run_of(self, stated: Mapping[str, Any]) -> Run:
+        """The run that what is stated decides, whether or not it has a scratch folder."""
+        run_id = hashlib.sha256(json_bytes(stated)).hexdigest()
+        folder = self.real.with_name(f".{self.real.name}.{run_id[:8]}.partial")
+        return Run(place=self, folder=folder, id=run_id, content=stated.get(_CONTENT))
+
 
 @dataclass(kw_only=True)
 class Run:
-    """One run's scratch folder. id: hash of its identity. resumed: whether an earlier, killed run made it."""
+    """One run's scratch folder. id: hash of its identity. content: of what it reads; None until it is known (`settle`).
+
+    resumed: whether an earlier, killed run made it. anew: whether what such a run left had to go; see `Place.start`.
+    """
 
     place: Place
     folder: Path
     id: str
+    content: str | None = None
     resumed: bool = False
+    anew: bool = False
 
     @property
     def staged(self) -> Path:
@@ -258,6 +283,11 @@ class Run:
             shutil.rmtree(self.staged)
         self.staged.mkdir()
         return self.staged
+
+    def settle(self, content: str) -> None:
+        """Say of which bytes everything here was made: from here on it can be taken up after a kill."""
+        write_bytes_atomically(self.folder / RUN, json_bytes({**(_run_file(self.folder) or {}), _CONTENT: content}))
+        self.content = content
 
     def is_published(self) -> bool:
         """Whether OUT is what this very run made, so that only its scratch is left to be removed."""
@@ -332,6 +362,11 @@ def _run_file(folder: Path) -> dict[str, Any] | None:
     except CompressError:
         return None
     return facts if facts.get("kind") == _KIND else None
+
+
+def _agrees(facts: Mapping[str, Any] | None, stated: Mapping[str, Any]) -> bool:
+    """Whether a run file states all of `stated`, whatever more it states."""
+    return facts is not None and all(key in facts and facts[key] == stated[key] for key in stated)
 
 
 def _left_alone(scratch: Path, mine: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from torch import nn
 from compress.checkpoint import Checkpoint
 from compress.decoder import candidates, find_decoder
 from compress.errors import ArtifactError, CompressError, UnsupportedError, explained
+from compress.files import read_json
 from compress.formats import Stored, stored
 from compress.names import source_names
 
+GENERATION = "generation_config.json"
 # Layers that are built whatever the weights are: names and shapes are compared then, which tells more.
 MAX_LAYERS = 1000
 # The largest size in a config without weights beside it (`compress fit` sizes it).
@@ -151,6 +154,7 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+    _check_generation(checkpoint.path)
     named = (checkpoint.config.get("architectures") or [None])[0]
     called = f"{named} (type {kind!r})" if named else f"a model of type {kind!r}"
     if getattr(config, "is_encoder_decoder", False):
@@ -165,6 +169,20 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             "Qwen or Gemma"
         )
     return config
+
+
+def _check_generation(folder: Path) -> None:
+    """transformers reads generation_config.json with the model, and artifacts carry it: it must take it."""
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION).exists():
+        return
+    read_json(folder / GENERATION)
+    with explained(
+        f"{folder / GENERATION}: transformers does not take it",
+        "mend it, fetch it again, or delete it if you need no defaults",
+    ):
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def _refuse_experts(checkpoint: Checkpoint, skeleton: nn.Module) -> None:

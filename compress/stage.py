@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +28,7 @@ from compress.block import BlockDone, BlockResult, LoadedBlock
 from compress.blocks import Reshaping, stream
 from compress.calibration_rows import Rows, Text, read_rows, weight_bytes
 from compress.checkpoint import Checkpoint
-from compress.contents import check_files
+from compress.contents import SMALL_BYTES, Checked, check_files
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import Format
@@ -164,18 +165,18 @@ class _Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class _Begun:
-    """The scratch folder of a run that may go on, the hash of what it reads, and notes for the user."""
+    """The scratch folder of a run that may go on, the model's small files, which were compared, and notes."""
 
     place: Place
     run: Run
-    parent_sha256: str
+    small: Checked
     notes: list[str]
 
 
 def _run(stage: Stage, job: Job, place: Place | None, tell: Tell) -> Outcome | None:
     """See `run`. None, as `place` is, in a process that does not write."""
     ready = _prepare(stage, job, tell)
-    begun = distributed.first_does(lambda: _begin(ready, place))
+    begun = distributed.first_does(lambda: _begin(ready, place, tell))
     if distributed.told_by_first(lambda: begun is not None and begun.run.is_published()):
         if begun:
             begun.run.close()
@@ -185,13 +186,20 @@ def _run(stage: Stage, job: Job, place: Place | None, tell: Tell) -> Outcome | N
     ready = _decide(ready, begun, tell)
     stage = ready.stage
     tell.start("block", len(ready.chosen))
-    journal = Journal(begun.run.folder, begun.run.id, stage.format, ready.written_plan) if begun else None
-    with ExitStack() as threads:
-        if journal:  # needs no blocks, so it is done while those are computed
-            write = partial(write_rest, journal, ready.model, stage.stored, stage.cut)
-            rest = threads.enter_context(meanwhile(write))
-        done = _blocks(ready, SharedStore(journal), tell)
-        return _finish(ready, begun, journal, rest(), done, tell) if begun and journal else None
+    if begun is None:
+        _blocks(ready, SharedStore(None), tell)
+        return None
+    journal = Journal(begun.run.folder, begun.run.id, stage.format, ready.written_plan)
+    write = partial(write_rest, journal, ready.model, stage.stored, stage.cut)
+    # Neither needs the blocks, so both are done while those are computed.
+    try:
+        with meanwhile(partial(_settle, ready, begun)) as content, meanwhile(write) as rest:
+            done = _blocks(ready, SharedStore(journal, partial(_check_unchanged, ready, content)), tell)
+            return _finish(ready, begun, journal, rest.result(), content.result(), done, tell)
+    except BaseException:
+        if begun.run.content is None:  # the model was refused: nothing here will ever be of use
+            begun.run.discard()
+        raise
 
 
 def _prepare(stage: Stage, job: Job, tell: Tell) -> _Prepared:
@@ -240,24 +248,63 @@ def _decide(ready: _Prepared, begun: _Begun | None, tell: Tell) -> _Prepared:
     return replace(ready, stage=decided, chosen=chosen, written_plan=renumbered(ready.plan, model, chosen))
 
 
-def _begin(ready: _Prepared, place: Place | None) -> _Begun:
-    """Take up, or make, the scratch folder of this run."""
+def _begin(ready: _Prepared, place: Place | None, tell: Tell) -> _Begun:
+    """Take up, or make, the scratch folder of this run.
+
+    Large files are hashed here only if there is something to take up. That takes as long as the disk does, so a run
+    with nothing to take up computes blocks meanwhile (`_settle`).
+    """
     assert place is not None
     stage, job, model = ready.stage, ready.job, ready.model
     # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
     check_free_space(place.real.parent, 2 * estimated_bytes(model, ready.plan) + _SLACK)
-    checked = check_files(model.checkpoint.path)
-    parent_sha256 = checked.content_sha256(model.checkpoint)
+    small = check_files(model.checkpoint.path, below=SMALL_BYTES)
     identity = {
         "stage": stage.name,
-        "content": parent_sha256,
         **stage.options,
         "calibration": ready.rows.sha256(),
         "versions": versions(),
     }
-    started = place.start(identity, resume=job.resume)
-    notes = [*filter(None, [checked.note]), *links_elsewhere(model.checkpoint.path)]
-    return _Begun(place=place, run=started, parent_sha256=parent_sha256, notes=notes)
+    started = place.start(identity, resume=job.resume, content=partial(_content, model, small))
+    if started.anew:
+        tell.say(
+            "an earlier run was killed before the model's hash was known, so nothing shows that its blocks are of "
+            "these weights: they are computed again"
+        )
+    notes = [*filter(None, [small.note]), *links_elsewhere(model.checkpoint.path)]
+    return _Begun(place=place, run=started, small=small, notes=notes)
+
+
+def _content(model: StreamedModel, small: Checked) -> str:
+    """The model's content hash; its large files are read and compared with its manifest, if it has one."""
+    return check_files(model.checkpoint.path, known=small.hashes).content_sha256(model.checkpoint)
+
+
+def _settle(ready: _Prepared, begun: _Begun) -> str:
+    """The content hash of what this run reads; from then on the run can be taken up again."""
+    if begun.run.content is None:
+        content = _content(ready.model, begun.small)
+        _refuse_change(ready)  # before it is said: blocks were read before these bytes were hashed
+        begun.run.settle(content)
+    assert begun.run.content is not None
+    return begun.run.content
+
+
+def _check_unchanged(ready: _Prepared, content: Future[str]) -> None:
+    """Raise as soon as it is known that the model is not, or is no longer, what it must be; at every block."""
+    if content.done():
+        content.result()
+    _refuse_change(ready)
+
+
+def _refuse_change(ready: _Prepared) -> None:
+    """ArtifactError if a file of the model is not the one it was when the run began, or was written to."""
+    try:
+        same = ready.model.checkpoint.stamp() == ready.stamp
+    except OSError:  # gone, or not to be reached any more
+        same = False
+    if not same:
+        raise ArtifactError(f"{ready.job.source.path} was changed while it was read; run the same command again")
 
 
 def _blocks(ready: _Prepared, store: SharedStore, tell: Tell) -> list[BlockDone]:
@@ -281,14 +328,20 @@ def _blocks(ready: _Prepared, store: SharedStore, tell: Tell) -> list[BlockDone]
 
 
 def _finish(
-    ready: _Prepared, begun: _Begun, journal: Journal, rest: list[Path], done: Sequence[BlockDone], tell: Tell
+    ready: _Prepared,
+    begun: _Begun,
+    journal: Journal,
+    rest: list[Path],
+    content: str,
+    done: Sequence[BlockDone],
+    tell: Tell,
 ) -> Outcome:
     """Assemble, verify, sign, publish."""
     stage, job, model = ready.stage, ready.job, ready.model
     config = stage.config(model, ready.written_plan)
     if stage.format is not None:
         config["quantization_config"] = stage.format.config(ready.written_plan)
-    record = _record(ready, done, begun.parent_sha256)
+    record = _record(ready, done, content)
     verified = assemble(
         journal,
         model,
@@ -301,9 +354,11 @@ def _finish(
     if stage.proof is not None:
         tell.say("comparing the model as transformers builds it from the new folder")
         stage.proof(model, begun.run.staged, record)
-    if model.checkpoint.stamp() != ready.stamp:
+    try:
+        _refuse_change(ready)
+    except ArtifactError:
         begun.run.discard()
-        raise ArtifactError(f"{job.source.path} was changed while it was read; run the same command again")
+        raise
     begun.run.publish()
     return Outcome(
         out=job.out,

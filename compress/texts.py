@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ConfigError
+from compress.errors import ConfigError, explained
 from compress.files import file_sha256
 from compress.rows import Render, json_row, text_column, text_of
 
@@ -141,7 +141,8 @@ def _parquet_documents(path: Path, purpose: Purpose, render: Render | None) -> I
     except ImportError as error:
         raise ConfigError(f"reading {path} needs pyarrow, which is not installed; {NEEDS_EXTRA}") from error
     file_named = f"{purpose.name} file {path}"
-    try:
+    # Arrow leaves text undecoded until a value is asked for, so what a damaged file raises is not Arrow's alone.
+    with explained(f"{file_named} is not a Parquet file that can be read", purpose.ways_out, ConfigError):
         with parquet.ParquetFile(path) as file:
             column = text_column(_typical_row(file.schema_arrow, arrow), file_named, purpose.name)
             if not file.metadata.num_rows:
@@ -151,11 +152,6 @@ def _parquet_documents(path: Path, purpose: Purpose, render: Render | None) -> I
                 for row in batch.to_pylist():
                     number += 1
                     yield text_of(row, column, f"{file_named}, row {number},", render)
-    except (arrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(
-            f"{file_named} is not a Parquet file that can be read ({reason}); {purpose.ways_out}"
-        ) from error
 
 
 def _typical_row(schema: Any, arrow: Any) -> dict[str, Any]:

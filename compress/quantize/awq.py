@@ -132,9 +132,9 @@ def _pooled(x_I: Tensor, shared: Tensor | None) -> Tensor:
     if shared is None:
         return x_I
     index = shared.to(x_I.device)
-    size = int(index.max()) + 1
-    total = torch.zeros(size, dtype=x_I.dtype, device=x_I.device).index_add_(0, index, x_I)
-    count = torch.zeros_like(total).index_add_(0, index, torch.ones_like(x_I))
+    empty = torch.zeros(int(index.max()) + 1, dtype=x_I.dtype, device=x_I.device)
+    total = numerics.add_by_index_(empty, index, x_I)
+    count = numerics.add_by_index_(torch.zeros_like(total), index, torch.ones_like(x_I))
     return (total / count)[index]
 
 

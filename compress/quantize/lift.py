@@ -24,6 +24,8 @@ NEGLIGIBLE = 1e-3
 HEADROOM = 2.0**6
 # Never so far up that scales come near the largest float16.
 HIGHEST = 2.0**10
+# What all squared weights add up to where shares of them are counted.
+_WHOLE = 2**52
 
 
 def lift_of(weights: Sequence[Tensor], scheme: Scheme) -> float:
@@ -66,10 +68,10 @@ def _low_end(scale: Tensor, mass: Tensor) -> float:
     if not bool(mass.any()):
         return 0.0
     order = scale.argsort()
-    share = mass[order].cumsum(0) / mass.sum()
-    index = min(
-        int(torch.searchsorted(share, torch.tensor(NEGLIGIBLE, dtype=share.dtype, device=share.device))), len(order) - 1
-    )
+    # As integers: a GPU adds up runs of floats in another order every time.
+    shares = (mass[order] * (_WHOLE / mass.sum())).to(torch.int64)
+    sought = torch.tensor(int(NEGLIGIBLE * _WHOLE), device=shares.device)
+    index = min(int(torch.searchsorted(shares.cumsum(0), sought)), len(order) - 1)
     return float(scale[order[index]])
 
 

@@ -33,4 +33,5 @@ def retarget(w_OI: Tensor, shift_OI: Tensor, inputs: Prepared, strength: float =
     # A correction is a few hundredths of the weight, so TF32's rounding of it is far below that of float16.
     with numerics.tensor_float32():
         correction_OI = inputs.times_inverse(shift_OI[:, inputs.columns_I])
+    # No column comes twice, so it does not matter in which order a GPU adds.
     return w_OI.clone().index_add_(1, inputs.columns_I, correction_OI, alpha=strength * inputs.off_diagonal)

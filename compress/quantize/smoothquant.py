@@ -189,7 +189,7 @@ def descended(
         error, gradient_I = model.error_and_gradient(log_s[index].exp())
         if error < best:
             best, best_log = error, log_s
-        gradient_K = torch.zeros_like(log_s).index_add_(0, index, gradient_I)
+        gradient_K = numerics.add_by_index_(torch.zeros_like(log_s), index, gradient_I)
         mean_K = 0.9 * mean_K + 0.1 * gradient_K
         square_K = 0.99 * square_K + 0.01 * gradient_K.square()
         rate = DESCENT_RATE * (1 - (step - 1) / steps)
@@ -244,7 +244,7 @@ class _Noise:
         if not activation.dynamic:
             slope_S = slope_S.sum().reshape(1)
         for share_S, channel_S in ends:
-            gradient_I.index_add_(0, channel_S, -slope_S * share_S)
+            numerics.add_by_index_(gradient_I, channel_S, -slope_S * share_S)
         return error, gradient_I
 
     def _of_weights(self, s_I: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,7 +253,7 @@ class _Noise:
         passed_I = self.power_I / s_I.square()
         error = self.weight_share / 12 * steps.sum() * passed_I.sum()
         gradient_I = -2 * (self.weight_share / 12) * steps.sum() * passed_I
-        gradient_I.index_add_(0, channel_O, 2 * (self.weight_share / 12) * passed_I.sum() * steps)
+        numerics.add_by_index_(gradient_I, channel_O, 2 * (self.weight_share / 12) * passed_I.sum() * steps)
         return error, gradient_I
 
 

@@ -65,14 +65,14 @@ def test_an_error_of_the_caller_wins_and_the_block_under_way_is_kept() -> None:
 
 
 def test_meanwhile_gives_the_value_or_the_error_and_waits() -> None:
-    with meanwhile(lambda: 6 * 7) as wait:
-        assert wait() == 42
+    with meanwhile(lambda: 6 * 7) as future:
+        assert future.result() == 42
 
     def fail() -> int:
         raise ArtifactError("gone")
 
-    with pytest.raises(ArtifactError, match="gone"), meanwhile(fail) as wait:
-        wait()
+    with pytest.raises(ArtifactError, match="gone"), meanwhile(fail) as future:
+        future.result()
     finished: list[int] = []
 
     def slow() -> None:

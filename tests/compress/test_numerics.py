@@ -1,5 +1,8 @@
 """Quantization against a loop over single weights, and its invariants."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,3 +95,44 @@ def test_scheme_refuses(changes: dict[str, int], message: str) -> None:
 def test_groups_must_divide() -> None:
     with pytest.raises(ConfigError, match="in_features=100 is not a multiple of group_size=64"):
         Scheme(group_size=64).groups(100, "q_proj")
+
+
+# What a GPU adds in the order in which its threads come, and where it is used all the same.
+UNORDERED = {
+    "index_add", "index_add_", "scatter_add", "scatter_add_", "index_put", "index_put_", "put_", "bincount", "histc",
+    "cumsum", "cumprod", "logcumsumexp",
+}  # fmt: skip
+HARMLESS = {
+    "numerics": "the place for it",
+    "quantize.retarget": "no index comes twice",
+    "quantize.lift": "integers",
+    "prune.structure": "integers, on the CPU",
+    "prune.importance": "booleans",
+    "prune.prune_block": "on the CPU",
+    "sampling": "of whole rows, each by one block of threads",
+    "runtime.generate": "nothing that it finds is an artifact",
+}
+
+
+def test_no_sum_of_an_artifact_has_a_gpus_order() -> None:
+    """Bytes are the same twice only if sums have one order; some operations of a GPU take another every time."""
+    package = Path(numerics.__file__).parent
+    users = set()
+    for path in package.rglob("*.py"):
+        name = ".".join(path.relative_to(package).with_suffix("").parts)
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        if any(isinstance(call, ast.Attribute) and call.attr in UNORDERED for call in calls):
+            users.add(name)
+    assert {name for name in users if not name.startswith("distill.")} == set(HARMLESS)
+
+
+def test_values_are_added_at_their_index_in_their_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 5, (200,), generator=generator)
+    values = torch.randn(200, generator=generator) * torch.randn(200, generator=generator).exp()
+    total = torch.randn(5, generator=generator)
+    expected = total.clone()
+    for i, value in zip(index.tolist(), values, strict=True):
+        expected[i] += value
+    found = numerics.add_by_index_(total, index, values)
+    assert found is total and torch.equal(found, expected)

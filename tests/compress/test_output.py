@@ -449,6 +449,45 @@ def test_the_same_command_finds_its_scratch_again_and_others_leave_it(desk: Desk
         assert not run.resumed and sorted(p.name for p in run.folder.iterdir()) == ["run.json"]
 
 
+def test_what_a_run_reads_may_be_hashed_while_it_works(desk: Desk) -> None:
+    """With nothing to take up, the hash is not asked for; what was made before it was known is never gone on from."""
+    asked: list[str] = []
+    identity = {"stage": "test", "effort": "fast", "files": ("a", "b")}
+
+    def killed(content: str, *, settle: bool, block: str) -> output.Run:
+        """A run on such a model; what it finds, what it keeps, and then it is killed."""
+
+        def found() -> str:
+            asked.append(content)
+            return content
+
+        with pytest.raises(KeyboardInterrupt), output.reserved(Path("q"), desk.reads(), force=False) as place:
+            run = place.start(identity, resume=True, content=found)
+            if settle and run.content is None:
+                run.settle(content)
+            (run.folder / "block").write_text(block) if not run.resumed else None
+            notes[:] = place.notes
+            raise KeyboardInterrupt
+        return run
+
+    notes: list[str] = []
+    first = killed("A", settle=False, block="of A, as nobody knows")
+    assert not asked and first.content is None and not (first.resumed or first.anew)
+    second = killed("B", settle=True, block="of B")
+    assert asked == ["B"] and second.anew and not second.resumed and not notes
+    assert sorted(p.name for p in second.folder.iterdir()) == ["block", "run.json"]
+    third = killed("B", settle=True, block="")
+    assert asked == ["B", "B"] and third.resumed and (third.folder / "block").read_text() == "of B"
+    other = killed("A", settle=True, block="of A")
+    assert not (other.resumed or other.anew) and other.folder != third.folder
+    assert notes == [
+        f"{third.folder} holds an unfinished run (content='B' and not 'A'); remove it if you do not want it"
+    ]
+    shutil.rmtree(third.folder)
+    again = killed("A", settle=True, block="")
+    assert again.resumed and (again.folder / "block").read_text() == "of A" and again.folder == other.folder
+
+
 def test_identity_is_looked_at_before_any_mark_of_publishing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was killed after publishing `fast` must not pass for the finished `best`."""
     monkeypatch.setattr(output.Run, "_clean_up", lambda self, known: None)

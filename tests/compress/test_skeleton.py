@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.errors import CompressError, UnsupportedError
+from compress.errors import ArtifactError, CompressError, UnsupportedError
 from compress.model import StreamedModel
 
 
@@ -123,3 +123,20 @@ def test_what_is_not_a_causal_language_model(tmp_path: Path, family: str, auto: 
     make.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match=says):
         StreamedModel.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"a":' * 100_000, "not valid JSON"),
+        ("[]", "holds a list, not a JSON object"),
+        ('{"pad_token_id": {}}', "transformers does not take it"),
+    ],
+    ids=["deep", "list", "type"],
+)
+def test_generation_defaults_that_transformers_refuses(build_model: Any, text: str, says: str) -> None:
+    """transformers reads them with the model and artifacts carry them, so a folder that has them cannot be loaded."""
+    folder = build_model()
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ArtifactError, match=rf"generation_config\.json: {says}"):
+        StreamedModel.open(folder)

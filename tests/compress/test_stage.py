@@ -1,17 +1,22 @@
 """The driver with stages of its own: one that leaves blocks out, one that writes INT8 in both layouts."""
 
-from collections.abc import Callable, Sequence
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from compress import numerics
+from compress import numerics, output, stage
 from compress.artifact import read_manifest
 from compress.block import BlockDone, BlockResult, LoadedBlock
 from compress.calibration_rows import Text
 from compress.checkpoint import Checkpoint
+from compress.errors import ArtifactError
+from compress.files import file_sha256, read_json
 from compress.formats import compressed_tensors, stored
 from compress.linear import linears, weight_OI
 from compress.model import StreamedModel
@@ -89,6 +94,18 @@ def int8() -> Stage:
     )
 
 
+class Killed(Exception):
+    pass
+
+
+class Kill(Heard):
+    """Ends the run after its first block."""
+
+    def step(self, done: int | None = None, *args: Any, **kwargs: Any) -> None:
+        if done == 1:
+            raise Killed
+
+
 @pytest.fixture
 def made(calib_text: Path, tmp_path: Path) -> Callable[..., Outcome]:
     def make(stage: Stage, model: Path, tell: Heard | None = None) -> Outcome:
@@ -147,18 +164,112 @@ def test_a_killed_stage_takes_its_static_inputs_up_again(build_model: Build, mad
     whole = made(int8(), model).out
     expected = {name: Checkpoint.open(whole).tensor(name) for name in Checkpoint.open(whole).names()}
 
-    class Killed(Exception):
-        pass
-
-    class Stop(Heard):
-        def step(self, done: int | None = None, *args: Any, **kwargs: Any) -> None:
-            if done == 1:
-                raise Killed
-
     whole.rename(tmp_path / "whole")
     with pytest.raises(Killed):
-        made(int8(), model, Stop())
+        made(int8(), model, Kill())
     outcome = made(int8(), model)
     assert outcome.resumed == 1
     found = Checkpoint.open(outcome.out)
     assert all(torch.equal(found.tensor(name), value) for name, value in expected.items())
+
+
+# ---- the model is hashed while its blocks are computed -------------------------------------------------
+
+
+@pytest.fixture
+def large(build_model: Build, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model whose files all count as large, so that none is read before the blocks."""
+    monkeypatch.setattr("compress.stage.SMALL_BYTES", 0)
+    return build_model(num_hidden_layers=3)
+
+
+@pytest.fixture
+def slow_hash(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Hashing the model waits for this event, or for the end of the test."""
+    event = threading.Event()
+    hash_files = stage._content
+
+    def waits(*args: Any) -> str:
+        if threading.current_thread() is not threading.main_thread():
+            event.wait(60)
+        return hash_files(*args)
+
+    monkeypatch.setattr(stage, "_content", waits)
+    yield event
+    event.set()
+
+
+def weights_of(folder: Path) -> dict[str, str]:
+    return {p.name: file_sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+
+
+def rewrite(model: Path) -> None:
+    """Other weights in the same file, of the same size and time of change."""
+    path = model / "model.safetensors"
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-2000:] = data[-4000:-2000]
+    with open(path, "r+b") as f:
+        f.write(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_the_hash_found_beside_the_blocks_is_the_models(large: Path, made: Any) -> None:
+    outcome = made(shorter([0, 2]), large)
+    assert outcome.record["parent"]["sha256"] == Checkpoint.open(large).content_sha256()
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("changed", [True, False])
+def test_killed_before_or_after_the_hash_is_known(
+    known: bool, changed: bool, large: Path, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is gone on from is of the same bytes, and what cannot be shown to be is computed again, and said."""
+    if not known:  # killed, so that nothing of it is written: not even when the thread ends
+        monkeypatch.setattr(stage, "_settle", lambda ready, begun: "")
+        monkeypatch.setattr(output.Run, "discard", lambda self: None)
+    with pytest.raises(Killed):
+        made(shorter([0, 2]), large, Kill())
+    monkeypatch.undo()
+    monkeypatch.setattr("compress.stage.SMALL_BYTES", 0)
+    (scratch,) = tmp_path.glob(".shorten.*.partial")
+    assert (scratch / "block-00000.json").is_file() and ("content" in read_json(scratch / "run.json")) == known
+    if changed:
+        rewrite(large)
+    tell = Heard()
+    outcome = made(shorter([0, 2]), large, tell)
+    assert outcome.resumed == (known and not changed)
+    said = [event[1] for event in tell.events if event[0] == "say"]
+    assert any("killed before the model's hash was known" in line for line in said) == (not known)
+    assert any(f"{scratch} holds an unfinished run" in note for note in outcome.notes) == (known and changed)
+    assert outcome.record["parent"]["sha256"] == Checkpoint.open(large).content_sha256()
+    found = weights_of(outcome.out)
+    shutil.rmtree(outcome.out)
+    assert weights_of(made(shorter([0, 2]), large).out) == found
+
+
+def test_a_model_that_changes_is_noticed_at_the_next_block(
+    large: Path, made: Any, slow_hash: threading.Event, tmp_path: Path
+) -> None:
+    """Also before its hash is known: then the blocks are not of the bytes that are hashed, and nothing is kept."""
+
+    class Change(Heard):
+        def step(self, done: int | None = None, *args: Any, **kwargs: Any) -> None:
+            if done is not None:
+                steps.append(done)
+                (large / "model.safetensors").touch()
+                slow_hash.set()
+
+    steps: list[int] = []
+    with pytest.raises(ArtifactError, match="was changed while it was read"):
+        made(shorter([0, 1, 2]), large, Change())
+    assert steps == [1]
+    assert not list(tmp_path.glob("*shorten*"))
+
+
+def test_a_damaged_artifact_is_refused_when_its_hash_is_known(large: Path, made: Any, tmp_path: Path) -> None:
+    parent = made(shorter([0, 1, 2]), large).out.rename(tmp_path / "parent")
+    rewrite(parent)
+    with pytest.raises(ArtifactError, match="model.safetensors is not what was published"):
+        made(shorter([0, 2]), parent)
+    assert not list(tmp_path.glob("*shorten*"))

@@ -90,6 +90,18 @@ def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes,
         list(texts.documents(str(tmp_path / name)))
 
 
+def test_parquet_whose_text_is_not_utf8(tmp_path: Path) -> None:
+    """Arrow hands out strings unchecked: the decoding error comes with the row, not with the file."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    text = arrow.Array.from_buffers(
+        arrow.string(), 1, [None, arrow.py_buffer(b"\x00\x00\x00\x00\x02\x00\x00\x00"), arrow.py_buffer(b"a\xa0")]
+    )
+    parquet.write_table(arrow.table({"text": text}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="is not a Parquet file that can be read .*utf-8"):
+        list(texts.documents(str(tmp_path / "a.parquet")))
+
+
 @pytest.mark.parametrize("purpose", [texts.CALIBRATION, texts.EVALUATION], ids=lambda p: p.name)
 def test_errors_name_the_flag_that_was_passed(tmp_path: Path, purpose: texts.Purpose) -> None:
     """What is wrong with evaluation data is never blamed on --calib, nor the other way round."""

@@ -110,6 +110,14 @@ def test_an_index_of_the_one_file(folder: Path) -> None:
     assert_as_transformers(folder)
 
 
+def test_an_index_whose_metadata_is_a_number(folder: Path) -> None:
+    """transformers writes into it while it loads."""
+    (folder / INDEX).write_text(json.dumps({"metadata": 1, "weight_map": split(load_file(folder / SINGLE))}))
+    (folder / SINGLE).unlink()
+    with pytest.raises(ArtifactError, match="its metadata is a int, not a JSON object"):
+        Checkpoint.open(folder)
+
+
 def test_two_sets_of_weights(folder: Path) -> None:
     tensors = load_file(folder / SINGLE)
     write_shards(folder, tensors)

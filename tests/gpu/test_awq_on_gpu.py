@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from compress import numerics
 from compress.checkpoint import Checkpoint
 from compress.files import file_sha256
 from compress.formats.awq_gemm import unpack_columns
@@ -67,6 +68,17 @@ def test_same_bytes_twice(effort: str, reference_model: Path, tmp_path: Path) ->
         quantize(reference_model, tmp_path / n, device="cuda", dtype="bfloat16", effort=effort).out for n in "ab"
     )
     assert [file_sha256(p) for p in sorted(first.iterdir())] == [file_sha256(p) for p in sorted(second.iterdir())]
+
+
+def test_values_are_added_at_their_index_as_on_the_cpu() -> None:
+    """Many to an index: left to the GPU, the last bits differ from call to call."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 64, (100_000,), generator=generator)
+    values = torch.randn(100_000, generator=generator)
+    expected = numerics.add_by_index_(torch.zeros(64), index, values)
+    for _ in range(20):
+        found = numerics.add_by_index_(torch.zeros(64, device="cuda"), index.cuda(), values.cuda())
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_tuning_lowers_the_held_out_error(reference_model: Path, tmp_path: Path) -> None:
