@@ -122,6 +122,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         sizing, notes = check(artifact.model, plan, target), [*notes, artifact.checked.note]
     check_free_space(place.real.parent, 2 * sizing.weights + 64_000_000)
     tell.say(f"writing {name} for {target.name}: context {plan.context}, batch {plan.batch}")
+    notes.append(_cache_note(name, artifact))
     run = place.start(_identity(request, name, plan), resume=False)
     job = Job(
         artifact=artifact.path,
@@ -155,12 +156,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         fp16_bytes=2 * artifact.model.num_parameters,
         fp32_bytes=4 * artifact.model.num_parameters,
         requantized=requantized,
-        notes=[
-            *written.notes,
-            *filter(None, [*notes, _cache_note(name, artifact)]),
-            *links_elsewhere(artifact.path),
-            *place.notes,
-        ],
+        notes=[*written.notes, *filter(None, notes), *links_elsewhere(artifact.path), *place.notes],
     )
 
 
