@@ -103,17 +103,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
     """See `export`; the output is ours."""
     target, artifact = request.target, Artifact(path=request.source.path)
     artifact.look()
-    answer.refuse_int8(artifact.path, artifact.folder.plan, module.LAYOUT, name)
-    with suppress(UnsupportedError):  # the format says itself what it cannot hold
-        refuse_model(artifact.streamed, request, name, module, context_for(artifact.model, target, request.context))
-    plan = Plan(
-        format=name,
-        context=context_for(artifact.model, target, request.context),
-        batch=request.batch,
-        kv_bits=_kv_bits(name, artifact),
-    )
-    sizing = check(artifact.model, plan, target)
-    wanted = wanted_codes(module.LAYOUT, artifact)
+    plan, sizing, wanted = fitted(request, name, module, artifact)
     notes = [artifact.checked.note]
     requantized = None
     if wanted is not None:
@@ -158,6 +148,26 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         requantized=requantized,
         notes=[*written.notes, *filter(None, notes), *links_elsewhere(artifact.path), *place.notes],
     )
+
+
+def fitted(request: ExportRequest, name: str, module: Format, artifact: Artifact) -> tuple[Plan, Sizing, Scheme | None]:
+    """What would run, how large it is, and the codes that the reader wants instead of the artifact's.
+
+    Read from config.json and headers. Raises for what the format cannot hold and the target has no room for.
+    """
+    target = request.target
+    answer.refuse_int8(artifact.path, artifact.folder.plan, module.LAYOUT, name)
+    with suppress(UnsupportedError):  # the format says itself what it cannot hold
+        refuse_model(artifact.streamed, request, name, module, context_for(artifact.model, target, request.context))
+    plan = Plan(
+        format=name,
+        context=context_for(artifact.model, target, request.context),
+        batch=request.batch,
+        kv_bits=_kv_bits(name, artifact),
+    )
+    sizing = check(artifact.model, plan, target)
+    wanted = wanted_codes(module.LAYOUT, artifact)
+    return plan, sizing, wanted
 
 
 def _kv_bits(name: str, artifact: Artifact) -> int:

@@ -68,7 +68,7 @@ def command(
 
     machine = target_named(target)
     chosen = format_of(format, machine)
-    options = _options(chosen, opset, activations, modelopt)
+    options = options_of(chosen, opset, activations, modelopt)
     source = resolve(artifact, accept=is_model)
     print(f"artifact: {source.said}", file=sys.stderr)
     request = ExportRequest(
@@ -94,7 +94,7 @@ def command(
         _print(outcome, time.monotonic() - started)
 
 
-def _options(chosen: str, opset: str | None, activations: str | None, modelopt: bool) -> dict[str, Any]:
+def options_of(chosen: str, opset: str | None, activations: str | None, modelopt: bool) -> dict[str, Any]:
     """The options of one format; ConfigError where another was chosen."""
     options: dict[str, Any] = {}
     if opset is not None:

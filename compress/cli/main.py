@@ -22,6 +22,10 @@ from compress.siblings import check_siblings
 
 # command -> (module, first line of its help)
 _COMMANDS = {
+    "run": (
+        "compress.cli.run",
+        "Run a recipe: all its stages in a row, checked first, resumable, one verdict.",
+    ),
     "awq": (
         "compress.cli.awq",
         "Quantize to AWQ INT4: an AutoAWQ folder that vLLM, SGLang and transformers load.",
