@@ -20,6 +20,7 @@ from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.tell import SILENT, Heard
 from compress.workspace import is_judgeable, is_model, resolve
+from exporters.answer import LAYOUTS
 from exporters.export import FORMATS, ExportOutcome, ExportRequest, export, load_format
 from exporters.reader import Layout
 from exporters.sizing.predict import DoesNotFit
@@ -390,3 +391,12 @@ def test_an_hf_export_hashes_the_weights_once_and_opens_them_little(
     assert manifest is not None and manifest.files is not None
     assert manifest.files["model.safetensors"] == file_sha256(artifact / "model.safetensors")
     assert set(manifest.files) == {name for name in contents(outcome.out) if name != "compress.json"}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_what_the_driver_asks_for(name: str) -> None:
+    """`onnx-trt` once had no LAYOUT, and every export of it was an AttributeError."""
+    if name in ("onnx", "onnx-trt"):
+        pytest.importorskip("onnxruntime")
+    module = load_format(name)
+    assert module.LAYOUT is LAYOUTS[name] and callable(module.write)
