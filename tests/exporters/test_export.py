@@ -1,5 +1,6 @@
 """The driver from artifact to published folder: what it makes, refuses, quantizes again, and leaves after a crash."""
 
+import importlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.tell import SILENT, Heard
 from compress.workspace import is_judgeable, is_model, resolve
+from exporters.answer import LAYOUTS
 from exporters.export import FORMATS, ExportOutcome, ExportRequest, export, load_format
 from exporters.reader import Layout
 from exporters.sizing.predict import DoesNotFit
@@ -314,6 +316,15 @@ def test_a_missing_format_says_what_to_install(tmp_path: Path, monkeypatch: pyte
         load_format("onnx", {"onnx": "wants_more"})
     with pytest.raises(UnsupportedError, match="this installation does not include it"):
         load_format("onnx", {"onnx": "exporters.not_there"})
+
+
+def test_each_format_is_a_module_with_what_the_driver_asks_for() -> None:
+    """They are imported by name, so no type checker looks."""
+    pytest.importorskip("onnxscript")
+    assert FORMATS.keys() == LAYOUTS.keys()
+    for name, path in FORMATS.items():
+        module = importlib.import_module(path)
+        assert isinstance(module.LAYOUT, Layout) and callable(module.write), name
 
 
 @pytest.mark.parametrize(
