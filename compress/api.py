@@ -57,24 +57,18 @@ def quantize_awq(
     model: a Hugging Face folder or hub id; None as on the command line: what the workspace was made from, else the
     bundled reference model. out: the folder to make, None for `artifacts/NAME-awq-w4g128`. group_size counts input
     channels that share a scale, None: the largest of 128, 64 and 32 that divides every layer's; symmetric None: at 8
-    bits, not at 4; samples and seq_len
-    count calibration rows and tokens a row; effort is fast, balanced or best. The outcome has the folder (`out`), the
-    manifest's record with each layer's error, sizes in bytes, and notes.
+    bits, not at 4; samples and seq_len count calibration rows and tokens a row; effort is fast, balanced or best. The
+    outcome has the folder (`out`), the manifest's record with each layer's error, sizes in bytes, and notes.
     """
     from compress.devices import pick_device, pick_dtype
-    from compress.model import StreamedModel
     from compress.quantize.awq_stage import AwqRequest, check_codes
     from compress.quantize.awq_stage import quantize_awq as run
-    from compress.quantize.group_size import chosen_group_size
-    from compress.scheme import Scheme
+    from compress.quantize.group_size import asked_scheme
     from compress.workspace import WORKSPACE, is_model, resolve
 
     symmetric = check_codes(num_bits, symmetric)
     source = resolve(None if model is None else os.fspath(model), quantizable=True, accept=is_model)
-    if group_size is None:
-        outline = StreamedModel.outline(source.path, trust_remote_code=trust_remote_code)
-        group_size, _ = chosen_group_size(outline, skip)
-    scheme = Scheme(num_bits=num_bits, group_size=group_size, symmetric=symmetric)
+    scheme, _ = asked_scheme(source.path, num_bits, group_size, symmetric, skip, trust_remote_code=trust_remote_code)
     device = pick_device(device)
     request = AwqRequest(
         source=source,

@@ -63,6 +63,7 @@ ROOMS = """
     assemble
     workspace
     stage
+    request
 
     quantize prune distill
 
@@ -75,6 +76,9 @@ ROOMS = """
 """
 # Rooms of one line are siblings, which never import each other.
 ORDER = {name: row for row, line in enumerate(ROOMS.split("\n")) for name in line.split()}
+
+MOST_LINES = 60
+KERNELS = {"compress.quantize.feedback_triton"}
 
 # What a module of ours imports inside a function, outside the command line and the Python API (which must be there at
 # once, whatever they then need), and why.
@@ -175,6 +179,19 @@ def test_imports_inside_functions_have_a_reason() -> None:
         if inside and not name.startswith(("compress.cli.", "compress.api")) and name != "compress"
     }
     assert lazy == set(LAZY), lazy ^ set(LAZY)
+
+
+def test_a_function_fits_on_a_screen() -> None:
+    """At most `MOST_LINES` from its `def` on, docstring included; kernels, which are one loop, excepted."""
+    too_long = [
+        f"{name}.{node.name}: {lines} lines"
+        for name, path in modules().items()
+        if name not in KERNELS and not name.startswith("compress.runtime.kernels.")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > MOST_LINES
+    ]
+    assert not too_long
 
 
 def test_only_the_command_line_knows_click() -> None:

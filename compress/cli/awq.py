@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from compress import advice
-from compress.cli.calibrated import print_json
-from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
+from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
+from compress.cli.progress import Shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,44 +54,16 @@ class GroupSize(click.ParamType):  # type: ignore[type-arg]
     show_default=True,
     help="fast: AWQ scales and fitted ranges; balanced: with error feedback; best: each block tuned as well.",
 )
-@click.option(
-    "--calib",
-    metavar="TEXT",
-    help="Calibration text: a .txt, .jsonl or .parquet file, hf:DATASET[:split[:column]], or `self` (sampled from the "
-    "model). Default: the bundled set for the reference model; for others `self` up to 1 GB of weights (4 GB on a "
-    "GPU), larger ones need a text.",
+@calibrated(
+    self_samples="Rows sampled from the model itself, added to the text [default: with `best`, up to 128 rows in all].",
+    seed="Seed of sampling from the model and of tuning.",
 )
-@click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration rows.")
-@click.option("--seq-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens in a row.")
-@click.option(
-    "--device", default="auto", show_default=True, help="Where blocks are computed: cpu, cuda[:N]; auto: a GPU if any."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Arithmetic of the calibration forward passes (auto: float32 on a CPU, bfloat16 on a GPU); searches are "
-    "float32.",
-)
-@click.option(
-    "--self-samples",
-    type=click.IntRange(0),
-    help="Rows sampled from the model itself, added to the text [default: with `best`, up to 128 rows in all].",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling from the model and of tuning.")
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Layers to leave in float16, such as '*.down_proj'.")
-@click.option("--allow-damage", is_flag=True, help="Go on when a layer's output would be mostly error, and list it.")
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
     help="Folder to make [default: artifacts/NAME-awq-w4g128].",
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run that was killed.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model's folder ships.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def command(
     model: str | None,
     out: Path | None,
@@ -110,31 +81,23 @@ def command(
     manifest, compress.json. A killed run goes on where it was, and ends with the same bytes.
     """
     started = time.monotonic()
-    from compress.devices import described, pick_device, pick_dtype
+    from compress.devices import pick_device, pick_dtype
     from compress.quantize.awq_stage import AwqRequest, check_codes, quantize_awq
-    from compress.scheme import Scheme
+    from compress.quantize.group_size import asked_scheme
     from compress.workspace import WORKSPACE, is_model, resolve
 
     symmetric = check_codes(bits, sym)
     source = resolve(model, quantizable=True, accept=is_model)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
-    from compress.model import StreamedModel
-    from compress.quantize.group_size import chosen_group_size
-    from compress.stage import refuse_quantized
-
-    if group_size is None:
-        outline = StreamedModel.outline(source.path, trust_remote_code=rest["trust_remote_code"])
-        refuse_quantized(outline)
-        group_size, why = chosen_group_size(outline, rest["skip"])
-        if why:
-            print(why, file=sys.stderr)
-    scheme = Scheme(num_bits=bits, group_size=group_size, symmetric=symmetric)
-
+    say_where(source, device, dtype)
+    trusted = rest["trust_remote_code"]
+    scheme, why = asked_scheme(source.path, bits, group_size, symmetric, rest["skip"], trust_remote_code=trusted)
+    if why:
+        print(why, file=sys.stderr)
     target = out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"
     request = AwqRequest(source=source, out=target, scheme=scheme, device=device, dtype=dtype, **rest)
-    with Shown(quiet=as_json, describe=_block_text) as shown:
+    with Shown(quiet=as_json, describe=block_text) as shown:
         outcome = quantize_awq(request, shown)
     ended = time.monotonic()
     if as_json:
@@ -143,64 +106,29 @@ def command(
         _print_summary(outcome, ended - started)
 
 
-def _block_text(report: Mapping[str, Any]) -> str:
-    worst = max(report["layers"], key=lambda layer: layer["error"], default=None)
-    if worst is None:
-        return "nothing to quantize"
-    return f"worst {worst['layer'].split('.')[-1]} {worst['error']:.2e} (round-to-nearest {worst['rtn_error']:.2e})"
-
-
 def _print_summary(outcome: Any, seconds: float) -> None:
-    from compress.cli.console import Console
-
     record = outcome.record
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(_worst_layers(record))
-    unfolded = [g for g in record["groups"] if g["fold"] is None]
-    if unfolded:
-        names = ", ".join(sorted({g["layers"][0].rsplit(".", 1)[-1] for g in unfolded}))
-        console.print(
-            f"no smoothing for {len(unfolded)} of {len(record['groups'])} groups ({names}): see compress.json"
-        )
+    out = console()
+    out.print(_worst_layers(record))
     lifted = [g for g in record["groups"] if g.get("lift")]
     if lifted:
         names = ", ".join(f"block {g['block']} {g['layers'][0]}" for g in lifted[:3])
-        console.print(
+        out.print(
             f"the weights of {len(lifted)} groups lay below what float16 scales hold; a power of two was moved there "
             f"from what comes before them ({names}{', ...' if len(lifted) > 3 else ''})"
         )
-    if record["damaged"]:
-        console.print(f"DAMAGED, as you allowed: {', '.join(record['damaged'])}", soft_wrap=True)
-    calibration = record["calibration"]
-    if calibration["num_samples"] < record["options"]["samples"]:
-        console.print(
-            f"calibration text filled {calibration['num_samples']} of {record['options']['samples']} rows; "
-            "more text would be used"
-        )
-    for note in outcome.notes:
-        console.print(note)
-    size, before = outcome.out_bytes, outcome.source_bytes
-    left = ", ".join(record["left_in_float16"][:3]) + (", ..." if len(record["left_in_float16"]) > 3 else "")
-    console.print(
-        f"wrote {outcome.out}/  {size / 1e6:.1f} MB (was {before / 1e6:.1f} MB)  "
-        f"{_label(record)}  {len(record['layers'])} layers, left in float16: {left}",
-        soft_wrap=True,
-    )
-    console.print(
-        f"verified {outcome.verified} tensors by reading them back; {seconds_text(seconds)}, "
-        f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB",
-        soft_wrap=True,
-    )
+    print_found(out, outcome)
+    print_written(out, outcome, seconds, _label(record), record["left_in_float16"])
     tuned = record["tuning"]
     if tuned:
         gain = sum(t["held_out_error_tuned"] for t in tuned if t["kept"]) / max(
             1e-30, sum(t["held_out_error"] for t in tuned if t["kept"])
         )
-        console.print(
+        out.print(
             f"tuning lowered the blocks' held-out output error to {gain:.2f} of what it was; kept in "
             f"{sum(t['kept'] for t in tuned)} of {len(tuned)} blocks"
         )
-    console.print(
+    out.print(
         f"next: {advice.command('evaluate', outcome.out)}   or, for less error: {_advice(record)}", soft_wrap=True
     )
 

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from compress.cli.console import Console
+from compress.cli.options import Table, adder
 from compress.cli.progress import peak_memory_bytes, seconds_text
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from compress.workspace import Source
 
-_OPTIONS = (
-    click.option(
+_OPTIONS: Table = {
+    "calib": partial(
+        click.option,
         "--calib",
         metavar="TEXT",
         help="Calibration text: a .txt, .jsonl or .parquet file, hf:DATASET[:split[:column]], or `self` (sampled from "
-        "the model). Default: the bundled set for the reference model.",
+        "the model). Default: the bundled set for the reference model; for others `self` up to 1 GB of weights (4 GB "
+        "on a GPU), larger ones need a text.",
     ),
-    click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration rows."),
-    click.option("--seq-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens in a row."),
-    click.option(
+    "samples": partial(
+        click.option, "--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration rows."
+    ),
+    "seq_len": partial(
+        click.option, "--seq-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens in a row."
+    ),
+    "device": partial(
+        click.option,
         "--device",
         default="auto",
         show_default=True,
         help="Where blocks are computed: cpu, cuda[:N]; auto: a GPU if any.",
     ),
-    click.option(
+    "dtype": partial(
+        click.option,
         "--dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
@@ -38,30 +49,62 @@ _OPTIONS = (
         help="Arithmetic of the calibration forward passes (auto: float32 on a CPU, bfloat16 on a GPU); searches are "
         "float32.",
     ),
-    click.option(
+    "self_samples": partial(
+        click.option,
         "--self-samples",
         type=click.IntRange(0),
         help="Rows sampled from the model itself, added to the text.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling from the model."),
-    click.option(
-        "--skip", multiple=True, metavar="PATTERN", help="Layers to leave as they are, such as '*.down_proj'."
+    "seed": partial(
+        click.option, "--seed", type=int, default=0, show_default=True, help="Seed of sampling from the model."
     ),
-    click.option(
-        "--allow-damage", is_flag=True, help="Go on when a layer's output would be mostly error, and list it."
+    "skip": partial(
+        click.option,
+        "--skip",
+        multiple=True,
+        metavar="PATTERN",
+        help="Layers to leave as they are, such as '*.down_proj'.",
     ),
-    click.option("--force", is_flag=True, help="Replace OUT if it exists."),
-    click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run that was killed."),
-    click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model's folder ships."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
-)
+    "allow_damage": partial(
+        click.option,
+        "--allow-damage",
+        is_flag=True,
+        help="Go on when a layer's output would be mostly error, and list it.",
+    ),
+    "force": partial(click.option, "--force", is_flag=True, help="Replace OUT if it exists."),
+    "resume": partial(
+        click.option,
+        "--resume/--no-resume",
+        default=True,
+        show_default=True,
+        help="Go on with a run that was killed.",
+    ),
+    "trust_remote_code": partial(
+        click.option,
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run the Python code that the model's folder ships.",
+    ),
+    "json": partial(click.option, "--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
+}
 
 
-def calibrated(command: F) -> F:
-    """Add the shared options to a click command's function."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+calibrated = adder(_OPTIONS)
+
+
+def say_where(source: Source, device: str, dtype: str) -> None:
+    """Which model, and what computes; on stderr, before any work."""
+    from compress.devices import described
+
+    print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
+
+
+def block_text(report: Mapping[str, Any]) -> str:
+    """A finished block in a few words: its worst layer."""
+    worst = max(report["layers"], key=lambda layer: layer["error"], default=None)
+    if worst is None:
+        return "nothing to quantize"
+    return f"worst {worst['layer'].split('.')[-1]} {worst['error']:.2e} (round-to-nearest {worst['rtn_error']:.2e})"
 
 
 def print_json(outcome: Any, seconds: float, wall_seconds: float) -> None:
@@ -86,11 +129,20 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
-def print_rows_used(out: Console, record: Mapping[str, Any]) -> None:
-    """Says so when the text filled fewer calibration rows than were asked for."""
+def print_found(out: Console, outcome: Any) -> None:
+    """What a user must know of any quantized model: groups not smoothed, layers destroyed, text that ran out, notes."""
+    record = outcome.record
+    unfolded = [g for g in record["groups"] if g["fold"] is None]
+    if unfolded:
+        names = ", ".join(sorted({g["layers"][0].rsplit(".", 1)[-1] for g in unfolded}))
+        out.print(f"no smoothing for {len(unfolded)} of {len(record['groups'])} groups ({names}): see compress.json")
+    if record["damaged"]:
+        out.print(f"DAMAGED, as you allowed: {', '.join(record['damaged'])}", soft_wrap=True)
     filled, asked = record["calibration"]["num_samples"], record["options"]["samples"]
     if filled < asked:
         out.print(f"calibration text filled {filled} of {asked} rows; more text would be used")
+    for note in outcome.notes:
+        out.print(note)
 
 
 def print_written(out: Console, outcome: Any, seconds: float, label: str, left: list[str]) -> None:

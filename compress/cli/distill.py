@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.lessons import lessons
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 from compress.tell import SILENT
@@ -23,19 +24,8 @@ if TYPE_CHECKING:
 @click.command("distill")
 @click.option("--teacher", metavar="MODEL", help="Whom to learn from [default: the student's original].")
 @click.option("--student", metavar="MODEL", help="Who learns [default: the newest pruned artifact].")
-@click.option(
-    "--data",
-    multiple=True,
-    metavar="TEXT",
-    help="Text to learn on: a file (.txt, .jsonl, .parquet; .gz, .xz), hf:DATASET[:split[:column]], or `self` (sampled "
-    "from the teacher). Several may be given.",
-)
-@click.option("--mix", metavar="W,W,...", help="Shares of the --data sources, in their order [default: equal].")
-@click.option("--tokens", type=click.IntRange(1), help="Tokens to train on [default: all of the text].")
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="How often each row is read.")
-@click.option("--seq-len", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a row.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Rows an update.")
-@click.option("--micro-batch", type=click.IntRange(1), help="Rows a pass [default: as many as make a good pass].")
 @click.option(
     "--loss",
     type=click.Choice(["forward-kl", "reverse-kl", "jsd", "cross-entropy"]),
@@ -43,7 +33,6 @@ if TYPE_CHECKING:
     show_default=True,
     help="Distance from the teacher's predictions; cross-entropy: the text alone, without a teacher.",
 )
-@click.option("--temperature", type=click.FloatRange(0.1, 10), default=1.0, show_default=True, help="Of the softmax.")
 @click.option("--beta", type=click.FloatRange(0.01, 0.99), default=0.5, show_default=True, help="The teacher's in jsd.")
 @click.option("--ce", type=click.FloatRange(0), default=0.0, show_default=True, help="Weight of cross-entropy beside.")
 @click.option(
@@ -67,13 +56,6 @@ if TYPE_CHECKING:
 @click.option("--watch-tokens", type=click.IntRange(2), default=32_768, show_default=True, help="Tokens of it.")
 @click.option("--watch-every", type=click.IntRange(1), help="Updates between looks [default: a tenth of the run].")
 @click.option("--patience", type=click.IntRange(1), default=3, show_default=True, help="Worse looks that end the run.")
-@click.option("--isolate-documents", "isolate", is_flag=True, help="Read the documents of a row apart.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of rows and of sampling.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda[:N]; auto: a GPU if there is one.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
-              help="Of matrix products (auto: bfloat16 on a GPU); master weights are float32.")  # fmt: skip
-@click.option("--teacher-dtype", type=click.Choice(["auto", "float32", "bfloat16", "w8a16"]), default="auto",
-              show_default=True, help="How the teacher is held; auto: in INT8 when memory is short.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["auto", "ddp", "fsdp", "deepspeed"]), default="auto", show_default=True,
               help="Of several processes (torchrun): copies, shares (FSDP2), or DeepSpeed ZeRO-3.")  # fmt: skip
 @click.option("--compress-gradients", type=click.IntRange(1), metavar="RANK", help="PowerSGD between processes (ddp).")
@@ -88,24 +70,18 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to make [default: artifacts/NAME-distilled]."
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from the last checkpoint.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the models' folders ship.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@lessons(
+    tokens="Tokens to train on [default: all of the text].",
+    seed="Of the order of rows and of sampling.",
+    dtype="Of matrix products (auto: bfloat16 on a GPU); master weights are float32.",
+    resume="Go on from the last checkpoint.",
+)
 def command(
     teacher: str | None,
     student: str | None,
-    data: tuple[str, ...],
-    mix: str | None,
     report: Path | None,
     tensorboard: bool,
-    out: Path | None,
     as_json: bool,
-    device: str,
-    dtype: str,
-    scheme: str | None,
-    rate: float | None,
-    compile: bool | None,
     **rest: Any,
 ) -> None:
     """Train a student to predict what its teacher predicts.
@@ -115,37 +91,21 @@ def command(
     -m compress distill ...
     """
     started = time.monotonic()
-    from compress.devices import described, pick_device, pick_dtype
-    from compress.distill.data import Mix
-    from compress.distill.request import DistillRequest
+    from compress.devices import described
     from compress.distill.run import distill
-    from compress.workspace import WORKSPACE
 
-    learner = _student(student, scheme)
-    rate = rate if rate is not None else 3e-4 if scheme is None else 1e-3
+    learner = _student(student, rest["scheme"])
     master = _teacher(teacher, learner)
-    if not data and rest["cache"] is None:
+    if not rest["data"] and rest["cache"] is None:
         raise ConfigError("no text to learn on; pass --data FILE, --data hf:DATASET, --data self or --cache FOLDER")
     if tensorboard and report is None:
         raise ConfigError("--tensorboard writes into the --report folder; pass --report FOLDER as well")
-    device = pick_device(device)
-    request = DistillRequest(
-        teacher=master,
-        student=learner,
-        out=out or WORKSPACE / f"{learner.name}-distilled",
-        data=Mix.of(data, mix),
-        device=device,
-        dtype=pick_dtype(dtype, device),
-        scheme=scheme,
-        rate=rate,
-        compile=device.startswith("cuda") if compile is None else compile,
-        **rest,
-    )
+    request = _request(learner, master, **rest)
     first = int(os.environ.get("RANK", "0")) == 0  # of those that torchrun started
     with _Steps(quiet=as_json or not first) as shown:
         if first:
             shown.say(f"student: {learner.said}\nteacher: {master.said}")
-            shown.say(f"computed on: {described(device)}, {request.dtype}")
+            shown.say(f"computed on: {described(request.device)}, {request.dtype}")
         run = _Run(request, shown, report if first else None, tensorboard)
         outcome = distill(request, tell=shown if first else SILENT, heard=run.heard, describe=run.describe)
         run.finish(outcome)
@@ -155,6 +115,42 @@ def command(
         print(json.dumps(_as_json(outcome, run, time.monotonic() - started), indent=2))
     else:
         _print_summary(outcome, run, outcome.notes, time.monotonic() - started)
+
+
+def _request(
+    student: Source,
+    teacher: Source,
+    *,
+    data: tuple[str, ...],
+    mix: str | None,
+    out: Path | None,
+    device: str,
+    dtype: str,
+    scheme: str | None,
+    rate: float | None,
+    compile: bool | None,
+    **rest: Any,
+) -> DistillRequest:
+    """What was asked for, with what follows from the rest where nothing was said."""
+    from compress.devices import pick_device, pick_dtype
+    from compress.distill.data import Mix
+    from compress.distill.request import DistillRequest
+    from compress.workspace import WORKSPACE
+
+    device = pick_device(device)
+    usual = 3e-4 if scheme is None else 1e-3
+    return DistillRequest(
+        teacher=teacher,
+        student=student,
+        out=out or WORKSPACE / f"{student.name}-distilled",
+        data=Mix.of(data, mix),
+        device=device,
+        dtype=pick_dtype(dtype, device),
+        scheme=scheme,
+        rate=usual if rate is None else rate,
+        compile=device.startswith("cuda") if compile is None else compile,
+        **rest,
+    )
 
 
 def _student(asked: str | None, scheme: str | None) -> Source:

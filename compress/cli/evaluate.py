@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from compress.errors import ConfigError, GateFailed, reason
 
 if TYPE_CHECKING:
     from compress.workspace import Source
+    from evaluators.request import EvaluationRequest
     from evaluators.results import Report
 
 
@@ -81,12 +83,11 @@ def command(
     """
     import calibration_data
     from compress.devices import described, pick_device
-    from compress.output import check_apart
     from compress.workspace import is_candidate, is_reference, judged_as, resolve
 
     asked = {"--report": report, "--cache": None if no_cache else cache_folder}
-    places = [(flag, place) for flag, place in asked.items() if place is not None]
-    made = [place for flag, place in places if _check_writable(place, flag)]
+    places = {flag: place for flag, place in asked.items() if place is not None}
+    made = [place for flag, place in places.items() if _check_writable(place, flag)]
     device = pick_device(device)
     source = judged_as(resolve(candidate, accept=is_candidate))
     original = _original(source, reference)
@@ -95,23 +96,11 @@ def command(
             "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE.txt (or "
             ".jsonl, .parquet), --data hf:DATASET:SPLIT:COLUMN, or --data self (windows sampled from the original)"
         )
-    from evaluators.written import refuse_strangers
-
-    models = {"the candidate": source.path, "the reference": original}
-    for flag, place in places:
-        try:
-            check_apart(place, models, flag)
-        except ConfigError:
-            for folder in made:
-                folder.rmdir()  # ours, and empty
-            raise
-    if report is not None:
-        refuse_strangers(report)
+    _refuse_places(places, made, {"the candidate": source.path, "the reference": original})
     if not as_json:
         said = f"candidate: {source.said}\nreference: {original}\ncomputed on: {described(device)}"
         print(said, file=sys.stderr)
-    from evaluators import cache, evaluate, memory
-    from evaluators.report import to_json, to_text
+    from evaluators import cache
     from evaluators.request import EvaluationRequest
 
     request = EvaluationRequest(
@@ -124,13 +113,40 @@ def command(
         cache_folder=None if no_cache else cache_folder or cache.default_folder(),
         **rest,
     )
+    _judge(request, report, as_json)
+
+
+def _judge(request: EvaluationRequest, report: Path | None, as_json: bool) -> None:
+    """Evaluate, print, write the reports, remember the result, and exit as the gate says."""
+    from evaluators import evaluate, memory
+    from evaluators.report import to_json, to_text
+
     with Shown(quiet=as_json) as shown:
         found = evaluate.evaluate(request, shown)
     print(to_json(found).decode().rstrip() if as_json else to_text(found))
     unwritten = None if report is None else _write(found, report)
-    if unkept := memory.remember(source.path, found):
+    if unkept := memory.remember(request.candidate, found):
         print(f"note: {unkept}", file=sys.stderr)
     _exit(found, unwritten)
+
+
+def _refuse_places(places: Mapping[str, Path], made: Sequence[Path], models: Mapping[str, Path]) -> None:
+    """ConfigError for folders to write into, by their option, that lie in what is judged or hold what is not ours.
+
+    made: those that had to be made, and are removed again.
+    """
+    from compress.output import check_apart
+    from evaluators.written import refuse_strangers
+
+    for flag, place in places.items():
+        try:
+            check_apart(place, models, flag)
+        except ConfigError:
+            for folder in made:
+                folder.rmdir()  # ours, and empty
+            raise
+    if "--report" in places:
+        refuse_strangers(places["--report"])
 
 
 def _check_writable(folder: Path, flag: str) -> bool:

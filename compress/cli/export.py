@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 @click.option(
     "--activations",
     type=click.Choice(["float32", "int16", "int8"]),
-    help="Format onnx: arithmetic of the INT4 products; integers are quicker and less exact [default: float32].",
+    help="Format onnx: what weights-only products compute with; integers are quicker and less exact [default: float32 "
+    "for INT4, int16 for INT8].",
 )
 @click.option(
     "--modelopt/--no-modelopt",
@@ -67,21 +68,7 @@ def command(
 
     machine = target_named(target)
     chosen = format_of(format, machine)
-    options: dict[str, Any] = {}
-    if opset is not None:
-        if chosen != "onnx-trt":
-            raise ConfigError(f"--opset {opset}: only the format onnx-trt has dialects, not {chosen}; leave it out")
-        options["opset"] = int(opset)
-    if activations is not None:
-        if chosen != "onnx":
-            raise ConfigError(
-                f"--activations {activations}: only the format onnx has a choice, not {chosen}; leave it out"
-            )
-        options["activations"] = activations
-    if not modelopt:
-        if chosen != "hf":
-            raise ConfigError(f"--no-modelopt: only the format hf has a ModelOpt folder, not {chosen}; leave it out")
-        options["modelopt"] = False
+    options = _options(chosen, opset, activations, modelopt)
     source = resolve(artifact, accept=is_model)
     print(f"artifact: {source.said}", file=sys.stderr)
     request = ExportRequest(
@@ -105,6 +92,26 @@ def command(
         print(json.dumps(_as_json(outcome, time.monotonic() - started), indent=2))
     else:
         _print(outcome, time.monotonic() - started)
+
+
+def _options(chosen: str, opset: str | None, activations: str | None, modelopt: bool) -> dict[str, Any]:
+    """The options of one format; ConfigError where another was chosen."""
+    options: dict[str, Any] = {}
+    if opset is not None:
+        if chosen != "onnx-trt":
+            raise ConfigError(f"--opset {opset}: only the format onnx-trt has dialects, not {chosen}; leave it out")
+        options["opset"] = int(opset)
+    if activations is not None:
+        if chosen != "onnx":
+            raise ConfigError(
+                f"--activations {activations}: only the format onnx has a choice, not {chosen}; leave it out"
+            )
+        options["activations"] = activations
+    if not modelopt:
+        if chosen != "hf":
+            raise ConfigError(f"--no-modelopt: only the format hf has a ModelOpt folder, not {chosen}; leave it out")
+        options["modelopt"] = False
+    return options
 
 
 def _as_json(outcome: ExportOutcome, seconds: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import click
 
-from compress.cli.calibrated import calibrated, console, print_json, print_rows_used, print_written
+from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
 from compress.cli.progress import Shown
 
 
@@ -67,7 +66,7 @@ def _strength(_: click.Context, option: click.Parameter, value: str) -> float | 
     show_default=True,
     help="fast: smoothing and fitted ranges; balanced: with error feedback.",
 )
-@calibrated
+@calibrated()
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to make [default: artifacts/NAME-int8-w8a8]."
 )
@@ -85,7 +84,7 @@ def command(
     A killed run goes on where it was, and ends with the same bytes.
     """
     started = time.monotonic()
-    from compress.devices import described, pick_device, pick_dtype
+    from compress.devices import pick_device, pick_dtype
 
     # Options that do not fit each other are refused before a model is looked for.
     from compress.quantize.int8_stage import Int8Request, quantize_int8
@@ -96,23 +95,16 @@ def command(
     source = resolve(model, quantizable=True, accept=is_model)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    print(f"model: {source.said}\ncomputed on: {described(device)}, {dtype}", file=sys.stderr)
+    say_where(source, device, dtype)
     target = out or WORKSPACE / f"{source.name}-int8-{label}"
     request = Int8Request(source=source, out=target, device=device, dtype=dtype, **rest)
-    with Shown(quiet=as_json, describe=_block_text) as shown:
+    with Shown(quiet=as_json, describe=block_text) as shown:
         outcome = quantize_int8(request, shown)
     ended = time.monotonic()
     if as_json:
         print_json(outcome, ended - (shown.started or started), ended - started)
     else:
         _print_summary(outcome, ended - started, label)
-
-
-def _block_text(report: Mapping[str, Any]) -> str:
-    worst = max(report["layers"], key=lambda layer: layer["error"], default=None)
-    if worst is None:
-        return "nothing to quantize"
-    return f"worst {worst['layer'].split('.')[-1]} {worst['error']:.2e} (round-to-nearest {worst['rtn_error']:.2e})"
 
 
 def _print_summary(outcome: Any, seconds: float, label: str) -> None:
@@ -135,19 +127,11 @@ def _print_summary(outcome: Any, seconds: float, label: str) -> None:
     to.print(table)
     worst = sorted(record["layers"], key=lambda layer: -layer["error"])[:5]
     to.print("worst layers: " + ", ".join(f"{w['layer']} {w['error']:.2e}" for w in worst), soft_wrap=True)
-    unfolded = [g for g in record["groups"] if g["fold"] is None]
-    if unfolded:
-        names = ", ".join(sorted({g["layers"][0].rsplit(".", 1)[-1] for g in unfolded}))
-        to.print(f"no smoothing for {len(unfolded)} of {len(record['groups'])} groups ({names}): see compress.json")
     cache = record.get("kv_cache")
     if cache:
         said = ", ".join(f"{part} {max(c[part] for c in cache):.1e}" for part in ("keys", "values", "both"))
         to.print(f"INT8 KV cache, error of the worst block's output: {said}")
-    if record["damaged"]:
-        to.print(f"DAMAGED, as you allowed: {', '.join(record['damaged'])}", soft_wrap=True)
-    print_rows_used(to, record)
-    for note in outcome.notes:
-        to.print(note)
+    print_found(to, outcome)
     print_written(to, outcome, seconds, label, record["left_dense"])
     to.print(f"next: compress evaluate {outcome.out}   or, for less error: {_advice(record)}", soft_wrap=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from compress.cli.lessons import lessons
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 from compress.tell import SILENT
@@ -18,33 +19,14 @@ from compress.tell import SILENT
 @click.command("teach")
 @click.option("--teacher", metavar="MODEL", help="Who teaches [default: the newest artifact's original].")
 @click.option(
-    "--data",
-    multiple=True,
-    metavar="TEXT",
-    help="Text to say something about: a file (.txt, .jsonl, .parquet; .gz, .xz), hf:DATASET[:split[:column]], or "
-    "`self` (sampled from the teacher). Several may be given.",
-)
-@click.option("--mix", metavar="W,W,...", help="Shares of the --data sources, in their order [default: equal].")
-@click.option("--tokens", type=click.IntRange(1), help="Tokens [default: all of the text].")
-@click.option("--seq-len", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a row.")
-@click.option(
     "--top-k", type=click.IntRange(1, 8), default=4, show_default=True, help="Likeliest tokens, kept exactly."
 )
 @click.option("--tail", type=click.IntRange(1, 64), default=8, show_default=True, help="Tokens drawn from the rest.")
-@click.option("--temperature", type=click.FloatRange(0.1, 10), default=1.0, show_default=True, help="Of the softmax.")
-@click.option("--isolate-documents", "isolate", is_flag=True, help="Read the documents of a row apart.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws, and of sampling from the teacher.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda[:N]; auto: a GPU if there is one.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
-              help="Of matrix products (auto: bfloat16 on a GPU).")  # fmt: skip
-@click.option("--teacher-dtype", type=click.Choice(["auto", "float32", "bfloat16", "w8a16"]), default="auto",
-              show_default=True, help="How the teacher is held; auto: in INT8 when memory is short.")  # fmt: skip
-@click.option("--micro-batch", type=click.IntRange(1), help="Rows a pass [default: as many as make a good pass].")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to make [default: artifacts/NAME-taught].")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from the last finished part.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model's folder ships.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@lessons(
+    seed="Of the draws, and of sampling from the teacher.",
+    resume="Go on from the last finished part.",
+)
 def command(
     teacher: str | None,
     data: tuple[str, ...],

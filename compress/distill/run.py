@@ -185,20 +185,47 @@ def _prepare(request: DistillRequest, scratch: Path, vocabulary: int, teacher_sh
     if live is not None and kind == "fsdp" and held_as != "w8a16":
         teacher.shard(live)
     lessons = prepare.lessons_of(request, live, cached, theirs)
+    watch = _watch(request, scratch, vocabulary, live, theirs, steps, micro)
+    return Prepared(
+        student=student,
+        taught=live,
+        lessons=lessons,
+        rows=rows,
+        watch=watch,
+        plan=_plan(request, steps, micro, vocabulary),
+        states=tuple(mine),
+        teacher_held_as=held_as if live is not None else None,
+        lora=request.lora is not None,
+    )
+
+
+def _watch(
+    request: DistillRequest,
+    scratch: Path,
+    vocabulary: int,
+    live: LoadedModel | None,
+    theirs: list[int],
+    steps: int,
+    micro: int,
+) -> Watch | None:
+    """The second text that is looked at now and then, if there is one."""
     watched = prepare.watch_rows(request, scratch / "watch", vocabulary)
-    every = request.watch_every or max(1, -(-steps // LOOKS))
-    watch = None
-    if watched is not None:
-        watch = Watch(
-            rows=watched,
-            lessons=prepare.lessons_of(request, live, None, theirs),
-            by="cross_entropy" if live is None else "divergence",
-            every=every,
-            patience=request.patience,
-            micro=micro,
-            isolate=request.isolate,
-        )
-    plan = Plan(
+    if watched is None:
+        return None
+    return Watch(
+        rows=watched,
+        lessons=prepare.lessons_of(request, live, None, theirs),
+        by="cross_entropy" if live is None else "divergence",
+        every=request.watch_every or max(1, -(-steps // LOOKS)),
+        patience=request.patience,
+        micro=micro,
+        isolate=request.isolate,
+    )
+
+
+def _plan(request: DistillRequest, steps: int, micro: int, vocabulary: int) -> Plan:
+    """How many updates, of what, at which rate."""
+    return Plan(
         steps=steps,
         batch=request.batch,
         micro=micro,
@@ -210,17 +237,6 @@ def _prepare(request: DistillRequest, scratch: Path, vocabulary: int, teacher_sh
         num_ids=prepare.num_ids(request.teacher.path, vocabulary),
         checkpoint_steps=request.checkpoint_steps,
         checkpoint_seconds=60 * request.checkpoint_minutes,
-    )
-    return Prepared(
-        student=student,
-        taught=live,
-        lessons=lessons,
-        rows=rows,
-        watch=watch,
-        plan=plan,
-        states=tuple(mine),
-        teacher_held_as=held_as if live is not None else None,
-        lora=request.lora is not None,
     )
 
 

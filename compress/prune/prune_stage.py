@@ -16,7 +16,7 @@ from compress.artifact import read_manifest
 from compress.assemble import Cut as RestCut
 from compress.block import BlockDone, BlockResult, LoadedBlock
 from compress.blocks import batch_rows
-from compress.calibration_rows import Rows, Text
+from compress.calibration_rows import Rows
 from compress.errors import ArtifactError, UnsupportedError
 from compress.journal import Facts
 from compress.model import StreamedModel
@@ -26,9 +26,9 @@ from compress.prune.decide import Asked, decide, find_whole_structure
 from compress.prune.judge import WANTED, final_divergence, reshaping_of, stored_dtype
 from compress.prune.prune_block import PruneOptions, prune_block
 from compress.prune.shape import Counter, Shape, config_of, shape_of, stored_parameters
-from compress.stage import Job, Outcome, Stage
+from compress.request import CalibratedRequest
+from compress.stage import Outcome, Stage
 from compress.tell import SILENT, Tell
-from compress.workspace import Source
 
 # Above this share of the blocks, what reads multiple choice well may no longer write.
 MUCH_DEPTH = 0.2
@@ -36,26 +36,15 @@ _HELD = 8  # one batch in so many is not fitted on, but judged on
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneRequest:
-    """Everything that decides the artifact; `asked` says what goes. samples, seq_len: calibration rows, tokens a row.
+class PruneRequest(CalibratedRequest):
+    """Everything that decides the artifact; `asked` says what goes.
 
     max_kl: nats a token above which the user is told to distill; the goal itself where `asked` names no other.
     """
 
-    source: Source
-    out: Path
     asked: Asked
     max_kl: float | None = None
     repair: bool = True
-    calib: str | None = None
-    samples: int = 128
-    seq_len: int = 512
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "cpu"
-    force: bool = False
-    resume: bool = True
-    trust_remote_code: bool = False
 
     def options(self) -> dict[str, Any]:
         """What the manifest and the resumed run's check record."""
@@ -68,19 +57,6 @@ class PruneRequest:
             "dtype": self.dtype,
             "device": torch.device(self.device).type,
         }
-
-    def job(self) -> Job:
-        """What the driver is told."""
-        return Job(
-            source=self.source,
-            out=self.out,
-            text=Text(calib=self.calib, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
-            dtype=self.dtype,
-            device=self.device,
-            force=self.force,
-            resume=self.resume,
-            trust_remote_code=self.trust_remote_code,
-        )
 
 
 def prune(request: PruneRequest, tell: Tell = SILENT) -> Outcome:

@@ -10,7 +10,6 @@ to a block in the right order. What each effort does, and why, is in METHODS.md:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from compress import numerics
 from compress.block import BlockResult, LoadedBlock
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ConfigError
 from compress.groups import Group
 from compress.linear import is_linear, linears, parameter, set_weight_OI, weight_OI
 from compress.plan import LayerPlan
@@ -32,6 +31,8 @@ from compress.quantize.folding import fold_proven
 from compress.quantize.lift import lift_of, room_of
 from compress.quantize.refit import refit_scales
 from compress.quantize.retarget import retarget
+from compress.quantize.stacks import stacks
+from compress.quantize.stored import dense_tensors
 from compress.quantize.tune import TuneOptions, tune_block
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
@@ -40,8 +41,6 @@ from compress.statistics import InputStatistics, kept_share
 # What the field's AWQ readers expect of everything that is not packed.
 STORE_DTYPE = torch.float16
 EFFORTS = ("fast", "balanced", "best")
-# Weights rounded as one stack: a dozen float32 copies of them are alive at once.
-STACKED_WEIGHTS = 2**26
 # Rows that a scale is tried on with error feedback.
 CONFIRM_ROWS = 256
 
@@ -116,7 +115,7 @@ def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> Bloc
         for name in chosen
     ]
     quantized = {name: _packed(rounded[name], scheme) for name in chosen}
-    dense = _stored_dense(loaded, quantized)
+    dense = dense_tensors(loaded.module, loaded.prefix, quantized, STORE_DTYPE)
     report = {"layers": layer_reports, "groups": group_reports, **block_report}
     return BlockResult(quantized=quantized, dense=dense, report=report)
 
@@ -280,7 +279,7 @@ def _round_groups(
         inputs, prepared[i] = prepared[i], None
         inputs = None if inputs is None else inputs.scaled(s_I)
         statistics.smooth_(s_I)
-        for names in _stacks([name for name in group.layers if name in chosen], layers):
+        for names in stacks({name: weight_OI(layers[name]).numel() for name in group.layers if name in chosen}):
             weights = {name: weight_OI(layers[name]).float().contiguous() for name in names}
             found, lost = _round(weights, inputs, statistics, s_I, row_scale, options)
             rounded.update(found)
@@ -320,19 +319,6 @@ def _round(
         )
         errors[name] = _Errors(rounded=ours, to_nearest=nearest)
     return rounded, errors
-
-
-def _stacks(members: Sequence[str], layers: Mapping[str, nn.Module]) -> list[list[str]]:
-    """The layers of a group in runs that are rounded together: all at once, unless that takes too much memory."""
-    runs: list[list[str]] = []
-    size = STACKED_WEIGHTS + 1
-    for name in members:
-        size += weight_OI(layers[name]).numel()
-        if size > STACKED_WEIGHTS:
-            runs.append([])
-            size = weight_OI(layers[name]).numel()
-        runs[-1].append(name)
-    return runs
 
 
 def _round_with_feedback(
@@ -399,25 +385,3 @@ def _tuned(
 
 def _packed(rounded: Rounded, scheme: Scheme) -> QuantizedWeight:
     return QuantizedWeight.from_parts(rounded.codes_OI, rounded.scale_OG, rounded.zero_point_OG, scheme)
-
-
-def _stored_dense(loaded: LoadedBlock, quantized: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-    """Every other tensor of the block as the file will hold it. Raises ArtifactError when float16 cannot."""
-    taken = {f"{name}.weight" for name in quantized}
-    return {
-        name: to_stored(value, loaded.prefix + name)
-        for name, value in loaded.module.state_dict().items()
-        if name not in taken
-    }
-
-
-def to_stored(value: Tensor, name: str) -> Tensor:
-    """A tensor in float16 (integers unchanged). Raises ArtifactError for values that float16 cannot hold."""
-    if not value.is_floating_point():
-        return value.clone()
-    stored = value.to(STORE_DTYPE)
-    if not bool(torch.isfinite(stored).all()):
-        largest = float(value.abs().max())
-        reason = "is not finite" if math.isnan(largest) else f"reaches {largest:.4g}, beyond float16's 65504"
-        raise ArtifactError(f"tensor {name} {reason}; AutoAWQ folders hold float16, so this model cannot be one")
-    return stored

@@ -12,17 +12,19 @@ import torch
 
 from compress import distributed, stage
 from compress.block import BlockDone
-from compress.calibration_rows import Text, recorded_calib
-from compress.errors import ArtifactError, UnsupportedError
+from compress.calibration_rows import recorded_calib
+from compress.errors import UnsupportedError
 from compress.formats import Format, awq_gemm, compressed_tensors
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
 from compress.plan import KvScheme, LayerPlan, LayerScheme
-from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block, to_stored
+from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block
 from compress.quantize.damage import damaged
+from compress.quantize.stored import stored_config, to_stored
 from compress.quantize.tune import TuneOptions
+from compress.request import CalibratedRequest, recorded_options
 from compress.scheme import Scheme
-from compress.stage import Job, Outcome, Stage, refuse_quantized
+from compress.stage import Outcome, Stage, refuse_quantized
 from compress.tell import SILENT, Tell
 from compress.workspace import Source
 
@@ -53,32 +55,24 @@ def check_codes(num_bits: int, symmetric: bool | None = None) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AwqRequest:
-    """Everything that decides the artifact. samples and seq_len count calibration rows and tokens a row.
+class AwqRequest(CalibratedRequest):
+    """Everything that decides the artifact. seed: also of tuning. self_samples: None leaves it to the effort.
 
-    self_samples: rows sampled from the model itself and added to the text; None leaves it to the effort.
     allow_damage: see `AwqOptions`; it decides no byte of a model that is not damaged, so a run may go on with it.
     """
 
-    source: Source
-    out: Path
     scheme: Scheme
-    calib: str | None = None
-    samples: int = 128
-    seq_len: int = 512
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "cpu"
     skip: tuple[str, ...] = ()
     effort: str = "balanced"
     smooth: bool = True
     clip: bool = True
     tune_steps: int = 200
-    self_samples: int | None = None
     allow_damage: bool = False
-    force: bool = False
-    resume: bool = True
-    trust_remote_code: bool = False
+
+    @property
+    def tops_up(self) -> bool:
+        """Effort `best` learns from the rows, and what learns from little text fits that text."""
+        return self.effort == "best"
 
     def options(self) -> dict[str, Any]:
         """What the manifest and the resumed run's check record."""
@@ -88,26 +82,6 @@ class AwqRequest:
             "device": torch.device(self.device).type,
             "skip": list(self.skip),
         }
-
-    def job(self) -> Job:
-        """What the driver is told. Effort `best` learns from the rows, so a short text is topped up."""
-        return Job(
-            source=self.source,
-            out=self.out,
-            text=Text(
-                calib=self.calib,
-                samples=self.samples,
-                seq_len=self.seq_len,
-                self_samples=self.self_samples,
-                seed=self.seed,
-                top_up=self.effort == "best",
-            ),
-            dtype=self.dtype,
-            device=self.device,
-            force=self.force,
-            resume=self.resume,
-            trust_remote_code=self.trust_remote_code,
-        )
 
 
 def quantize_awq(request: AwqRequest, tell: Tell = SILENT) -> Outcome:
@@ -133,8 +107,8 @@ def awq_stage(request: AwqRequest) -> Stage:
         paths=options.paths,
         plan=partial(plan_of, request),
         block=partial(awq_block, options=options),
-        stored=to_stored,
-        config=float16_config,
+        stored=partial(to_stored, dtype=STORE_DTYPE),
+        config=partial(stored_config, STORE_DTYPE),
         record=record_of,
     )
 
@@ -174,14 +148,6 @@ def plan_blocks(
     return plan
 
 
-def float16_config(model: StreamedModel, plan: LayerPlan) -> dict[str, Any]:
-    """The source's config.json with float16 as its dtype."""
-    config = dict(model.checkpoint.config)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(STORE_DTYPE).removeprefix("torch.")
-    return config
-
-
 def record_of(done: Sequence[BlockDone], plan: LayerPlan) -> dict[str, Any]:
     """Errors of all layers, what was found of all groups, what tuning gained, and what was left in float16."""
     layers = [layer for step in done for layer in step.report["layers"]]
@@ -202,16 +168,8 @@ def request_from_record(
     `source` is its parent. Raises ArtifactError when the record holds an option that this version does not know, or
     when the calibration text is gone.
     """
-    options: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in record["options"].items() if k != "scheme"
-    }
-    unknown = sorted(set(options) - set(_RECORDED))
-    if record.get("stage") != "awq" or unknown:
-        what = f"option {unknown[0]}" if unknown else f"stage {record.get('stage')!r}"
-        raise ArtifactError(
-            f"{folder}: its manifest records {what}, which this version cannot run again; quantize its parent "
-            f"{record['parent']['path']} yourself with `compress awq`"
-        )
+    options = recorded_options(record, folder, "awq", {*_RECORDED, "scheme"})
+    del options["scheme"]
     calib = recorded_calib(record, folder)
     allowed = bool(record.get("damaged"))  # who asked for that once asks for the same recipe again
     return AwqRequest(source=source, out=out, scheme=scheme, calib=calib, allow_damage=allowed, **options)

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from compress import stage
 from compress.errors import UnsupportedError
 from compress.model import StreamedModel
 from compress.plan import LayerPlan, LayerScheme
 from compress.scheme import GROUP_SIZES, Scheme, dividing
+
+
+def asked_scheme(
+    folder: Path,
+    num_bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    skip: Sequence[str] = (),
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[Scheme, str]:
+    """The scheme that was asked for, with a group size chosen for the model in `folder` where none was (None).
+
+    And one line that says why that one, or nothing.
+    """
+    why = ""
+    if group_size is None:
+        outline = StreamedModel.outline(folder, trust_remote_code=trust_remote_code)
+        stage.refuse_quantized(outline)
+        group_size, why = chosen_group_size(outline, skip)
+    return Scheme(num_bits=num_bits, group_size=group_size, symmetric=symmetric), why
 
 
 def chosen_group_size(model: StreamedModel, skip: Sequence[str] = ()) -> tuple[int, str]:

@@ -32,6 +32,7 @@ from compress.quantize.folding import fold_proven
 from compress.quantize.int8 import InputNoise
 from compress.quantize.retarget import STRENGTH, retarget
 from compress.quantize.smoothquant import STRENGTHS, SampledInputs, Smoothing, fake_quantized, search_smoothing
+from compress.quantize.stacks import stacks
 from compress.quantize.static_range import fit_static
 from compress.quantize.stored import dense_tensors
 from compress.quantized import QuantizedWeight, StaticInput
@@ -42,8 +43,6 @@ EFFORTS = ("fast", "balanced")
 SAMPLED_ROWS = 1024
 # The part of the weights' rounding error that error feedback leaves, as the search of scales counts it (METHODS.md).
 FEEDBACK_SHARE = 0.3
-# Weights rounded as one stack: a dozen float32 copies of them are alive at once.
-STACKED_WEIGHTS = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +240,7 @@ def _round(work: _Work, members: _Members, s_I: Tensor, report: Mapping[str, Any
         for name in members.names:  # tensors of its own: a file holds each layer's
             work.inputs[name] = StaticInput(scale=static.scale.clone(), zero_point=static.zero_point.clone())
     seen_SI = _seen(members.rows_SI, activation, static)
-    for names in _stacks(weights):
+    for names in stacks({name: w_OI.numel() for name, w_OI in weights.items()}):
         stack = {name: weights[name] for name in names}
         rows_O = torch.cat([work.row_scale.get(name, torch.ones(len(w), device=w.device)) for name, w in stack.items()])
         stacked_OI = torch.cat(list(stack.values()))
@@ -299,19 +298,6 @@ def _to_nearest(w_OI: Tensor, gram_II: Tensor, scheme: Scheme, dtype: torch.dtyp
         factor_OG=factor_OG,
         wanted_OI=None,
     )
-
-
-def _stacks(weights: Mapping[str, Tensor]) -> list[list[str]]:
-    """The layers in runs that are rounded together: all at once, unless that takes too much memory."""
-    runs: list[list[str]] = []
-    size = STACKED_WEIGHTS + 1
-    for name, w_OI in weights.items():
-        size += w_OI.numel()
-        if size > STACKED_WEIGHTS:
-            runs.append([])
-            size = w_OI.numel()
-        runs[-1].append(name)
-    return runs
 
 
 # ---- what is lost --------------------------------------------------------------------------------------

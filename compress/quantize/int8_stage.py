@@ -12,18 +12,18 @@ import torch
 
 from compress import stage
 from compress.block import BlockDone
-from compress.calibration_rows import Text, recorded_calib
+from compress.calibration_rows import recorded_calib
 from compress.checkpoint import Checkpoint
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ConfigError
 from compress.formats import compressed_tensors
-from compress.model import StreamedModel
 from compress.plan import ActivationScheme, KvScheme, LayerPlan, LayerScheme
 from compress.quantize.awq_stage import plan_blocks
 from compress.quantize.damage import damaged
 from compress.quantize.int8_block import Int8Options, int8_block
-from compress.quantize.stored import to_stored
+from compress.quantize.stored import stored_config, to_stored
+from compress.request import CalibratedRequest, recorded_options
 from compress.scheme import Scheme
-from compress.stage import Job, Outcome, Stage
+from compress.stage import Outcome, Stage
 from compress.tell import SILENT, Tell
 from compress.workspace import Source
 
@@ -37,37 +37,25 @@ _RECORDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8Request:
-    """Everything that decides the artifact. samples and seq_len count calibration rows and tokens a row.
+class Int8Request(CalibratedRequest):
+    """Everything that decides the artifact.
 
     scheme: `w8a8`, weights and inputs as integers, or `w8a16`, weights only. group_size: input channels that share a
     scale, -1 for one scale a row, which is all that readers take of w8a8. static: inputs with one calibrated range a
     layer instead of one a token. sym_activations: without zero points. kv_cache: `int8` or None. smoothing: a strength
-    of SmoothQuant's formula for every group, 0 for none, None to search. self_samples: rows sampled from the model
-    itself and added to the text. allow_damage: see `Int8Options`; it decides no byte of a model that is not damaged.
+    of SmoothQuant's formula for every group, 0 for none, None to search. allow_damage: see `Int8Options`; it decides no
+    byte of a model that is not damaged.
     """
 
-    source: Source
-    out: Path
     scheme: str = "w8a8"
     group_size: int = -1
     static: bool = False
     sym_activations: bool = True
     kv_cache: str | None = None
     smoothing: float | None = None
-    calib: str | None = None
-    samples: int = 128
-    seq_len: int = 512
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "cpu"
     skip: tuple[str, ...] = ()
     effort: str = "balanced"
-    self_samples: int | None = None
-    force: bool = False
-    resume: bool = True
     allow_damage: bool = False
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -112,25 +100,6 @@ class Int8Request:
             "skip": list(self.skip),
         }
 
-    def job(self) -> Job:
-        """What the driver is told."""
-        return Job(
-            source=self.source,
-            out=self.out,
-            text=Text(
-                calib=self.calib,
-                samples=self.samples,
-                seq_len=self.seq_len,
-                self_samples=self.self_samples,
-                seed=self.seed,
-            ),
-            dtype=self.dtype,
-            device=self.device,
-            force=self.force,
-            resume=self.resume,
-            trust_remote_code=self.trust_remote_code,
-        )
-
 
 def quantize_int8(request: Int8Request, tell: Tell = SILENT) -> Outcome:
     """Quantize `request.source` to a compressed-tensors folder at `request.out`; see `stage.run`."""
@@ -153,8 +122,8 @@ def int8_stage(request: Int8Request) -> Stage:
         wants=options.wanted,
         plan=lambda model: plan_blocks(model, request.layer_scheme(), skip=request.skip, kv=request.kv()),
         block=partial(int8_block, options=options),
-        stored=lambda value, name: to_stored(value, name, options.dtype),
-        config=partial(_config, options.dtype),
+        stored=partial(to_stored, dtype=options.dtype),
+        config=partial(stored_config, options.dtype),
         record=record_of,
     )
 
@@ -163,14 +132,6 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """What scales and everything that is not quantized are stored in: the model's own 16-bit floats, else float16."""
     largest = max(checkpoint.tensors.values(), key=lambda info: info.num_bytes)
     return torch.bfloat16 if largest.dtype == "BF16" else torch.float16
-
-
-def _config(dtype: torch.dtype, model: StreamedModel, plan: LayerPlan) -> dict[str, Any]:
-    """The source's config.json with the dtype of what is not quantized."""
-    config = dict(model.checkpoint.config)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    return config
 
 
 def record_of(done: Sequence[BlockDone], plan: LayerPlan) -> dict[str, Any]:
@@ -194,13 +155,6 @@ def request_from_record(
     `source` is its parent. Raises ArtifactError when the record holds an option that this version does not know, or
     when the calibration text is gone.
     """
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in record["options"].items()}
-    unknown = sorted(set(options) - set(_RECORDED))
-    if record.get("stage") != "int8" or unknown:
-        what = f"option {unknown[0]}" if unknown else f"stage {record.get('stage')!r}"
-        raise ArtifactError(
-            f"{folder}: its manifest records {what}, which this version cannot run again; quantize its parent "
-            f"{record['parent']['path']} yourself with `compress int8`"
-        )
+    options = recorded_options(record, folder, "int8", _RECORDED)
     calib = recorded_calib(record, folder)
     return Int8Request(source=source, out=out, calib=calib, **{**options, **changed})

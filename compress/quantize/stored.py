@@ -1,14 +1,17 @@
-"""Tensors that are not quantized, as the file holds them."""
+"""What is not quantized, as the folder holds it: tensors, and the config that names their dtype."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError
+from compress.model import StreamedModel
+from compress.plan import LayerPlan
 
 
 def to_stored(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
@@ -31,3 +34,11 @@ def dense_tensors(module: nn.Module, prefix: str, quantized: Collection[str], dt
     return {
         name: to_stored(value, prefix + name, dtype) for name, value in module.state_dict().items() if name not in taken
     }
+
+
+def stored_config(dtype: torch.dtype, model: StreamedModel, plan: LayerPlan) -> dict[str, Any]:
+    """The source's config.json with the dtype of what is not quantized."""
+    config = dict(model.checkpoint.config)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    return config
