@@ -45,8 +45,8 @@ def _refuse_underflow(value: Tensor, stored: Tensor, name: str) -> None:
     if lost > _CAST_ERROR:
         said = str(stored.dtype).removeprefix("torch.")
         raise ArtifactError(
-            f"tensor {name}: its values, at most {peak:.2g}, are too small for {said}, which is exact from {smallest:.2g} "
-            f"on and would lose {lost:.0%} of them; get the file again, or scale the tensor where the model allows it"
+            f"tensor {name}: its values, at most {peak:.2g}, are too small for {said}, exact from {smallest:.2g} on, "
+            f"which would lose {lost:.0%} of them; get the file again, or scale the tensor where the model allows it"
         )
 
 
