@@ -23,9 +23,7 @@ from exporters.trt.graph.build_engine import available_bytes
 from exporters.trt.graph.decoder import DIALECTS
 from exporters.trt.graph.lint import lint, products
 from exporters.trt.graph.write import DATA, GRAPH, write_graph
-from exporters.trt.layout import LAYOUT
-
-__all__ = ["LAYOUT", "write"]
+from exporters.trt.layout import LAYOUT as LAYOUT
 
 OPSET = 24
 LARGE = 1_000_000_000
