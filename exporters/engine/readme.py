@@ -18,7 +18,8 @@ def readme(stamp: Mapping[str, Any], machine: str) -> str:
     )
     built_on = stamp["built_on"]
     where = "compiled on a machine without it" if built_on is None else f"built on {built_on['gpu']}"
-    fused = f"; {stamp['int4_fused']} INT4 products, all from INT4 weights" if stamp["int4_fused"] else ""
+    counts = [(stamp[f"int{bits}_fused"], bits) for bits in (4, 8)]
+    fused = "".join(f"; {n} INT{bits} products, all from INT{bits} weights" for n, bits in counts if n)
     return f"""# TensorRT engine for {machine}
 
 `model.engine` was built with {stamp["library"]} {stamp["version"]} for SM {stamp["sm"]} ({where}){fused}. **It was

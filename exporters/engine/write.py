@@ -37,6 +37,7 @@ TIMING = "model.timing"
 # A larger engine holds weights twice, or is so small a model that its kernels count.
 MOST_OVER_WEIGHTS = 1.05
 PROFILES = {"two": ["prefill", "decode"], "one": ["any"]}
+FUSED = ("int4_fused", "int8_fused", "int8_by_int8")
 NOT_RUN = "the engine was built and not run: nothing here has shown that its answers are right, or how quick it is"
 
 
@@ -58,7 +59,8 @@ def write(job: Job) -> Written:
             if path.name not in left:
                 shutil.move(path, job.staged / path.name)
     write_bytes_atomically(job.staged / "README.md", readme(stamp, job.target.title).encode())
-    verified = {**written.record["verified"], "int4_fused": stamp["int4_fused"]}
+    fused = {key: stamp[key] for key in FUSED}
+    verified = {**written.record["verified"], **fused}
     return Written(
         record={**written.record, "engine": recorded(stamp), "verified": verified},
         parts={"engine": int(stamp["engine_bytes"])},
@@ -92,25 +94,26 @@ def build(folder: Path, builder: Builder, profiles: list[str]) -> dict[str, Any]
 
 
 def refuse_unfused(stamp: Mapping[str, Any], builder: Builder) -> None:
-    """ArtifactError unless every INT4 linear is computed from INT4 weights: unfused, it is slower than float16."""
-    unfused = stamp["int4_unfused"]
+    """ArtifactError unless every quantized linear is computed from its integers: unfused, it is slower than float16."""
     version = f"{builder.library} {stamp['version']}"
-    if unfused is None:
-        raise ArtifactError(
-            f"{version} does not describe the engine's layers in a form that is understood, so it cannot be told "
-            "whether INT4 linears stayed INT4; use --format onnx-trt and build with another version"
-        )
-    if unfused:
-        raise ArtifactError(
-            f"{version} dequantizes {len(unfused)} of {len(unfused) + stamp['int4_fused']} INT4 linears into float16 "
-            f"before their product ({unfused[0]} first), which is slower than float16; use --format onnx-trt and build "
-            "with another version"
-        )
+    for kind in ("int4", "int8"):
+        unfused = stamp[f"{kind}_unfused"]
+        if unfused is None:
+            raise ArtifactError(
+                f"{version} does not describe the engine's layers in a form that is understood, so it cannot be told "
+                "whether quantized linears stayed so; use --format onnx-trt and build with another version"
+            )
+        if unfused:
+            raise ArtifactError(
+                f"{version} dequantizes {len(unfused)} of {len(unfused) + stamp[f'{kind}_fused']} {kind.upper()} "
+                f"linears into float16 before their product ({unfused[0]} first), which is slower than float16; use "
+                "--format onnx-trt and build with another version"
+            )
 
 
 def recorded(stamp: Mapping[str, Any]) -> dict[str, Any]:
     """The stamp as the manifest has it: of the shapes, those of the ids; `model.engine.json` has them all."""
-    short = {k: v for k, v in stamp.items() if k not in ("shapes", "caches", "int4_unfused")}
+    short = {k: v for k, v in stamp.items() if k not in ("shapes", "caches", "int4_unfused", "int8_unfused")}
     return {**short, "profiles": {name: stamp["shapes"][name]["input_ids"] for name in stamp["profiles"]}}
 
 

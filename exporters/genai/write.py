@@ -146,10 +146,7 @@ def _check_int8(folder: Stored, asked: str | None) -> str:
 def tolerance(folder: Stored, activations: str, expected: reference.Reference) -> float:
     """How far the export's logits may be from the artifact's, relative."""
     least = TOLERANCES.get(activations, TOLERANCES["float32"])
-    if all(scheme.input is None for scheme in folder.plan.groups()):
-        return least
-    noise = reference.input_noise(folder.checkpoint.path, expected)
-    return max(least, float(f"{OF_NOISE * noise:.3g}"))
+    return max(least, float(f"{OF_NOISE * reference.input_noise(folder.checkpoint.path, expected):.3g}"))
 
 
 def build_graph(folder: Stored, artifact: Path, scratch: Path, built: Path, activations: str) -> genai_graph.Graph:

@@ -3,9 +3,10 @@
 
 Needs only Python and TensorRT's bindings (JetPack's `python3-libnvinfer`, or `pip install tensorrt`). What it reads is
 in `build.json`; the engine appears at once, when it is whole, as `model.engine`, with its stamp `model.engine.json`:
-the card and the version that it runs on, its shapes, sizes, and which INT4 weights stayed INT4. The same code builds
-with TensorRT-RTX (`--bindings tensorrt_rtx`), which can compile for another GPU (`--sm 80`) on a machine that has none;
-such an engine was compiled, not run. TensorRT's measured kernel times are kept in `model.timing` for the next build.
+the card and the version that it runs on, its shapes, sizes, and which INT4 and INT8 weights stayed so. The same code
+builds with TensorRT-RTX (`--bindings tensorrt_rtx`), which can compile for another GPU (`--sm 80`) on a machine that
+has none; such an engine was compiled, not run. TensorRT's measured kernel times are kept in `model.timing` for the
+next build.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def build(
         "sha256": hashlib.sha256(data).hexdigest(),
         "timing_cache": None if timing is None else {"file": timing.name, "sha256": sha256_of(timing)},
         **layer_report(
-            inspected(trt, log, data) if sm is None else log.layers, plan["quantized_layers"], len(profiles)
+            inspected(trt, log, data) if sm is None else log.layers,
+            plan["quantized_layers"],
+            plan["int8_layers"],
+            len(profiles),
         ),
     }
     write_atomically(out, data)
@@ -235,23 +239,51 @@ class Log:
         self.logger = Logger()
 
 
-def layer_report(layers: list[str], quantized: list[str], num_profiles: int = 1) -> dict[str, Any]:
-    """Which of the graph's INT4 linears are computed from INT4 weights in the engine, by its own description.
+def layer_report(layers: list[str], int4: list[str], int8: list[str], num_profiles: int = 1) -> dict[str, Any]:
+    """Which of the graph's quantized linears are computed from their integers in the engine, by its own description.
 
-    A layer's text (a line of the builder's log, or the inspector's JSON) lists its constants with their types and the
-    ONNX nodes that went into it. A linear is fused when layers with an INT4 constant hold its product, one in each
-    profile, and unfused when its weight is first dequantized by a layer of its own. All are None when the builder did
-    not describe its layers in a form that is understood.
+    A layer's text (a line of the builder's log, or the inspector's JSON) lists its inputs and constants with their
+    types and the ONNX nodes that went into it. A linear is fused when layers with a constant of its type hold its
+    product, one in each profile, and unfused when its weight is first dequantized by a layer of its own.
+    `int8_by_int8`: how many INT8 linears also get their inputs as INT8. All are None when the builder did not describe
+    its layers in a form that is understood.
     """
     if not layers:
-        return {"layers": None, "int4_fused": None, "int4_unfused": None}
-    found: dict[str, int] = {}
-    for line in layers:
-        if re.search(r'Datatype"?: ?"?[^",}]*\bint4\b', line, re.IGNORECASE):
-            for name in set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", line)):
-                found[name] = found.get(name, 0) + 1
-    unfused = [name for name in quantized if found.get(name, 0) < num_profiles]
-    return {"layers": len(layers), "int4_fused": len(quantized) - len(unfused), "int4_unfused": unfused}
+        return dict.fromkeys(("layers", "int4_fused", "int4_unfused", "int8_fused", "int8_unfused", "int8_by_int8"))
+    found: dict[str, list[str]] = {"int4": [], "int8": [], "int8 by int8": []}
+    for text in layers:
+        inputs, constants = inputs_and_constants(text)
+        nodes = sorted(set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", text)))
+        for kind in ("int4", "int8"):
+            found[kind] += nodes if holds(constants, kind) else []
+        found["int8 by int8"] += nodes if holds(constants, "int8") and holds(inputs, "int8") else []
+
+    def in_each(names: list[str], kind: str) -> list[str]:
+        return [n for n in names if found[kind].count(n) >= num_profiles]
+
+    fused4, fused8 = in_each(int4, "int4"), in_each(int8, "int8")
+    return {
+        "layers": len(layers),
+        "int4_fused": len(fused4),
+        "int4_unfused": [n for n in int4 if n not in fused4],
+        "int8_fused": len(fused8),
+        "int8_unfused": [n for n in int8 if n not in fused8],
+        "int8_by_int8": len(in_each(int8, "int8 by int8")),
+    }
+
+
+def inputs_and_constants(text: str) -> tuple[str, str]:
+    """The parts of a layer's description that list its inputs, and its constants."""
+    if text.startswith("{"):
+        layer = json.loads(text)
+        return json.dumps(layer.get("Inputs")), json.dumps([layer.get("Constants"), layer.get("Weights")])
+    before, _, rest = text.partition("Constants: [")
+    return before, rest.partition("Outputs: [")[0]
+
+
+def holds(part: str, kind: str) -> bool:
+    """Whether a tensor of type `kind` is listed: `Datatype: Int4` or `"Format/Datatype": "Row major INT4"`, say."""
+    return re.search(rf'type"?: ?"?[^",}}]*\b{kind}\b', part, re.IGNORECASE) is not None
 
 
 def write_atomically(path: Path, data: memoryview) -> None:

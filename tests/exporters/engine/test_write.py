@@ -84,12 +84,15 @@ def test_what_the_compiler_refuses_leaves_nothing(
 
 def test_unfused_linears_fail_the_export() -> None:
     builder = Builder(library="tensorrt", bindings="tensorrt", sm=None)
-    stamp: dict[str, Any] = {"version": "10.16", "int4_fused": 23, "int4_unfused": ["layers.0.o_proj"]}
+    none8 = {"int8_fused": 0, "int8_unfused": []}
+    stamp: dict[str, Any] = {"version": "10.16", "int4_fused": 23, "int4_unfused": ["layers.0.o_proj"], **none8}
     with pytest.raises(ArtifactError, match=r"10.16 dequantizes 1 of 24 INT4 linears .*layers.0.o_proj first"):
         write.refuse_unfused(stamp, builder)
     with pytest.raises(ArtifactError, match="does not describe the engine's layers"):
         write.refuse_unfused({**stamp, "int4_unfused": None}, builder)
     write.refuse_unfused({**stamp, "int4_unfused": []}, builder)
+    with pytest.raises(ArtifactError, match=r"dequantizes 2 of 2 INT8 linears"):
+        write.refuse_unfused({**stamp, "int4_unfused": [], "int8_unfused": ["a", "b"]}, builder)
 
 
 def test_too_little_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
