@@ -1,7 +1,8 @@
 """Can this model be made into that? One answer for `fit` and `export`, from config and shapes, before any work.
 
 What a format's reader takes, its own room says (`edge.folder`, `genai.families`, `trt.graph.architecture`); what
-`compress awq` can make, AutoAWQ's layout says. Nothing else decides, so what is advised is what is accepted.
+`compress awq` can make, AutoAWQ's layout says; which INT8 a reader takes, its `Layout`. Nothing else decides, so what
+is advised is what is accepted.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress import advice, stage
-from compress.errors import CompressError, UnsupportedError
-from compress.formats import awq_gemm
+from compress.artifact import parent_path, read_manifest
+from compress.errors import ArtifactError, CompressError, UnsupportedError
+from compress.formats import awq_gemm, compressed_tensors
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
 from compress.plan import LayerPlan, LayerScheme
 from compress.scheme import GROUP_SIZES, Scheme, dividing
 from exporters.edge import folder as edge
 from exporters.genai import families as genai
-from exporters.reader import Layout
+from exporters.hf.layout import LAYOUT as HF_LAYOUT
+from exporters.reader import Layout, is_int8
 from exporters.sizing.targets import Target
 from exporters.trt.layout import LAYOUT as TRT_LAYOUT
 
 LAYOUTS: dict[str, Layout] = {
-    "hf": Layout(num_bits=(4,), group_sizes=GROUP_SIZES),
+    "hf": HF_LAYOUT,
     "onnx": genai.LAYOUT,
     "onnx-trt": TRT_LAYOUT,
     "edge": edge.LAYOUT,
@@ -61,7 +64,11 @@ def check(model: StreamedModel, format: str, context: int, scheme: Scheme | None
     shapes = stage.shapes_of(model, plan)
     conv = next((n for b in model.blocks for n, m in linears(b).items() if is_conv1d(m)), None)
     if conv is not None:
-        raise UnsupportedError(f"{path}: {conv} is a transformers Conv1D, which AutoAWQ readers do not take")
+        raise UnsupportedError(
+            f"{path}: {conv} is a transformers Conv1D, which readers of quantized folders do not take"
+        )
+    if scheme.num_bits == 8:
+        return compressed_tensors.check(plan, shapes)
     sizes = LAYOUTS[format].group_sizes
     other = next((n for n in plan if shapes[n][1] % scheme.group_size), None)
     if other is not None and sizes is not None and len(sizes) == 1:
@@ -72,6 +79,38 @@ def check(model: StreamedModel, format: str, context: int, scheme: Scheme | None
     awq_gemm.check(plan, shapes)
     if format == "edge":
         edge.check_rows(path, config, shapes)
+
+
+def refuse_int8(path: Path, plan: LayerPlan, layout: Layout, format: str) -> None:
+    """Raise UnsupportedError, with the command that makes what it takes, for INT8 that the format's reader does not."""
+    for scheme, layers in plan.groups().items():
+        if is_int8(scheme) and not layout.takes_int8(scheme):
+            raise UnsupportedError(
+                f"{path}: {layers[0]} is {scheme.label()}, which readers of {format} do not take; this makes what they "
+                f"take: {_remade(path, scheme, layout)}"
+            )
+
+
+def _remade(path: Path, scheme: LayerScheme, layout: Layout) -> str:
+    """The command that makes the nearest thing to `scheme` that the layout takes, of the artifact's own original."""
+    static = ["--static"] if all("static" in label for label in layout.w8a8) else []
+    integers = ["int8", *static] if layout.w8a8 else None
+    floats = ["int8", "--scheme", "w8a16"] if layout.w8_group_sizes is None or layout.w8_group_sizes else None
+    int4 = ["awq", "--bits", "4", *(["--sym"] if layout.symmetric else [])]
+    wanted = (integers, floats) if scheme.input is not None else (floats, integers)
+    words = next((words for words in wanted if words is not None), int4)
+    return advice.command(words[0], _original(path), *words[1:])
+
+
+def _original(path: Path) -> Path | str:
+    """What the artifact was made from, where that is known."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        return "MODEL"
+    try:
+        return parent_path(manifest.record["parent"], path)
+    except (ArtifactError, KeyError):
+        return "MODEL"
 
 
 def codes_for(model: StreamedModel, format: str) -> Scheme:
@@ -85,9 +124,17 @@ def codes_for(model: StreamedModel, format: str) -> Scheme:
     return Scheme(num_bits=layout.num_bits[0], group_size=size, symmetric=layout.symmetric)
 
 
+def held(model: StreamedModel, format: str) -> Scheme | None:
+    """The codes that a folder's layers would have for the format; None for no codes, and for INT8, which stays."""
+    schemes = [s for s in model.stored.exact_plan().groups() if s.weight is not None and not is_int8(s)]
+    own = schemes[0].weight if schemes else None
+    return None if own is None else LAYOUTS[format].wants(own) or own
+
+
 def refusal(model: StreamedModel, format: str, context: int, scheme: Scheme | None) -> str | None:
-    """Why `check` refuses, in words, or None."""
+    """Why `check` refuses it, or `refuse_int8` what the folder holds; in words, or None."""
     try:
+        refuse_int8(model.checkpoint.path, model.stored.plan, LAYOUTS[format], format)
         check(model, format, context, scheme)
     except CompressError as e:
         return str(e)
@@ -97,13 +144,7 @@ def refusal(model: StreamedModel, format: str, context: int, scheme: Scheme | No
 def ways(model: StreamedModel, target: Target, context: int) -> Iterator[Way]:
     """What can be made of the model for the target's readers: formats in the target's order, quantized first."""
     for format in target.formats:
-        held = model.stored.plan.groups()
-        schemes: list[Scheme | None]
-        if held:
-            own = next(iter(held)).weight
-            schemes = [None if own is None else LAYOUTS[format].wants(own) or own]
-        else:
-            schemes = [codes_for(model, format), None]
+        schemes = [held(model, format)] if model.stored.layers else [codes_for(model, format), None]
         for scheme in schemes:
             if refusal(model, format, context, scheme) is None:
                 yield Way(format=format, scheme=scheme)

@@ -24,7 +24,7 @@ from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
 from compress.workspace import WORKSPACE, Source
 from exporters import answer
-from exporters.reader import Artifact, Job, Layout, Written
+from exporters.reader import Artifact, Job, Layout, Written, is_int8
 from exporters.requantize import requantize
 from exporters.sizing.inventory import Model
 from exporters.sizing.predict import Plan, Sizing, check, native_kv_bits
@@ -103,6 +103,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
     """See `export`; the output is ours."""
     target, artifact = request.target, Artifact(path=request.source.path)
     artifact.look()
+    answer.refuse_int8(artifact.path, artifact.folder.plan, module.LAYOUT, name)
     with suppress(UnsupportedError):  # the format says itself what it cannot hold
         refuse_model(artifact.streamed, request, name, module, context_for(artifact.model, target, request.context))
     plan = Plan(
@@ -121,6 +122,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         sizing, notes = check(artifact.model, plan, target), [*notes, artifact.checked.note]
     check_free_space(place.real.parent, 2 * sizing.weights + 64_000_000)
     tell.say(f"writing {name} for {target.name}: context {plan.context}, batch {plan.batch}")
+    notes.append(_cache_note(name, artifact))
     run = place.start(_identity(request, name, plan), resume=False)
     job = Job(
         artifact=artifact.path,
@@ -162,6 +164,15 @@ def _kv_bits(name: str, artifact: Artifact) -> int:
     """Of a number in the KV cache: the artifact's own wish where the format's reader takes it."""
     kv = artifact.folder.plan.kv
     return kv.num_bits if name == "hf" and kv is not None else native_kv_bits(name)
+
+
+def _cache_note(name: str, artifact: Artifact) -> str | None:
+    """Says that the artifact's INT8 cache stays behind, where it does."""
+    if name == "hf" or artifact.folder.plan.kv is None:
+        return None
+    return (
+        f"the KV cache of {name} holds floats: the artifact's INT8 cache is vLLM's, and what it costs is not paid here"
+    )
 
 
 def _identity(request: ExportRequest, name: str, plan: Plan) -> dict[str, Any]:
@@ -228,16 +239,17 @@ def wanted_codes(layout: Layout, artifact: Artifact) -> Scheme | None:
     if not artifact.model.packed:
         return None
     schemes = artifact.plan.groups()
-    wanted = [layout.wants(scheme.weight) for scheme in schemes if scheme.weight is not None]
+    wanted = [layout.wants(scheme.weight) for scheme in schemes if scheme.weight is not None and not is_int8(scheme)]
     return next((scheme for scheme in wanted if scheme is not None), None)
 
 
 def refuse_model(model: StreamedModel, request: ExportRequest, name: str, module: Format, context: int) -> None:
     """Raise ConfigError, with the nearest thing that works, for a model that the format cannot hold."""
     path = request.source.path
-    held = [scheme.weight for scheme in model.stored.exact_plan().groups() if scheme.weight is not None]
-    scheme = (module.LAYOUT.wants(held[0]) or held[0]) if held else None
-    if module.__name__ != FORMATS.get(name) or (held and model.stored.format is not awq_gemm):
+    if module.__name__ != FORMATS.get(name):
+        return
+    scheme = answer.held(model, name)
+    if scheme is not None and model.stored.format is not awq_gemm:
         return
     reason = answer.refusal(model, name, context, scheme)
     if reason is not None:

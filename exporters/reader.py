@@ -23,7 +23,7 @@ from compress.checkpoint import Checkpoint
 from compress.contents import SMALL_BYTES, Checked, check_files
 from compress.formats import Stored, stored
 from compress.model import StreamedModel
-from compress.plan import LayerPlan
+from compress.plan import LayerPlan, LayerScheme
 from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
 from exporters.sizing.inventory import Model, read_model
@@ -35,11 +35,15 @@ class Layout:
     """What a reader demands of quantized weights; an unquantized folder always passes.
 
     num_bits, group_sizes: what it reads (None: anything). symmetric: every zero point must be 2**(num_bits - 1).
+    Of INT8 (`is_int8`), which is taken as it is or refused: w8_group_sizes, those of weights whose inputs stay floats
+    (-1: one scale a row; None: any); w8a8, the input quantizers, as `ActivationScheme.label` calls them.
     """
 
     num_bits: tuple[int, ...] = (4,)
     group_sizes: tuple[int, ...] | None = None
     symmetric: bool = False
+    w8_group_sizes: tuple[int, ...] | None = ()
+    w8a8: tuple[str, ...] = ()
 
     def wants(self, scheme: Scheme) -> Scheme | None:
         """The scheme to quantize again with, or None when `scheme` will do. The smallest change that fits."""
@@ -48,6 +52,21 @@ class Layout:
         group_size = scheme.group_size if sizes is None or scheme.group_size in sizes else sizes[0]
         wanted = Scheme(num_bits=num_bits, group_size=group_size, symmetric=scheme.symmetric or self.symmetric)
         return None if wanted == scheme else wanted
+
+    def takes_int8(self, scheme: LayerScheme) -> bool:
+        """Whether it reads INT8 layers of this scheme. Readers take symmetric weights only, integer products with one
+        scale a row."""
+        weight = scheme.weight
+        if weight is None or weight.num_bits != 8 or not weight.symmetric:
+            return False
+        if scheme.input is not None:
+            return weight.group_size == -1 and scheme.input.label() in self.w8a8
+        return self.w8_group_sizes is None or weight.group_size in self.w8_group_sizes
+
+
+def is_int8(scheme: LayerScheme) -> bool:
+    """Weights of 8 bits or inputs as integers. No reader is given other codes in their place: 4 bits are not 8."""
+    return scheme.input is not None or (scheme.weight is not None and scheme.weight.num_bits == 8)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 @click.option(
     "--activations",
     type=click.Choice(["float32", "int16", "int8"]),
-    help="Format onnx: arithmetic of the INT4 products; integers are quicker and less exact [default: float32].",
+    help="Format onnx: what weights-only products compute with; integers are quicker and less exact [default: float32 "
+    "for INT4, int16 for INT8].",
 )
 @click.option(
     "--modelopt/--no-modelopt",

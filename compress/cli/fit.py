@@ -81,6 +81,7 @@ def choices(
     refused: why the format's reader cannot hold it (`exporters.answer`), or None. A model that is quantized already is
     sized as it is.
     """
+    from compress.scheme import Scheme
     from exporters import answer
     from exporters.sizing.predict import KV_BITS, MADE_BITS, Plan, size
 
@@ -92,9 +93,9 @@ def choices(
     codes: dict[int | None, Scheme | None] = {16: None, 8: None, 4: None, None: None}
     if model.scheme is None:
         codes[4] = answer.codes_for(outline, format)
+        codes[8] = Scheme(num_bits=8, group_size=-1, symmetric=True)
     else:
-        exact = next(iter(outline.stored.exact_plan().groups())).weight
-        codes[None] = None if exact is None else answer.LAYOUTS[format].wants(exact) or exact
+        codes[None] = answer.held(outline, format)
     group_size = codes[4].group_size if codes[4] else 128
     rows = []
     for bits in BITS if model.scheme is None else (None,):

@@ -8,6 +8,7 @@ Shapes: N out_features, K in_features, G groups along K
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from compress.errors import ArtifactError
 from compress.formats import Stored, second_reader
 from exporters.genai.graph import Graph, attribute, unpack
 
-_NODE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)/MatMul(NBits)?")
+_NODE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)/MatMul(NBits|Integer)?")
 _ROOM = {"attn": "self_attn", "mlp": "mlp"}
 
 
@@ -42,14 +43,23 @@ def compare_weights(graph: Graph, folder: Stored) -> dict[str, int]:
     count = {"quantized": 0, "dense": 0}
     seen: dict[str, int] = {}
     for node in graph.nodes:
-        if node.op_type != "MatMulNBits" and (node.op_type != "MatMul" or not _NODE.fullmatch(node.name)):
+        if node.op_type not in ("MatMulNBits", "MatMulInteger") and not _is_product(node):
             continue
         sources = node_sources(folder, node.name)
-        if node.op_type == "MatMulNBits":
-            found, wanted = node_weights(graph, node), [artifact_weights(folder, *s) for s in sources]
+        found = node_weights(graph, node)
+        if [layer for layer, _ in sources if (layer in folder) != (found is not None)]:
+            said = "is not quantized" if found is None else "is quantized"
+            raise ArtifactError(
+                f"{node.name}: it {said} in the graph, and {sources[0][0]} in {checkpoint.path} the other"
+            )
+        if found is not None:
+            wanted = [artifact_weights(folder, *s) for s in sources]
             for label in ("codes", "scales", "zeros"):
                 meant = np.concatenate([getattr(w, label) for w in wanted])
+                if label != "codes":  # one scale a row is written once a block
+                    meant = meant.repeat(found.scales.shape[1] // meant.shape[1], axis=1)
                 _same(getattr(found, label), meant, f"{node.name}: its {label}", checkpoint)
+            _compare_inputs(graph, node, folder, [layer for layer, _ in sources])
         else:
             meant = np.concatenate([dense_weight(checkpoint, *s) for s in sources])
             name = node.input[1].removesuffix("/float32")
@@ -101,21 +111,103 @@ def source_rows(folder: Stored, block: str, room: str, part: str) -> list[tuple[
     return [(f"{prefix}.{part}", everything)]
 
 
-def node_weights(graph: Graph, node: onnx.NodeProto) -> Packed:
-    """What a MatMulNBits node holds. B is `[N, G, block_size / 2]`, low half first; zero points pad each row to a byte.
+def _is_product(node: onnx.NodeProto) -> bool:
+    return node.op_type == "MatMul" and _NODE.fullmatch(node.name) is not None
 
-    Source: the operator's documentation (ONNX Runtime, `docs/ContribOperators.md`, MatMulNBits).
+
+def block_products(graph: Graph) -> Iterator[onnx.NodeProto]:
+    """The products of the blocks' linears that are not quantized."""
+    return (node for node in graph.nodes if _is_product(node))
+
+
+def node_weights(graph: Graph, node: onnx.NodeProto) -> Packed | None:
+    """What a product of quantized weights holds; None for one of plain weights.
+
+    Of MatMulNBits, B is `[N, G, block_size * bits / 8]`, of 4 bits the low half first; zero points pad each row to a
+    byte, and none are the middle code. Source: ONNX Runtime, `docs/ContribOperators.md`.
     """
+    if node.op_type == "MatMulInteger":
+        return _integer_weights(graph, node)
+    if node.op_type == "MatMul":
+        return _widened_weights(graph, node)
     inputs = node.input
-    n, k, block_size = (attribute(node, name) for name in ("N", "K", "block_size"))
+    n, k, block_size, bits = (attribute(node, name) for name in ("N", "K", "block_size", "bits"))
     groups = -(-k // block_size)
-    codes = unpack(graph.array(inputs[1])).reshape(n, -1)[:, :k]
+    packed = graph.array(inputs[1])
+    codes = (unpack(packed) if bits == 4 else packed).reshape(n, -1)[:, :k]
     scales = graph.array(inputs[2]).astype(np.float32).reshape(n, groups)
     if len(inputs) > 3 and inputs[3]:
         zeros = unpack(graph.array(inputs[3]).reshape(n, -1))[:, :groups]
     else:
-        zeros = np.full((n, groups), 8, np.uint8)
+        zeros = np.full((n, groups), 1 << (bits - 1), np.uint8)
     return Packed(codes=codes, scales=scales, zeros=zeros)
+
+
+def _integer_weights(graph: Graph, node: onnx.NodeProto) -> Packed:
+    """Of MatMulInteger, the scale is what its sums are multiplied with; what is taken off them must be their own."""
+    codes = graph.array(node.input[1]).T
+    value, scale = node.output[0], None
+    while scale is None:
+        user = next(n for n in graph.nodes if value in n.input)
+        if user.op_type == "Sub":
+            rows = next(n for n in graph.nodes if n.output[0] == user.input[1]).input[1]
+            wanted = (codes.astype(np.int64) - 128).sum(axis=1)
+            if not np.array_equal(graph.array(rows), wanted):
+                raise ArtifactError(f"{node.name}: what zero points take off its sums is not the sum of its weights")
+        elif user.op_type == "Mul":
+            scale = graph.array(user.input[1])
+        value = user.output[0]
+    zero = _constant(graph, node.input[3])
+    return Packed(codes=codes, scales=scale.reshape(-1, 1), zeros=np.full((len(codes), 1), zero, np.uint8))
+
+
+def _widened_weights(graph: Graph, node: onnx.NodeProto) -> Packed | None:
+    """Of a product whose weight is `(Cast(codes) - middle) * scale`, in groups `[G, K / G, N]`."""
+    maker = {n.output[0]: n for n in graph.nodes}
+    reshape = maker.get(node.input[1])
+    if reshape is None or reshape.op_type != "Reshape":
+        return None
+    product = maker[reshape.input[0]]
+    steps = maker[product.input[0]]
+    codes_GgN = graph.array(maker[steps.input[0]].input[0])
+    scales_G1N = graph.array(product.input[1])
+    scales = scales_G1N[:, 0].T
+    zeros = np.full(scales.shape, _constant(graph, steps.input[1]), np.uint8)
+    return Packed(codes=codes_GgN.reshape(-1, codes_GgN.shape[2]).T, scales=scales, zeros=zeros)
+
+
+def _compare_inputs(graph: Graph, node: onnx.NodeProto, folder: Stored, layers: Sequence[str]) -> None:
+    """Inputs are quantized exactly where the artifact does it, and with its range where it has one."""
+    maker = {n.output[0]: n for n in graph.nodes}
+    for layer in layers:
+        scheme = folder.scheme(layer).input
+        if (scheme is not None) != (node.op_type == "MatMulInteger"):
+            raise ArtifactError(
+                f"{node.name}: the inputs of {layer} are quantized in the graph or in the artifact only"
+            )
+        if scheme is None:
+            continue
+        quantizer = maker[node.input[0]]
+        if (quantizer.op_type == "QuantizeLinear") == scheme.dynamic:
+            raise ArtifactError(
+                f"{node.name}: the inputs of {layer} have one range in the graph or in the artifact only"
+            )
+        if not scheme.dynamic:
+            again = folder.read_again(layer)
+            found = [_constant(graph, name) for name in quantizer.input[1:]] + [_constant(graph, node.input[2])]
+            zero = int(again["input_zero_point"][1].reshape(-1)[0])
+            wanted = [float(second_reader.as_float32(again["input_scale"]).reshape(-1)[0]), zero, zero]
+            if found != wanted:
+                raise ArtifactError(
+                    f"{node.name}: its inputs are quantized with {found}, those of {layer} with {wanted}"
+                )
+
+
+def _constant(graph: Graph, name: str) -> float | int:
+    """The value of a scalar constant."""
+    node = next(n for n in graph.nodes if n.op_type == "Constant" and n.output[0] == name)
+    value: float | int = onnx.numpy_helper.to_array(attribute(node, "value")).item()
+    return value
 
 
 def artifact_weights(folder: Stored, layer: str, rows: slice) -> Packed:

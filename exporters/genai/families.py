@@ -9,7 +9,14 @@ from typing import Any
 from compress.errors import UnsupportedError
 from exporters.reader import Layout
 
-LAYOUT = Layout(num_bits=(4,), group_sizes=(128, 64, 32, 16, 256), symmetric=False)
+# MatMulNBits takes blocks of powers of two; one scale a row is written as equal ones.
+GROUP_SIZES = (128, 64, 32, 16, 256)
+LAYOUT = Layout(
+    num_bits=(4,),
+    group_sizes=GROUP_SIZES,
+    w8_group_sizes=(-1, *GROUP_SIZES),
+    w8a8=("a8", "a8-asym", "a8-static", "a8-asym-static"),
+)
 
 # Built and compared with the artifact in tests/exporters/genai/test_write.py, INT4 and dense.
 ARCHITECTURES = (

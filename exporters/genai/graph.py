@@ -85,6 +85,13 @@ class Graph:
         for offset, node in enumerate(nodes):
             self.nodes.insert(index + offset, node)
 
+    def constant(self, name: str, value: np.ndarray) -> str:
+        """The name of a constant, made a node at the start on first use: shapes must not lie in the data file."""
+        if not any(node.output[0] == name for node in self.nodes if node.op_type == "Constant"):
+            made = helper.make_node("Constant", [], [name], name=name, value=onnx.numpy_helper.from_array(value))
+            self.insert(0, made)
+        return name
+
     def save(self, folder: Path, producer_version: str) -> None:
         """Write model.onnx and model.onnx.data, tensors in the graph's order, each aligned. Same graph, same bytes."""
         self.model.producer_version = producer_version
@@ -281,11 +288,11 @@ def split_activations(graph: Graph) -> int:
 
 def _split_into_rows(graph: Graph, source: str, k: int, block_size: int) -> list[onnx.NodeProto]:
     """Nodes from `source` `[B, T, K]` to `[2B, T, K]`: high parts, then low parts."""
-    blocks = _constant(graph, f"/constants/blocks/{k}/{block_size}", np.array([0, 0, k // block_size, block_size]))
-    flat = _constant(graph, f"/constants/flat/{k}", np.array([0, 0, k]))
-    last = _constant(graph, "/constants/last_axis", np.array([-1]))
-    step = _constant(graph, "/constants/one_127th", np.array(1 / 127, np.float32))
-    tiny = _constant(graph, "/constants/tiny", np.array(1e-30, np.float32))  # a block of zeros has no scale
+    blocks = graph.constant(f"/constants/blocks/{k}/{block_size}", np.array([0, 0, k // block_size, block_size]))
+    flat = graph.constant(f"/constants/flat/{k}", np.array([0, 0, k]))
+    last = graph.constant("/constants/last_axis", np.array([-1]))
+    step = graph.constant("/constants/one_127th", np.array(1 / 127, np.float32))
+    tiny = graph.constant("/constants/tiny", np.array(1e-30, np.float32))  # a block of zeros has no scale
 
     def node(op: str, inputs: Sequence[str], name: str, **attributes: int) -> onnx.NodeProto:
         return helper.make_node(op, inputs, [f"{source}/{name}"], name=f"{source}/{name}/{op}", **attributes)
@@ -303,13 +310,6 @@ def _split_into_rows(graph: Graph, source: str, k: int, block_size: int) -> list
         node("Sub", [source, f"{source}/high"], "low"),
         node("Concat", [f"{source}/high", f"{source}/low"], "rows", axis=0),
     ]
-
-
-def _constant(graph: Graph, name: str, value: np.ndarray) -> str:
-    """The name of a constant, made a node at the graph's start on first use: shapes must not lie in the data file."""
-    if not any(node.output[0] == name for node in graph.nodes if node.op_type == "Constant"):
-        graph.insert(0, helper.make_node("Constant", [], [name], name=name, value=onnx.numpy_helper.from_array(value)))
-    return name
 
 
 def drop_symmetric_zero_points(graph: Graph) -> int:

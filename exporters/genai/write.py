@@ -3,11 +3,14 @@
 What is in the folder: model.onnx, model.onnx.data, genai_config.json and the tokenizer, as onnxruntime-genai reads
 them, and run.py, which needs onnxruntime, numpy and tokenizers, and jinja2 where there is a chat template.
 
-What MatMulNBits multiplies the INT4 weights with is the option `activations`:
+INT4 artifacts are read by the builder; INT8 ones are put into its dense graph (`exporters.genai.int8`). Inputs that an
+artifact quantizes are quantized in the graph by the same rule. What weights alone are multiplied with is the option
+`activations`:
 
-    float32   (default) exactly what the artifact says
+    float32   exactly what the artifact says; the default of INT4
     int16     each input as the sum of two int8 numbers, through the int8 kernel: within 1e-3 of the artifact's logits,
-              closer than the float16 arithmetic of GPU readers, and about twice as fast as float32 on large layers
+              closer than the float16 arithmetic of GPU readers, and about twice as fast as float32 on large layers;
+              the default of INT8 weights, which float32 would widen to four times their bytes when they are loaded
     int8      one int8 number, as llama.cpp does it: fastest, and about 1e-2 away
 """
 
@@ -26,42 +29,37 @@ from torch import Tensor
 from compress.checkpoint import Checkpoint
 from compress.errors import ConfigError, UnsupportedError
 from compress.files import json_bytes, read_json, write_bytes_atomically
-from compress.formats import Stored, awq_gemm
+from compress.formats import Stored, compressed_tensors
+from compress.quantized import QuantizedWeight
 from exporters import reference
 from exporters.genai import builder as genai_builder
 from exporters.genai import bundle
 from exporters.genai import graph as genai_graph
+from exporters.genai import int8 as genai_int8
 from exporters.genai.bundle.run import Decoder
-from exporters.genai.check import block_linears, compare_weights, node_sources
+from exporters.genai.check import block_linears, block_products, compare_weights, node_sources
 from exporters.genai.families import LAYOUT, check_config
 from exporters.reader import Job, Written
 
 # Of the logits, relative (Frobenius), against the artifact's float32 forward. Float32 sums in another order differ by
 # about 1e-6; a rotary table, norm or weight that is wrong by one part in a thousand shows above 1e-4.
 TOLERANCES = {"float32": 1e-4, "int16": 1e-3, "int8": 5e-2}
+# With inputs that the artifact quantizes: so many times what that changes (`reference.input_noise`). 0.04 to 0.6 were
+# measured, two independent roundings give 1.4. That no scale is wrong and no quantizer missing `check` has seen before.
+OF_NOISE = 1.5
 ACCURACY_LEVELS = {"float32": 1, "int16": 4, "int8": 4}  # of MatMulNBits; 4 lets it quantize activations to int8
 
 
 def write(job: Job) -> Written:
     """See `exporters.reader`. Options: `activations` (`float32`, `int16` or `int8`)."""
     folder = job.source.folder
-    checkpoint = folder.checkpoint
-    quantized = check(folder, job)
-    activations = str(job.options.get("activations", "float32"))
+    activations = check(folder, job)
     with tempfile.TemporaryDirectory(dir=job.staged.parent) as scratch:
         job.say(f"onnx: {genai_builder.PACKAGE}'s builder writes the graph")
-        built, source = Path(scratch, "built"), job.artifact
-        dense = dense_linears(folder) if quantized else []
-        if dense:
-            source = genai_builder.stand_in(folder, dense, Path(scratch, "source"))
-        precision = "int4" if quantized else "fp32"
-        genai_builder.build(
-            source, built, precision=precision, accuracy_level=ACCURACY_LEVELS[activations], fuse_qkv=not dense
-        )
-        graph = genai_graph.Graph(built)
-        restore_dense(graph, folder, dense)
+        built = Path(scratch, "built")
+        graph = build_graph(folder, job.artifact, Path(scratch), built, activations)
         genai_graph.fix_head_size(graph, int(read_json(built / "genai_config.json")["model"]["decoder"]["head_size"]))
-        tied = rewrite(graph, checkpoint, quantized)
+        tied = rewrite(graph, folder)
         if activations == "int16":
             genai_graph.split_activations(graph)
         compared = compare_weights(graph, folder)
@@ -71,7 +69,7 @@ def write(job: Job) -> Written:
     job.say("onnx: running prefill and decoding in ONNX Runtime")
     expected = reference.of_artifact(job.artifact)
     found = decoded(job.staged, expected)
-    verified = reference.compare(found, expected, tolerance=TOLERANCES[activations], what="onnx")
+    verified = reference.compare(found, expected, tolerance=tolerance(folder, activations, expected), what="onnx")
     record = {
         "format": "onnx",
         "provider": "cpu",
@@ -86,39 +84,126 @@ def write(job: Job) -> Written:
             "layers_compared": compared,
         },
     }
-    return Written(record=record, parts=parts(graph, job.staged), notes=notes(tied, activations))
+    return Written(
+        record=record, parts=parts(graph, job.staged), notes=notes(tied, activations, job.options.get("activations"))
+    )
 
 
-def check(folder: Stored, job: Job) -> bool:
-    """Whether the artifact is quantized. Raises UnsupportedError or ConfigError for what cannot be exported."""
+OWN = "as the artifact quantizes them"
+
+
+def check(folder: Stored, job: Job) -> str:
+    """What weights are multiplied with, `OWN` where the artifact says it of every layer.
+
+    Raises UnsupportedError or ConfigError for what cannot be exported.
+    """
     config = folder.checkpoint.config
     check_config(job.artifact, config)
     longest = config.get("max_position_embeddings")
     if longest and job.context > longest:
         raise ConfigError(f"--context {job.context}: {job.artifact} has positions for {longest} tokens; ask for fewer")
-    activations = job.options.get("activations", "float32")
-    if activations not in TOLERANCES:
-        raise ConfigError(f"activations {activations!r}: choose one of {', '.join(TOLERANCES)}")
+    asked = job.options.get("activations")
+    if asked is not None and asked not in TOLERANCES:
+        raise ConfigError(f"activations {asked!r}: choose one of {', '.join(TOLERANCES)}")
     if folder.format is None:
-        if activations != "float32":
-            raise ConfigError(f"{activations} activations go with quantized weights, and these are dense; use float32")
-        return False
-    if folder.format is not awq_gemm:
-        raise UnsupportedError(
-            f"{job.artifact}: {folder.format.NAME} folders are not supported by onnx yet ({genai_builder.PACKAGE} "
-            "reads AutoAWQ's layout); quantize the original with `compress awq` instead"
-        )
+        if asked not in (None, "float32"):
+            raise ConfigError(f"{asked} activations go with quantized weights, and these are dense; use float32")
+        return "float32"
     if "lm_head" in folder:
         raise UnsupportedError(
             f"{job.artifact}: its lm_head is quantized, which is not supported by onnx yet; leave lm_head out"
         )
+    if folder.format is compressed_tensors:
+        return _check_int8(folder, asked)
     scheme = folder.plan.only().weight
     if scheme is not None and LAYOUT.wants(scheme) is not None:
         raise UnsupportedError(
             f"{job.artifact}: {scheme.label()} is not supported by onnx yet; MatMulNBits takes 4 bits in groups of "
             f"{', '.join(str(n) for n in sorted(LAYOUT.group_sizes or ()))}"
         )
+    return asked or "float32"
+
+
+def _check_int8(folder: Stored, asked: str | None) -> str:
+    """See `check`, of an INT8 artifact."""
+    path, schemes = folder.checkpoint.path, folder.plan.groups()
+    other = next((scheme for scheme in schemes if not LAYOUT.takes_int8(scheme)), None)
+    if other is not None:
+        raise UnsupportedError(
+            f"{path}: {schemes[other][0]} is {other.label()} in a compressed-tensors folder, of which onnx takes "
+            "symmetric weights of 8 bits only; quantize the original with `compress awq` or `compress int8` instead"
+        )
+    if any(scheme.input is None for scheme in schemes):
+        return asked or "int16"
+    if asked is not None:
+        raise ConfigError(
+            f"--activations {asked}: {path} itself says how the inputs of each layer are quantized "
+            f"({next(iter(schemes)).label()}); leave it out"
+        )
+    return OWN
+
+
+def tolerance(folder: Stored, activations: str, expected: reference.Reference) -> float:
+    """How far the export's logits may be from the artifact's, relative."""
+    least = TOLERANCES.get(activations, TOLERANCES["float32"])
+    return max(least, float(f"{OF_NOISE * reference.input_noise(folder.checkpoint.path, expected):.3g}"))
+
+
+def build_graph(folder: Stored, artifact: Path, scratch: Path, built: Path, activations: str) -> genai_graph.Graph:
+    """The builder's graph of the artifact in `built`, each layer of the blocks with its own weights."""
+    level = ACCURACY_LEVELS.get(activations, 1)
+    if folder.format is compressed_tensors:
+        source = genai_int8.stand_in(folder, scratch / "source")
+        genai_builder.build(source, built, precision="fp32", accuracy_level=level, fuse_qkv=alike(folder))
+        graph = genai_graph.Graph(built)
+        put_int8(graph, folder, widened=activations == "float32")
+        return graph
+    dense = dense_linears(folder) if folder.format else []
+    source = genai_builder.stand_in(folder, dense, scratch / "source") if dense else artifact
+    precision = "int4" if folder.format else "fp32"
+    genai_builder.build(source, built, precision=precision, accuracy_level=level, fuse_qkv=not dense)
+    graph = genai_graph.Graph(built)
+    restore_dense(graph, folder, dense)
+    return graph
+
+
+def alike(folder: Stored) -> bool:
+    """Whether q, k and v of every block can be one product: in one scheme, with the same range of inputs."""
+    for layer in block_linears(folder):
+        parent, _, leaf = layer.rpartition(".")
+        members = [f"{parent}.{name}" for name in ("q_proj", "k_proj", "v_proj")] if leaf == "q_proj" else [layer]
+        if len({_kind(folder, name) for name in members}) > 1:
+            return False
     return True
+
+
+def _kind(folder: Stored, layer: str) -> tuple[object, ...]:
+    if layer not in folder:
+        return ()
+    inputs = _inputs(folder, layer)
+    return folder.scheme(layer), inputs and inputs.label
+
+
+def _inputs(folder: Stored, layer: str) -> genai_int8.Inputs | None:
+    scheme = folder.scheme(layer).input
+    return None if scheme is None else genai_int8.Inputs(scheme=scheme, static=folder.static(layer))
+
+
+def put_int8(graph: genai_graph.Graph, folder: Stored, *, widened: bool) -> None:
+    """Replace each product of the builder's dense graph whose layers the artifact quantizes."""
+    for node in list(block_products(graph)):
+        sources = node_sources(folder, node.name)
+        if sources[0][0] not in folder:
+            continue
+        weights = [folder.weight(layer) for layer, _ in sources]
+        rows = [rows for _, rows in sources]
+        joined = QuantizedWeight(
+            codes_OI=torch.cat([w.codes_OI[r] for w, r in zip(weights, rows, strict=True)]),
+            scale_OG=torch.cat([w.scale_OG[r] for w, r in zip(weights, rows, strict=True)]),
+            zero_point_OG=torch.cat([w.zero_point_OG[r] for w, r in zip(weights, rows, strict=True)]),
+            scheme=weights[0].scheme,
+        )
+        genai_int8.replace(graph, node, joined, _inputs(folder, sources[0][0]), widened=widened)
 
 
 def dense_linears(folder: Stored) -> list[str]:
@@ -136,8 +221,9 @@ def restore_dense(graph: genai_graph.Graph, folder: Stored, dense: list[str]) ->
         genai_graph.make_dense(graph, node, as_numpy(torch.cat(rows).t().contiguous()))
 
 
-def rewrite(graph: genai_graph.Graph, checkpoint: Checkpoint, quantized: bool) -> bool:
+def rewrite(graph: genai_graph.Graph, folder: Stored) -> bool:
     """Put the artifact's own embedding and lm_head into the graph; whether they are one."""
+    checkpoint = folder.checkpoint
     table = checkpoint.tensor("model.embed_tokens.weight")
     head = checkpoint.tensor("lm_head.weight") if "lm_head.weight" in checkpoint else None
     tied = head is None or (head.dtype == table.dtype and torch.equal(head, table))
@@ -147,10 +233,10 @@ def rewrite(graph: genai_graph.Graph, checkpoint: Checkpoint, quantized: bool) -
     if is_gemma(checkpoint):
         genai_graph.set_embedding_scale(graph, float(checkpoint.config["hidden_size"]) ** 0.5)
         genai_graph.set_norms(graph, gemma_norms(checkpoint))
-    if quantized:
+    if folder.format:
         genai_graph.drop_symmetric_zero_points(graph)
         genai_graph.fuse_gate_up(graph)
-    elif table.dtype != torch.float32:
+    if folder.format in (None, compressed_tensors) and table.dtype != torch.float32:
         genai_graph.narrow_linears(graph, as_numpy(table[:1]).dtype)
     graph.drop_unused()
     return tied
@@ -225,7 +311,8 @@ def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
     """Bytes by part; `graph` is model.onnx, `other` the norms, biases and rotary tables."""
     sizes = {"decoder linears": 0, "embedding": 0, "lm_head": 0, "other": 0}
     linears = {i for n in graph.nodes if n.op_type == "MatMulNBits" for i in n.input[1:]}
-    linears |= {n.input[1].removesuffix("/float32") for n in graph.nodes if n.op_type == "MatMul"}
+    weights = {n.input[1].removesuffix("/float32") for n in graph.nodes if n.op_type in ("MatMul", "MatMulInteger")}
+    linears |= {f"{name}{leaf}" for name in weights for leaf in ("", *genai_int8.LEAVES)}
     names = {genai_graph.EMBEDDING: "embedding", genai_graph.LM_HEAD: "lm_head"}
     for name in graph.tensors:
         part = names.get(name) or ("decoder linears" if name in linears else "other")
@@ -234,10 +321,15 @@ def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
     return sizes
 
 
-def notes(tied: bool, activations: str) -> list[str]:
+def notes(tied: bool, activations: str, asked: str | None) -> list[str]:
     out = ['run it: python run.py "Once upon a time" in the folder (pip install -r requirements.txt)']
     if tied:
         out.append("lm_head is the embedding; it is stored once")
-    if activations != "float32":
+    if activations == "int16" and asked is None:
+        out.append(
+            "weights only: inputs enter as int16, within 1e-3 of the artifact's logits; --activations float32 is exact "
+            "and widens the weights to four times their bytes when they are loaded"
+        )
+    elif activations not in ("float32", OWN):
         out.append(f"activations are {activations}, as you asked: faster, and not exactly what the artifact says")
     return out

@@ -23,11 +23,11 @@ from compress.files import copy_durably, file_sha256, write_bytes_atomically
 from compress.formats import Stored, awq_gemm, stored
 from compress.kv_cache import LAST_WRONG_VLLM
 from exporters.hf import modelopt, serve, vllm_rules
-from exporters.reader import Artifact, Job, Layout, Written
+from exporters.hf.layout import LAYOUT
+from exporters.reader import Artifact, Job, Written
 from exporters.sizing.inventory import inventory, part_of
 
-# Any codes that vLLM's AWQ and compressed-tensors readers take; the group sizes are those of its Marlin kernel.
-LAYOUT = Layout(num_bits=(4, 8), group_sizes=(128, 64, 32, -1))
+__all__ = ["LAYOUT", "write"]
 
 
 def write(job: Job) -> Written:

@@ -35,7 +35,9 @@ PREFILL_TOKENS = 2048
 # Build peak of a TensorRT engine: 3 to 4 bytes a parameter (Edge-LLM issue 30: a 32B model was killed at 128 GB).
 BUILD_BYTES_PER_PARAMETER = (3.0, 4.0)
 # Bits a weight that this version can make for each format; others are sized, and said to be plans.
-MADE_BITS: dict[str, tuple[int, ...]] = {"hf": (16, 8, 4), "edge": (16, 4), "onnx-trt": (16, 4), "onnx": (16, 4)}
+MADE_BITS: dict[str, tuple[int, ...]] = {
+    "hf": (16, 8, 4), "edge": (16, 4), "onnx-trt": (16, 8, 4), "onnx": (16, 8, 4),
+}  # fmt: skip
 # Numbers in the KV cache: what each format's reader takes. TensorRT's cache layer and Edge-LLM on Orin: 16 bits only;
 # vLLM's kv_cache_dtype takes 8; ONNX Runtime's CPU kernels compute in float32.
 KV_BITS: dict[str, tuple[int, ...]] = {"hf": (16, 8), "edge": (16,), "onnx-trt": (16,), "onnx": (32,)}
@@ -303,7 +305,11 @@ def what_fits(model: Model, plan: Plan, target: Target) -> list[Suggestion]:
         for fewer in _fewer_bits(model, plan):
             smaller = replace(plan, num_bits=fewer)
             found += [
-                replace(s, text=f"{_bits_text(fewer)} and {s.text}", made=s.made and fewer in MADE_BITS[plan.format])
+                replace(
+                    s,
+                    text=f"{_bits_text(fewer, plan.format)} and {s.text}",
+                    made=s.made and fewer in MADE_BITS[plan.format],
+                )
                 for s in _changes(model, smaller, target)
             ]
     found += list(_elsewhere(model, plan, target))
@@ -317,7 +323,7 @@ def _changes(model: Model, plan: Plan, target: Target) -> Iterator[Suggestion]:
 
     for bits in _fewer_bits(model, plan):
         if sizing := sized(replace(plan, num_bits=bits)):
-            yield Suggestion(text=_bits_text(bits), sizing=sizing, made=bits in MADE_BITS[plan.format])
+            yield Suggestion(text=_bits_text(bits, plan.format), sizing=sizing, made=bits in MADE_BITS[plan.format])
     context = _largest(plan.context // _STEP, lambda n: bool(sized(replace(plan, context=n * _STEP)))) * _STEP
     if context and (sizing := sized(replace(plan, context=context))):
         yield Suggestion(text=f"--context {context}", sizing=sizing, made=True)
@@ -343,8 +349,9 @@ def _elsewhere(model: Model, plan: Plan, target: Target) -> Iterator[Suggestion]
             return
 
 
-def _bits_text(bits: int) -> str:
-    return f"weights of {bits} bits" + (" (compress awq --bits 4)" if bits == 4 else "")
+def _bits_text(bits: int, format: str) -> str:
+    way = {4: "compress awq --bits 4", 8: "compress int8 --scheme w8a16"}[bits]
+    return f"weights of {bits} bits" + (f" ({way})" if bits in MADE_BITS[format] else "")
 
 
 def _fewer_bits(model: Model, plan: Plan) -> list[int]:

@@ -9,6 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from compress.cli.main import main
+from compress.quantize.int8_stage import Int8Request, quantize_int8
+from compress.workspace import resolve
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 1024}
 SMOLLM2 = {**SMALL, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -82,6 +84,40 @@ def test_what_no_stage_takes(family: str, sizes: dict[str, Any], said: str, tmp_
     for target in ("orin", "a100", "cpu"):
         done = compress("fit", folder, "--target", target)
         assert done.exit_code == 1 and said in done.stderr and "yes" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "words"),
+    [
+        ({}, ["orin"], ["awq", "MODEL", "--bits", "4", "--sym"]),
+        ({"scheme": "w8a16"}, ["orin"], ["awq", "MODEL", "--bits", "4", "--sym"]),
+        ({}, ["orin", "--format", "onnx-trt"], ["int8", "MODEL", "--static"]),
+        (
+            {"scheme": "w8a16", "group_size": 32},
+            ["orin", "--format", "onnx-trt"],
+            ["int8", "MODEL", "--scheme", "w8a16"],
+        ),
+    ],
+)
+def test_int8_that_a_reader_does_not_take_is_refused_with_the_command_that_works(
+    changes: dict[str, Any], target: list[str], words: list[str], build_model: Any, calib_text: Path, tmp_path: Path
+) -> None:
+    """`fit` says the same of the artifact, and a target whose reader takes it has no complaint."""
+    folder, made = build_model(), tmp_path / "made"
+    options: dict[str, Any] = {"calib": str(calib_text), "samples": 2, "seq_len": 64, "effort": "fast", **changes}
+    quantize_int8(Int8Request(source=resolve(str(folder)), out=made, **options))
+    done = compress("export", made, "--target", *target, "-o", tmp_path / "out")
+    assert done.exit_code == 1 and not (tmp_path / "out").exists()
+    (said,) = re.findall(r"this makes what they take: (.*)", done.stderr)
+    assert shlex.split(said) == ["compress", *(str(folder) if w == "MODEL" else w for w in words)]
+    command = main.get_command(None, words[0])  # type: ignore[arg-type]
+    assert command is not None
+    command.make_context(words[0], shlex.split(said)[2:])
+    fitted = compress("fit", made, "--target", *target)
+    assert fitted.exit_code == 1 and said in fitted.stdout
+    for other in ("cpu", "a100"):
+        fitted = compress("fit", made, "--target", other)
+        assert fitted.exit_code == 0 and "cannot be made" not in fitted.stdout, fitted.output
 
 
 def test_export_gives_the_same_answer_before_any_work(build_model: Any, tmp_path: Path) -> None:

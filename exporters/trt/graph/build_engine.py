@@ -3,8 +3,9 @@
 
 Needs only Python and TensorRT's bindings (JetPack's `python3-libnvinfer`, or `pip install tensorrt`). What it reads is
 in `build.json`; the engine appears at once, when it is whole, as `model.engine`, with `model.engine.json` beside it:
-versions, sizes, and which INT4 weights stayed INT4. The same code builds with TensorRT-RTX (`--bindings tensorrt_rtx`),
-which can compile for another GPU (`--sm 80`) on a machine that has none; such an engine was compiled, not run.
+versions, sizes, and which INT4 and INT8 weights stayed so. The same code builds with TensorRT-RTX (`--bindings
+tensorrt_rtx`), which can compile for another GPU (`--sm 80`) on a machine that has none; such an engine was compiled,
+not run.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def build(
         "onnx_data_bytes": (folder / plan["data"]).stat().st_size,
         "sha256": hashlib.sha256(data).hexdigest(),
         "seconds": round(time.monotonic() - started, 1),
-        **layer_report(log.layers, plan["quantized_layers"]),
+        **layer_report(log.layers, plan["quantized_layers"], plan["int8_layers"]),
     }
     write_atomically(out, data)
     write_atomically(out.with_name(f"{out.name}.json"), memoryview((json.dumps(report, indent=2) + "\n").encode()))
@@ -155,21 +156,35 @@ class Log:
         self.logger = Logger()
 
 
-def layer_report(layers: list[str], quantized: list[str]) -> dict[str, Any]:
-    """Which of the graph's INT4 linears are computed from INT4 weights in the engine, by its own description.
+def layer_report(layers: list[str], int4: list[str], int8: list[str]) -> dict[str, Any]:
+    """Which of the graph's quantized linears are computed from their integers in the engine, by its own description.
 
-    A layer's line lists its constants with their types and the ONNX nodes that went into it. A linear is fused when a
-    layer with an INT4 constant holds its product, and unfused when its weight is first dequantized by a layer of its
-    own. All are None when the builder did not describe its layers in a form that is understood.
+    A layer's line lists its inputs and constants with their types and the ONNX nodes that went into it. A linear is
+    fused when a layer with a constant of its type holds its product, and unfused when its weight is first dequantized
+    by a layer of its own. `int8_by_int8`: how many INT8 linears also get their inputs as INT8. All are None when the
+    builder did not describe its layers in a form that is understood.
     """
     if not layers:
-        return {"layers": None, "int4_fused": None, "int4_unfused": None}
-    fused: set[str] = set()
+        return dict.fromkeys(("layers", "int4_fused", "int4_unfused", "int8_fused", "int8_unfused", "int8_by_int8"))
+    fused: dict[str, set[str]] = {"Int4": set(), "Int8": set()}
+    by_int8: set[str] = set()
     for line in layers:
-        if re.search(r"Datatype: Int4\b", line):
-            fused.update(re.findall(r"\[ONNX Layer: ([^\]]*)\]", line))
-    unfused = [name for name in quantized if name not in fused]
-    return {"layers": len(layers), "int4_fused": len(quantized) - len(unfused), "int4_unfused": unfused}
+        before, _, rest = line.partition("Constants: [")
+        constants = rest.partition("Outputs: [")[0]
+        nodes = re.findall(r"\[ONNX Layer: ([^\]]*)\]", line)
+        for kind, names in fused.items():
+            if re.search(rf"Datatype: {kind}\b", constants):
+                names.update(nodes)
+                by_int8.update(nodes if kind == "Int8" and re.search(r"Datatype: Int8\b", before) else ())
+    unfused4, unfused8 = ([n for n in all_ if n not in fused[k]] for all_, k in ((int4, "Int4"), (int8, "Int8")))
+    return {
+        "layers": len(layers),
+        "int4_fused": len(int4) - len(unfused4),
+        "int4_unfused": unfused4,
+        "int8_fused": len(int8) - len(unfused8),
+        "int8_unfused": unfused8,
+        "int8_by_int8": len(by_int8.intersection(int8)),
+    }
 
 
 def write_atomically(path: Path, data: memoryview) -> None:

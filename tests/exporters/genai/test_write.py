@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, CompressError, ConfigError, UnsupportedError
 from compress.files import file_sha256
-from compress.formats import compressed_tensors, stored
-from compress.plan import LayerPlan, LayerScheme
+from compress.formats import stored
 from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.workspace import resolve
@@ -259,12 +258,6 @@ def with_config(folder: Path, tmp_path: Path, **changes: Any) -> Path:
 def test_unknown_architecture(build_model: Any, tmp_path: Path) -> None:
     model = build_model("Olmo2", drop=("head_dim",))
     refused(model, tmp_path, UnsupportedError, "Olmo2ForCausalLM is not supported by onnx yet")
-
-
-def test_compressed_tensors(llama: Path, tmp_path: Path) -> None:
-    config = compressed_tensors.config(LayerPlan({"l": LayerScheme(weight=Scheme())}))
-    folder = with_config(llama, tmp_path, quantization_config=config)
-    refused(folder, tmp_path, UnsupportedError, "compressed-tensors folders are not supported by onnx yet")
 
 
 def test_a_quantized_lm_head(llama: Path, tmp_path: Path) -> None:

@@ -129,11 +129,28 @@ def test_old_and_absent_tensorrt_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_layer_report_tells_fused_from_unfused() -> None:
     """Lines as TensorRT-RTX 1.7 writes them, shortened: one fused, one dequantized by a layer of its own."""
     fused = (
-        "Name: a, LayerType: runtime_fusion, Constants: [ { Name: w, Datatype: Int4 } ], Metadata: "
+        "Name: a, LayerType: runtime_fusion, Inputs: [ { Datatype: Half } ], Constants: [ { Name: w, Datatype: Int4 } ]"
+        ", Outputs: [ { Datatype: Half } ], Metadata: "
         "[ONNX Layer: l.up_proj/dequantized][ONNX Layer: l.up_proj][ONNX Layer: l.gate_proj]"
     )
     alone = "Name: b, LayerType: kgen, Constants: [ { Datatype: Int4 } ], Metadata: [ONNX Layer: l.o_proj/dequantized]"
     product = "Name: c, LayerType: gemm, Constants: [], Metadata: [ONNX Layer: l.o_proj]"
-    report = build_engine.layer_report([fused, alone, product], ["l.up_proj", "l.gate_proj", "l.o_proj"])
-    assert report == {"layers": 3, "int4_fused": 2, "int4_unfused": ["l.o_proj"]}
-    assert build_engine.layer_report([], ["l.o_proj"])["int4_fused"] is None
+    report = build_engine.layer_report([fused, alone, product], ["l.up_proj", "l.gate_proj", "l.o_proj"], [])
+    none8 = {"int8_fused": 0, "int8_unfused": [], "int8_by_int8": 0}
+    assert report == {"layers": 3, "int4_fused": 2, "int4_unfused": ["l.o_proj"], **none8}
+    assert build_engine.layer_report([], ["l.o_proj"], [])["int4_fused"] is None
+
+
+def test_layer_report_tells_int8_inputs_from_others() -> None:
+    """An INT8 output is another layer's quantizer, and says nothing of a product."""
+    line = (
+        "Name: {0}, LayerType: gemm, Inputs: [ {{ Datatype: {1} }} ], Constants: [ {{ Datatype: {2} }} ], Outputs: "
+        "[ {{ Datatype: {3} }} ], Metadata: [ONNX Layer: l.{0}]"
+    )
+    lines = [
+        line.format("both", "Int8", "Int8", "Half"),
+        line.format("weights", "Half", "Int8", "Half"),
+        line.format("neither", "Half", "Half", "Int8"),
+    ]
+    report = build_engine.layer_report(lines, [], ["l.both", "l.weights", "l.neither"])
+    assert (report["int8_fused"], report["int8_unfused"], report["int8_by_int8"]) == (2, ["l.neither"], 1)
