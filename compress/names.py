@@ -9,12 +9,12 @@ from torch import nn
 
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
-from compress.formats import Stored
+from compress.formats import FORMATS, Stored
 from compress.weights import same_tensor
 
 # Tensors that old versions of transformers stored and that every version since computes.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.(masked_bias|position_ids)|\.(attn|attention|self_attn)\.bias)$")
-_WEIGHTS = ("weight", "qweight", "weight_packed")
+_CODES = tuple(leaf for format in FORMATS.values() for leaf in format.CODES)
 _SCALE = re.compile(r"scale|absmax|quant_|qzeros|zero_point|g_idx|SCB$")
 
 
@@ -64,7 +64,7 @@ def check_all_read(folder: Stored, model: nn.Module, source: Mapping[str, str], 
 
 def _unread(checkpoint: Checkpoint, name: str) -> ArtifactError:
     layer, _, leaf = name.rpartition(".")
-    options = (re.sub(r"_scale(_inv|_2)?$", "", name), *(f"{layer}.{s}" for s in _WEIGHTS))
+    options = (re.sub(r"_scale(_inv|_2)?$", "", name), *(f"{layer}.{s}" for s in ("weight", *_CODES)))
     weight = next((n for n in options if n != name and n in checkpoint), None)
     if weight is not None and _SCALE.search(leaf):
         return _unstated(checkpoint, weight, f"scaled by {name}")
@@ -160,7 +160,7 @@ def _check_stated(folder: Stored) -> None:
     checkpoint, taken = folder.checkpoint, folder.taken()
     for name in checkpoint.names():
         layer, _, leaf = name.rpartition(".")
-        if leaf in ("qweight", "weight_packed") and name not in taken:
+        if leaf in _CODES and name not in taken:
             raise _unstated(checkpoint, name, "quantized")
         if leaf == "weight" and layer in folder and name not in taken:
             raise ArtifactError(

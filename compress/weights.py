@@ -97,11 +97,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ArtifactError(f"{folder / INDEX}: has no weight_map; fetch the file again")
-    if not isinstance(index.get("metadata", {}), dict):  # transformers writes into it
-        raise ArtifactError(
-            f"{folder / INDEX}: its metadata is a {type(index['metadata']).__name__}, not a JSON object; fetch the "
-            "file again"
-        )
+    if not isinstance(index.get("metadata"), dict):  # transformers writes into it
+        raise ArtifactError(f"{folder / INDEX}: has no metadata that is a JSON object; fetch the file again")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise ArtifactError(f"{folder / INDEX}: names {file!r}, which is not a file of this folder; refused")

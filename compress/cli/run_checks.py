@@ -209,7 +209,8 @@ def _export(params: Params, source: Source, folder: Path) -> Foreseen:
 
     machine = target_named(params["target"])
     chosen = format_of(params["format"], machine)
-    options = options_of(chosen, params["opset"], params["activations"], params["modelopt"])
+    common = ("artifact", "target", "format", "context", "batch", "force")
+    options = options_of(chosen, **{name: value for name, value in params.items() if name not in common})
     request = ExportRequest(
         source=source, target=machine, format=chosen, context=params["context"], batch=params["batch"], out=folder,
         options=options,

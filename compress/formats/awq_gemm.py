@@ -29,6 +29,7 @@ NAME = "awq-gemm"
 QUANT_METHOD = "awq"
 NUM_BITS = (4,)
 LEAVES = ("qweight", "qzeros", "scales")
+CODES = ("qweight",)
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PACK = 8
 

@@ -43,6 +43,7 @@ PACKED, INT, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 LEAVES = (
     "weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point",
 )  # fmt: skip
+CODES = ("weight_packed",)
 # Leaves that other layouts of compressed-tensors have, and what they would need.
 _REFUSED_LEAVES = {
     "weight_g_idx": "columns in another order (actorder)",

@@ -39,6 +39,11 @@ class Format(Protocol):
         """Every leaf that a quantized layer can have."""
         ...
 
+    @property
+    def CODES(self) -> tuple[str, ...]:
+        """Those of them that no layer has but a quantized one, whatever the config says of it."""
+        ...
+
     def check(self, plan: LayerPlan, shapes: Mapping[str, Shape]) -> None:
         """Raise UnsupportedError or ConfigError, with a way out, when the format cannot hold the plan's layers.
 

@@ -13,6 +13,9 @@ from compress.errors import ArtifactError
 from compress.model import StreamedModel
 from compress.plan import LayerPlan
 
+# Rounding loses 2**-12 (float16) or 2**-9 (bfloat16) of a tensor; what loses more lies below the dtype's range.
+_CAST_ERROR = 2**-6
+
 
 def to_stored(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """A tensor in `dtype` (integers unchanged). Raises ArtifactError for values that it cannot hold."""
@@ -25,7 +28,26 @@ def to_stored(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         said = str(dtype).removeprefix("torch.")
         reason = "is not finite" if math.isnan(largest) else f"reaches {largest:.4g}, beyond {said}'s {limit:.6g}"
         raise ArtifactError(f"tensor {name} {reason}; the artifact holds {said}, so this model cannot be one")
+    _refuse_underflow(value, stored, name)
     return stored
+
+
+def _refuse_underflow(value: Tensor, stored: Tensor, name: str) -> None:
+    """Raise ArtifactError for a tensor whose values `stored` rounds towards zero, since they are too small for it."""
+    smallest = torch.finfo(stored.dtype).smallest_normal
+    if not value.numel() or float(torch.linalg.vector_norm(value, ord=1)) >= smallest * value.numel():
+        return
+    peak = float(value.abs().max())
+    if peak == 0:
+        return
+    exact = value.double() / peak  # squares of such values are zero in float32
+    lost = float((stored.double() / peak - exact).norm() / exact.norm())
+    if lost > _CAST_ERROR:
+        said = str(stored.dtype).removeprefix("torch.")
+        raise ArtifactError(
+            f"tensor {name}: its values, at most {peak:.2g}, are too small for {said}, exact from {smallest:.2g} on, "
+            f"which would lose {lost:.0%} of them; get the file again, or scale the tensor where the model allows it"
+        )
 
 
 def dense_tensors(module: nn.Module, prefix: str, quantized: Collection[str], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ def build(folder: Path, shape: dict[str, int], device: str) -> None:
         flush()
     for one in written:
         one.result()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def _save_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -22,13 +22,13 @@ def folder(tmp_path: Path) -> Path:
     (path / "config.json").write_text("{}")
     save_file({"a": torch.arange(6.0).reshape(2, 3)}, path / "one.safetensors")
     save_file({"b": torch.ones(4, dtype=torch.float16)}, path / "two.safetensors")
-    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (path / INDEX).write_text(json.dumps(index))
     return path
 
 
 def reindex(folder: Path, weight_map: Any) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def test_reads_shards_and_rows(folder: Path) -> None:

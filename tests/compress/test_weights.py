@@ -100,21 +100,22 @@ def test_a_tensor_that_the_index_forgot(folder: Path) -> None:
 
 
 def test_the_index_of_shards_that_are_gone(folder: Path) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": split(load_file(folder / SINGLE))}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": split(load_file(folder / SINGLE))}))
     assert_as_transformers(folder)
 
 
 def test_an_index_of_the_one_file(folder: Path) -> None:
     names = load_file(folder / SINGLE)
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, SINGLE)}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, SINGLE)}))
     assert_as_transformers(folder)
 
 
-def test_an_index_whose_metadata_is_a_number(folder: Path) -> None:
+@pytest.mark.parametrize("metadata", [{"metadata": 1}, {}], ids=["number", "none"])
+def test_an_index_without_metadata(folder: Path, metadata: dict[str, Any]) -> None:
     """transformers writes into it while it loads."""
-    (folder / INDEX).write_text(json.dumps({"metadata": 1, "weight_map": split(load_file(folder / SINGLE))}))
+    (folder / INDEX).write_text(json.dumps({**metadata, "weight_map": split(load_file(folder / SINGLE))}))
     (folder / SINGLE).unlink()
-    with pytest.raises(ArtifactError, match="its metadata is a int, not a JSON object"):
+    with pytest.raises(ArtifactError, match="has no metadata that is a JSON object"):
         Checkpoint.open(folder)
 
 

@@ -106,7 +106,12 @@ def judged(folder: Path, text: Path, work: Path) -> Found:
     outcomes.append(made)
     if made[0] == "taken":
         want = _logits_of(theirs)
-        same, detail = _equal(_logits_of(lambda: streamed_logits(work / "out", text)), want, QUANTIZED_ERROR)
+        ours = _logits_of(lambda: streamed_logits(work / "out", text))
+        same, detail = _equal(ours, want, QUANTIZED_ERROR)
+        if not same:  # a damaged model may double any error on its way to the logits: then rounding shows the same
+            nearest = _logits_of(lambda: transformers_logits(folder, text, rounded=True))
+            assert isinstance(nearest, Tensor) and isinstance(want, Tensor)
+            same = _equal(ours, want, 1.5 * float((nearest - want).norm() / want.norm()))[0]
         if not same:
             return {"outcome": "silent", "detail": f"quantized, but {detail}"}
     return _worst(outcomes)
@@ -154,7 +159,8 @@ def _ids(folder: Path, text: Path, vocab_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def transformers_logits(folder: Path, text: Path) -> Tensor:
+def transformers_logits(folder: Path, text: Path, rounded: bool = False) -> Tensor:
+    """rounded: the blocks' matrices rounded to the nearest of 16 values in groups of 32, the plainest INT4."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -163,6 +169,13 @@ def transformers_logits(folder: Path, text: Path) -> Tensor:
     lacking = {**info, "unexpected_keys": ()}
     if any(lacking.values()):
         raise ValueError(f"loaded with { ({k: v for k, v in lacking.items() if v}) }")
+    for name, p in model.named_parameters():
+        if rounded and p.ndim == 2 and (".layers." in name or ".h." in name):
+            groups = p.view(-1, 32)
+            low, high = groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
+            scale = ((high - low) / 15).clamp_min(1e-20)
+            zero = (-low / scale).round()
+            groups.copy_((((groups / scale).round() + zero).clamp(0, 15) - zero) * scale)
     ids = _ids(folder, text, model.get_input_embeddings().weight.shape[0])
     logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
     return logits

@@ -1,4 +1,7 @@
-"""What makes an ONNX folder run by itself: a script that needs onnxruntime, numpy and tokenizers, and their pins."""
+"""What makes an ONNX folder run by itself: a script that needs onnxruntime, numpy and tokenizers, and their pins.
+
+A chat template needs jinja2 as well.
+"""
 
 from __future__ import annotations
 

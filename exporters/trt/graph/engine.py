@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ MAX_PREFILL = 1024
 MINIMUM_TENSORRT = {24: [10, 15], 21: [10, 3]}
 
 
-def plan(arch: Architecture, *, context: int, batch: int, opset: int, quantized: list[str]) -> dict[str, Any]:
-    """`build.json`. quantized: names of the INT4 linears' products in the graph.
+def plan(
+    arch: Architecture, *, context: int, batch: int, opset: int, quantized: Mapping[int, list[str]]
+) -> dict[str, Any]:
+    """`build.json`. quantized: bits of the weights (4, 8) -> names of their products in the graph.
 
     Profiles: `prefill` for many tokens; `decode` with every shape fixed, which a CUDA Graph needs; and `any`, which
     does both less well but holds the weights once (TensorRT-RTX 1.7 stored a float16 model twice for prefill and
@@ -44,7 +47,8 @@ def plan(arch: Architecture, *, context: int, batch: int, opset: int, quantized:
             for kind in ("key", "value")
         },
         "caches_in_place": opset >= 24,
-        "quantized_layers": quantized,
+        "quantized_layers": quantized[4],
+        "int8_layers": quantized[8],
     }
 
 

@@ -167,7 +167,7 @@ def test_same_bytes_twice_and_from_a_sharded_folder(build_model: Any, quantize: 
     save_file({n: tensors[n] for n in names[1::2]}, folder / "model-00002-of-00002.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(names)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     sharded = contents(quantize(folder, "three").out)
     assert sharded["model.safetensors"] == first["model.safetensors"]
 

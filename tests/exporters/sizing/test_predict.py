@@ -205,7 +205,7 @@ def test_every_suggestion_fits_when_checked(name: str, target: str, context: int
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(sorted(CONFIGS)),
-    form=st.sampled_from(["hf", "edge", "onnx-trt", "onnx"]),
+    form=st.sampled_from(["hf", "edge", "onnx-trt", "tensorrt", "onnx"]),
     context=st.integers(1, 100_000),
     batch=st.integers(1, 64),
 )
