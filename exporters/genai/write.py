@@ -322,7 +322,7 @@ def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
 
 
 def notes(tied: bool, activations: str, asked: str | None) -> list[str]:
-    out = ['run it: python run.py "Once upon a time" in the folder (pip install -r requirements.txt)']
+    out = []
     if tied:
         out.append("lm_head is the embedding; it is stored once")
     if activations == "int16" and asked is None:
