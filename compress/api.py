@@ -159,8 +159,9 @@ def export(
 ) -> ExportOutcome:
     """Turn an artifact into what a machine runs, as `compress export` does.
 
-    target: a name of `compress targets`. format: hf, onnx, onnx-trt or edge, None for the target's first. context
-    counts tokens, prompt and answer; batch, sequences at once: None for one, or with hf as many as fit. options: the format's own, such as `opset=21` for onnx-trt.
+    target: a name of `compress targets`. format: hf, onnx, onnx-trt, tensorrt or edge, None for the target's first.
+    context counts tokens, prompt and answer; batch, sequences at once: None for one, or with hf as many as fit.
+    options: the format's own, such as `opset=21` for onnx-trt.
     """
     from compress.workspace import is_model, resolve
     from exporters.export import ExportRequest, target_named

@@ -35,10 +35,11 @@ FORMATS: dict[str, str] = {
     "hf": "exporters.hf.write",
     "onnx": "exporters.genai.write",
     "onnx-trt": "exporters.trt.write",
+    "tensorrt": "exporters.engine.write",
     "edge": "exporters.edge.write",
 }
 # The pip extra that a format's own imports come from.
-EXTRAS = {"onnx": "onnx", "onnx-trt": "onnx", "edge": "edge"}
+EXTRAS = {"onnx": "onnx", "onnx-trt": "onnx", "tensorrt": "onnx", "edge": "edge"}
 
 
 class Format(Protocol):

@@ -22,12 +22,22 @@ if TYPE_CHECKING:
 @click.command("export")
 @click.argument("artifact", required=False)
 @click.option("--target", required=True, metavar="TARGET", help="The machine; `compress targets` lists them.")
-@click.option("--format", metavar="FORMAT", help="hf, onnx, onnx-trt or edge [default: the target's first].")
+@click.option("--format", metavar="FORMAT", help="hf, onnx, onnx-trt, tensorrt or edge [default: the target's first].")
 @click.option("--context", type=click.IntRange(1), help="Tokens, prompt and answer [default: the target's].")
 @click.option(
     "--batch", type=click.IntRange(1), help="Sequences at once [default: 1; format hf: as many as fit, at most 256]."
 )
-@click.option("--opset", type=click.Choice(["21", "24"]), help="ONNX dialect of onnx-trt.")
+@click.option("--opset", type=click.Choice(["21", "24"]), help="ONNX dialect of onnx-trt and tensorrt.")
+@click.option(
+    "--builder",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    help="Format tensorrt: what builds the engine [default: whichever here can, for TARGET's card].",
+)
+@click.option(
+    "--profiles",
+    type=click.Choice(["two", "one"]),
+    help="Format tensorrt: two, for prompt and answer, or one, which holds the weights once [default: two].",
+)
 @click.option(
     "--activations",
     type=click.Choice(["float32", "int16", "int8"]),
@@ -52,6 +62,8 @@ def command(
     context: int | None,
     batch: int | None,
     opset: str | None,
+    builder: str | None,
+    profiles: str | None,
     activations: str | None,
     modelopt: bool,
     out: Path | None,
@@ -70,7 +82,7 @@ def command(
 
     machine = target_named(target)
     chosen = format_of(format, machine)
-    options = _options(chosen, opset, activations, modelopt)
+    options = _options(chosen, opset, builder, profiles, activations, modelopt)
     source = resolve(artifact, accept=is_model)
     print(f"artifact: {source.said}", file=sys.stderr)
     request = ExportRequest(
@@ -96,13 +108,29 @@ def command(
         _print(outcome, time.monotonic() - started)
 
 
-def _options(chosen: str, opset: str | None, activations: str | None, modelopt: bool) -> dict[str, Any]:
+def _options(
+    chosen: str,
+    opset: str | None,
+    builder: str | None,
+    profiles: str | None,
+    activations: str | None,
+    modelopt: bool,
+) -> dict[str, Any]:
     """The options of one format; ConfigError where another was chosen."""
     options: dict[str, Any] = {}
     if opset is not None:
-        if chosen != "onnx-trt":
-            raise ConfigError(f"--opset {opset}: only the format onnx-trt has dialects, not {chosen}; leave it out")
+        if chosen not in ("onnx-trt", "tensorrt"):
+            raise ConfigError(
+                f"--opset {opset}: only the formats onnx-trt and tensorrt have dialects, not {chosen}; leave it out"
+            )
         options["opset"] = int(opset)
+    for name, value in (("builder", builder), ("profiles", profiles)):
+        if value is not None:
+            if chosen != "tensorrt":
+                raise ConfigError(
+                    f"--{name} {value}: only the format tensorrt builds engines, not {chosen}; leave it out"
+                )
+            options[name] = value
     if activations is not None:
         if chosen != "onnx":
             raise ConfigError(

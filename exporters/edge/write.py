@@ -44,8 +44,8 @@ NOT_RUN = (
 )
 
 RUNNING = f"""
-The script checks the device, builds `engine/`, answers `smoke_input.json` and measures; `--help` lists its settings. The
-engine then answers requests in files like that one:
+The script checks the device, builds `engine/`, answers `smoke_input.json` and measures; `--help` lists its settings.
+The engine then answers requests in files like that one:
 
     llm_inference --engineDir engine --inputFile smoke_input.json --outputFile answer.json
 

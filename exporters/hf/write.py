@@ -24,8 +24,8 @@ from compress.formats import Stored, awq_gemm, stored
 from compress.kv_cache import LAST_WRONG_VLLM
 from exporters.hf import modelopt, serve, vllm_rules
 from exporters.hf.layout import LAYOUT
-from exporters.readme import FOLDER, Usage
 from exporters.reader import Artifact, Job, Written
+from exporters.readme import FOLDER, Usage
 from exporters.sizing.inventory import inventory, part_of
 
 __all__ = ["LAYOUT", "write"]
