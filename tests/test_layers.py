@@ -92,6 +92,7 @@ LAZY = {
     ("compress.runtime.open", "compress.runtime.resident"): "one runtime of several, each with needs of its own",
     ("compress.runtime.open", "compress.runtime.ort_decoder"): "one runtime of several",
     ("compress.runtime.open", "compress.runtime.gpu_weights"): "one runtime of several",
+    ("compress.runtime.open", "compress.runtime.tensorrt_decoder"): "one runtime of several",
     ("evaluators.written", "evaluators.page"): "matplotlib is an extra",
 }
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @click.option("--target", required=True, metavar="TARGET", help="The machine; `compress targets` lists them.")
 @click.option("--format", metavar="FORMAT", help="hf, onnx, onnx-trt, tensorrt or edge [default: the target's first].")
 @click.option("--context", type=click.IntRange(1), help="Tokens, prompt and answer [default: the target's].")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
+@click.option(
+    "--batch", type=click.IntRange(1), help="Sequences at once [default: 1; format hf: as many as fit, at most 256]."
+)
 @click.option("--opset", type=click.Choice(["21", "24"]), help="ONNX dialect of onnx-trt and tensorrt.")
 @click.option(
     "--builder",
@@ -58,7 +60,7 @@ def command(
     target: str,
     format: str | None,
     context: int | None,
-    batch: int,
+    batch: int | None,
     opset: str | None,
     builder: str | None,
     profiles: str | None,
@@ -153,6 +155,7 @@ def _as_json(outcome: ExportOutcome, seconds: float) -> dict[str, Any]:
         "fp16_bytes": outcome.fp16_bytes,
         "fp32_bytes": outcome.fp32_bytes,
         "notes": outcome.notes,
+        "command": outcome.command,
         "record": outcome.record,
     }
 
@@ -196,6 +199,8 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
         f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB",
         soft_wrap=True,
     )
+    if outcome.command:
+        console.print(f"{outcome.verb}: {outcome.command}", soft_wrap=True)
 
 
 def _print_sizing(console: Any, sizing: Sizing, target: str) -> None:
@@ -208,8 +213,9 @@ def _print_sizing(console: Any, sizing: Sizing, target: str) -> None:
     )
     if sizing.decode_tokens_per_s:
         prompt = min(sizing.plan.prompt, sizing.plan.context)
+        together = f" of all {sizing.plan.batch} sequences" if sizing.plan.batch > 1 else ""
         console.print(
-            f"predicted, not measured: {range_text(sizing.decode_tokens_per_s)} tokens/s, first token after "
+            f"predicted, not measured: {range_text(sizing.decode_tokens_per_s)} tokens/s{together}, first token after "
             f"{range_text(sizing.first_token_s)} s for a prompt of {prompt}",
             soft_wrap=True,
         )

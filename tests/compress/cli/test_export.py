@@ -37,11 +37,14 @@ def test_awq_then_export_chain_with_no_arguments(
     assert "verified: files equal to artifact" in exported.stdout
     assert "wrote artifacts/model-awq-w4g32-a100-hf/  hf for a100;" in exported.stdout
     assert "the same model in FP16" in exported.stdout and "files back" in exported.stderr
+    assert exported.stdout.splitlines()[-1].startswith(
+        "serve it: vllm serve artifacts/model-awq-w4g32-a100-hf --served"
+    )
     # the newest artifact, not the newest export
     again = compress("export", "--target", "orin", "--format", "hf", "--context", "64", "--json")
     result = json.loads(again.stdout)
     assert result["out"] == "artifacts/model-awq-w4g32-orin-hf" and result["requantized"] is None
-    assert result["record"]["options"] == {"context": 64, "batch": 1}
+    assert result["record"]["options"] == {"context": 64, "batch": 256}
     # evaluate takes the newest export and finds its original, from another depth of folders too
     assert compress("export", "--target", "a100", "-o", "deep/er/out", "--json").exit_code == 0
     text = tmp_path / "other.txt"
