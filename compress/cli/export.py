@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress import advice
+from compress.cli.help import Command
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from exporters.sizing.predict import DoesNotFit, Sizing
 
 
-@click.command("export")
+@click.command("export", cls=Command)
 @click.argument("artifact", required=False)
 @click.option("--target", required=True, metavar="TARGET", help="The machine; `compress targets` lists them.")
 @click.option("--format", metavar="FORMAT", help="hf, onnx, onnx-trt, tensorrt or edge [default: the target's first].")

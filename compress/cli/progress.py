@@ -14,6 +14,7 @@ from rich.table import Column
 from rich.text import Text
 
 from compress.cli.console import Console
+from compress.cli.listening import hear
 from compress.tell import Tell
 
 
@@ -118,15 +119,18 @@ class Shown(Tell):
         self._progress, self.pace = None, None
 
     def say(self, text: str) -> None:
+        hear("say", text=text)
         self._line(text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+        hear("note", text=text)
         if not self.quiet:
             self._line(f"note: {text}")
 
     def start(self, what: str, total: int) -> None:
         self.end()
+        hear("start", what=what, total=total)
         self._what, self._said, self.started = what, -1e9, self.clock()
         self.pace = Pace(total, self.clock)
         if self.live:
@@ -145,6 +149,7 @@ class Shown(Tell):
         pace = self.pace
         if pace is None:
             return
+        hear("step", what=self._what, done=done, doing=doing, found=found, resumed=resumed)
         if done is not None:
             pace.step(done, resumed=resumed)
         text = "read back" if resumed else doing or (self.describe(found) if found is not None else "")
