@@ -89,7 +89,8 @@ def command(
     places = {flag: place for flag, place in asked.items() if place is not None}
     made = [place for flag, place in places.items() if _check_writable(place, flag)]
     device = pick_device(device)
-    source = judged_as(resolve(candidate, accept=is_candidate))
+    named = resolve(candidate, accept=is_candidate)
+    source = judged_as(named)
     original = _original(source, reference)
     if data is None and not is_reference(original):
         raise ConfigError(
@@ -105,6 +106,7 @@ def command(
 
     request = EvaluationRequest(
         candidate=source.path,
+        asked=named.path,
         reference=original,
         data=data or str(calibration_data.default_evaluation()),
         threshold=gate,
