@@ -152,15 +152,16 @@ def export(
     format: str | None = None,
     out: PathLike | None = None,
     context: int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     force: bool = False,
     tell: Tell | None = None,
     **options: Any,
 ) -> ExportOutcome:
     """Turn an artifact into what a machine runs, as `compress export` does.
 
-    target: a name of `compress targets`. format: hf, onnx, onnx-trt or edge, None for the target's first. context
-    counts tokens, prompt and answer. options: the format's own, such as `opset=21` for onnx-trt.
+    target: a name of `compress targets`. format: hf, onnx, onnx-trt, tensorrt or edge, None for the target's first.
+    context counts tokens, prompt and answer; batch, sequences at once: None for one, or with hf as many as fit.
+    options: the format's own, such as `opset=21` for onnx-trt.
     """
     from compress.workspace import is_model, resolve
     from exporters.export import ExportRequest, target_named

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, Layout] = {
     "hf": HF_LAYOUT,
     "onnx": genai.LAYOUT,
     "onnx-trt": TRT_LAYOUT,
+    "tensorrt": TRT_LAYOUT,
     "edge": edge.LAYOUT,
 }
 
@@ -52,7 +53,7 @@ def check(model: StreamedModel, format: str, context: int, scheme: Scheme | None
         edge.check_config(path, config, context)
     elif format == "onnx":
         genai.check_config(path, config)
-    elif format == "onnx-trt":
+    elif format in ("onnx-trt", "tensorrt"):
         from exporters.trt.graph import architecture  # needs onnx, and says so
 
         architecture.read(model)

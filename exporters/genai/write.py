@@ -1,7 +1,7 @@
 """The `onnx` format: onnxruntime-genai's folder for a CPU, made by its builder, checked, and able to run by itself.
 
 What is in the folder: model.onnx, model.onnx.data, genai_config.json and the tokenizer, as onnxruntime-genai reads
-them, and run.py, which needs onnxruntime, numpy and tokenizers only.
+them, and run.py, which needs onnxruntime, numpy and tokenizers, and jinja2 where there is a chat template.
 
 INT4 artifacts are read by the builder; INT8 ones are put into its dense graph (`exporters.genai.int8`). Inputs that an
 artifact quantizes are quantized in the graph by the same rule. What weights alone are multiplied with is the option
@@ -40,6 +40,7 @@ from exporters.genai.bundle.run import Decoder
 from exporters.genai.check import block_linears, block_products, compare_weights, node_sources
 from exporters.genai.families import LAYOUT, check_config
 from exporters.reader import Job, Written
+from exporters.readme import FOLDER, Usage
 
 # Of the logits, relative (Frobenius), against the artifact's float32 forward. Float32 sums in another order differ by
 # about 1e-6; a rotary table, norm or weight that is wrong by one part in a thousand shows above 1e-4.
@@ -85,8 +86,22 @@ def write(job: Job) -> Written:
         },
     }
     return Written(
-        record=record, parts=parts(graph, job.staged), notes=notes(tied, activations, job.options.get("activations"))
+        record=record,
+        parts=parts(graph, job.staged),
+        notes=notes(tied, activations, job.options.get("activations")),
+        usage=USAGE,
     )
+
+
+USAGE = Usage(
+    what="An ONNX model with its tokenizer and a script that generates text on a CPU: no torch, no transformers, no "
+    "network. onnxruntime-genai reads the folder too.",
+    verb="run it",
+    command=("python3", f"{FOLDER}/run.py", "Once upon a time"),
+    needs=(f"Python 3.11 to 3.13, and {', '.join(bundle.pins())}: `pip install -r requirements.txt`",),
+    more="`--help` lists how text is drawn. Where the tokenizer has a chat template the prompt is a user's message; "
+    "`--no-chat` goes on from the bare text.",
+)
 
 
 OWN = "as the artifact quantizes them"
@@ -146,10 +161,7 @@ def _check_int8(folder: Stored, asked: str | None) -> str:
 def tolerance(folder: Stored, activations: str, expected: reference.Reference) -> float:
     """How far the export's logits may be from the artifact's, relative."""
     least = TOLERANCES.get(activations, TOLERANCES["float32"])
-    if all(scheme.input is None for scheme in folder.plan.groups()):
-        return least
-    noise = reference.input_noise(folder.checkpoint.path, expected)
-    return max(least, float(f"{OF_NOISE * noise:.3g}"))
+    return max(least, float(f"{OF_NOISE * reference.input_noise(folder.checkpoint.path, expected):.3g}"))
 
 
 def build_graph(folder: Stored, artifact: Path, scratch: Path, built: Path, activations: str) -> genai_graph.Graph:
@@ -284,10 +296,21 @@ def carry_over(built: Path, job: Job) -> None:
     """genai_config.json with the asked context as its limit, and the artifact's tokenizer and licence."""
     config = read_json(built / "genai_config.json")
     config["search"]["max_length"] = job.context
+    config["model"]["eos_token_id"] = ends(config["model"]["eos_token_id"], job.artifact)
     write_bytes_atomically(job.staged / "genai_config.json", json_bytes(config))
     for path in sorted(built.iterdir()):
         if path.name not in ("model.onnx", genai_graph.DATA, "genai_config.json"):
             shutil.copyfile(path, job.staged / path.name)
+
+
+def ends(found: int | list[int], artifact: Path) -> int | list[int]:
+    """What ends a text: what the builder `found` (config, tokenizer), and all of generation_config.json besides."""
+    path = artifact / "generation_config.json"
+    stated = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = found if isinstance(found, list) else [found]
+    more = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    every = list(dict.fromkeys([*ids, *more]))
+    return found if len(every) == len(ids) else every
 
 
 def decoded(folder: Path, expected: reference.Reference) -> Tensor:
@@ -314,7 +337,7 @@ def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
 
 
 def notes(tied: bool, activations: str, asked: str | None) -> list[str]:
-    out = ['run it: python run.py "Once upon a time" in the folder (pip install -r requirements.txt)']
+    out = []
     if tied:
         out.append("lm_head is the embedding; it is stored once")
     if activations == "int16" and asked is None:

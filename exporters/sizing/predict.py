@@ -36,15 +36,22 @@ PREFILL_TOKENS = 2048
 BUILD_BYTES_PER_PARAMETER = (3.0, 4.0)
 # Bits a weight that this version can make for each format; others are sized, and said to be plans.
 MADE_BITS: dict[str, tuple[int, ...]] = {
-    "hf": (16, 8, 4), "edge": (16, 4), "onnx-trt": (16, 4), "onnx": (16, 8, 4),
+    "hf": (16, 8, 4), "edge": (16, 4), "onnx-trt": (16, 8, 4), "tensorrt": (16, 8, 4), "onnx": (16, 8, 4),
 }  # fmt: skip
 # Numbers in the KV cache: what each format's reader takes. TensorRT's cache layer and Edge-LLM on Orin: 16 bits only;
 # vLLM's kv_cache_dtype takes 8; ONNX Runtime's CPU kernels compute in float32.
-KV_BITS: dict[str, tuple[int, ...]] = {"hf": (16, 8), "edge": (16,), "onnx-trt": (16,), "onnx": (32,)}
+KV_BITS: dict[str, tuple[int, ...]] = {
+    "hf": (16, 8), "edge": (16,), "onnx-trt": (16,), "tensorrt": (16,), "onnx": (32,)
+}  # fmt: skip
 # Weights that a token reads, at least, for speeds to be predicted: the smallest model with published runs reads 0.54 GB
 # (Qwen3-0.6B, INT4). Below, launching kernels costs more than reading, and no roofline holds.
 PREDICTED_FROM_BYTES = 500_000_000
-_ENGINES = ("edge", "onnx-trt")
+_ENGINES = ("edge", "onnx-trt", "tensorrt")
+# Formats whose server takes sequences as they come and shares its memory among them; elsewhere a batch is built in.
+SERVED = ("hf",)
+# Sequences that launch files ask for at most where nobody said how many: a cap of ours. Each sequence more makes all of
+# them wait longer for their next token.
+MOST_SEQUENCES = 256
 _STEP = 256
 
 
@@ -296,6 +303,11 @@ def check(model: Model, plan: Plan, target: Target) -> Sizing:
         sizing,
         suggestions,
     )
+
+
+def most_sequences(model: Model, plan: Plan, target: Target, most: int = MOST_SEQUENCES) -> int:
+    """How many sequences of the plan's context fit at once, at most `most`; 0 when not even one does."""
+    return _largest(most, lambda n: size(model, replace(plan, batch=n), target).fits)
 
 
 def what_fits(model: Model, plan: Plan, target: Target) -> list[Suggestion]:

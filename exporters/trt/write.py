@@ -14,9 +14,11 @@ from compress.artifact import carried_files
 from compress.errors import ConfigError
 from compress.files import json_bytes, write_bytes_atomically
 from compress.model import StreamedModel
+from compress.plan import LayerPlan
 from compress.runtime.ort import open_session
 from exporters import reference
 from exporters.reader import Job, Written
+from exporters.readme import FOLDER, Usage
 from exporters.trt.graph import architecture, engine, run
 from exporters.trt.graph.build_engine import available_bytes
 from exporters.trt.graph.decoder import DIALECTS
@@ -36,6 +38,8 @@ CHECK_COPIES = 2.2
 # float32, to 1e-5; here a wrong weight or a lost layer is caught.
 UNIT_ROUNDOFF = 2.0**-11
 SAFETY = 4.0
+# Two roundings of the same inputs that are independent of each other differ by 1.4 times what one of them changes.
+OF_NOISE = 1.5
 
 
 def tolerance(num_layers: int) -> float:
@@ -66,7 +70,6 @@ def write(job: Job) -> Written:
     plan = engine.plan(arch, context=job.context, batch=job.batch, opset=opset, quantized=quantized)
     write_bytes_atomically(job.staged / engine.PLAN, json_bytes(plan))
     write_bytes_atomically(job.staged / engine.SCRIPT, engine.script())
-    write_bytes_atomically(job.staged / "README.md", engine.readme(plan, arch).encode())
     job.say("running it on ONNX Runtime's CPU provider: 16 tokens, then 32 one by one")
     verified = verify(job.artifact, job.staged, len(arch.layers))
     return Written(
@@ -74,14 +77,30 @@ def write(job: Job) -> Written:
             "opset": opset,
             "capacity": job.context,
             "batch": job.batch,
-            "precision": "int4" if counts["quantized_layers_compared"] else "float16",
+            "precision": precision(job.source.plan),
             "versions": run.versions(),
             "lint": counts,
             "verified": verified,
         },
         parts=parts,
         notes=["no TensorRT engine was built or run: build_engine.py does that on the device"],
+        usage=Usage(
+            what=f"An ONNX graph of {arch.model_type} (opset {opset}) for TensorRT, its weights and tokenizer.",
+            verb="build its engine on the device",
+            command=("python3", f"{FOLDER}/{engine.SCRIPT}"),
+            needs=(f"TensorRT from {'.'.join(map(str, plan['minimum_tensorrt']))} on, with its Python package",),
+            more=engine.readme(plan, arch),
+        ),
     )
+
+
+def precision(plan: LayerPlan) -> str:
+    """What the graph's products are computed from, in words."""
+    kinds = {
+        "float16" if scheme.weight is None else f"int{scheme.weight.num_bits}" + (" x int8" if scheme.input else "")
+        for scheme in plan.groups()
+    }
+    return " and ".join(sorted(kinds)) or "float16"
 
 
 def _refuse_small_memory(data_bytes: int) -> None:
@@ -109,7 +128,11 @@ def _tenths(job: Job) -> Callable[[int, int], None]:
 
 
 def verify(artifact: Path, folder: Path, num_layers: int) -> dict[str, float]:
-    """Run the written graph and compare; ArtifactError when it differs from the artifact by more than float16 does."""
+    """Run the written graph and compare; ArtifactError when it differs from the artifact by more than float16 does.
+
+    Where inputs are rounded, float16 moves many of them over the middle between two codes: `reference.input_noise`.
+    """
     wanted = reference.of_artifact(artifact)
     found = run.logits_TV(open_session(folder / GRAPH), wanted.ids_T, wanted.prefill)
-    return reference.compare(found, wanted, tolerance=tolerance(num_layers), what=str(folder / GRAPH))
+    allowed = max(tolerance(num_layers), float(f"{OF_NOISE * reference.input_noise(artifact, wanted):.3g}"))
+    return reference.compare(found, wanted, tolerance=allowed, what=str(folder / GRAPH))

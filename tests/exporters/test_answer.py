@@ -91,6 +91,12 @@ def test_what_no_stage_takes(family: str, sizes: dict[str, Any], said: str, tmp_
     [
         ({}, ["orin"], ["awq", "MODEL", "--bits", "4", "--sym"]),
         ({"scheme": "w8a16"}, ["orin"], ["awq", "MODEL", "--bits", "4", "--sym"]),
+        ({}, ["orin", "--format", "onnx-trt"], ["int8", "MODEL", "--static"]),
+        (
+            {"scheme": "w8a16", "group_size": 32},
+            ["orin", "--format", "onnx-trt"],
+            ["int8", "MODEL", "--scheme", "w8a16"],
+        ),
     ],
 )
 def test_int8_that_a_reader_does_not_take_is_refused_with_the_command_that_works(

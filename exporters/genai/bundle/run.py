@@ -1,4 +1,4 @@
-"""Generate text from this folder with nothing but onnxruntime, numpy and tokenizers.
+"""Generate text from this folder with nothing but onnxruntime, numpy and tokenizers, and jinja2 for chats.
 
     pip install -r requirements.txt
     python run.py "Once upon a time"
@@ -6,7 +6,8 @@
     echo "a long prompt" | python run.py -
 
 Text goes to standard output as it is made; first-token time, tokens per second and peak memory go to standard error.
-No network, no torch, no transformers. The prompt is used as it is: no chat template.
+No network, no torch, no transformers. Where the tokenizer has a chat template, the prompt is a user's message and the
+template writes it out (jinja2 runs it in its sandbox); --no-chat goes on from the bare text.
 
 Shapes: T tokens, V vocabulary, B batch (1), K KV heads, C capacity of the cache in tokens, D size of a head
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,16 +34,19 @@ except ImportError as e:  # pragma: no cover - the message is the point
 
 HERE = Path(__file__).resolve().parent
 CHUNK = 128  # tokens of the prompt run at once: bounds the logits at CHUNK * V floats
+CGROUP = Path("/sys/fs/cgroup")
+SAFE_JINJA = (3, 1, 6)  # templates come with models; older sandboxes have known escapes
 
 
 class Decoder:
     """The model and its KV cache.
 
     Keys and values live in buffers of `capacity` tokens that are bound once as past and as present, so a step writes
-    one row of each and copies nothing. `folder` holds model.onnx and genai_config.json.
+    one row of each and copies nothing. `folder` holds model.onnx and genai_config.json. spin: threads that wait for
+    work burn their core instead of sleeping.
     """
 
-    def __init__(self, folder: Path, capacity: int, threads: int = 0) -> None:
+    def __init__(self, folder: Path, capacity: int, threads: int = 0, spin: bool = False) -> None:
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         decoder = config["decoder"]
         self.context_length = int(config["context_length"])
@@ -49,7 +54,9 @@ class Decoder:
         eos = config["eos_token_id"]
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or len(available_cores())
+        options.intra_op_num_threads = threads or available_cores()
+        for kind in ("intra", "inter"):
+            options.add_session_config_entry(f"session.{kind}_op.allow_spinning", str(int(spin)))
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(
             str(folder / decoder["filename"]), options, providers=["CPUExecutionProvider"]
@@ -172,11 +179,98 @@ class TextStream:
         return str(after[len(before) :])
 
 
-def available_cores() -> Sequence[int]:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return range(os.cpu_count() or 1)
+def available_cores(cgroup: Path = CGROUP) -> int:
+    """As many cores as this process may use: those of its affinity, and no more than its container is given."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        limit, period = (cgroup / "cpu.max").read_text().split()[:2]
+        return cores if limit == "max" else max(1, min(cores, round(int(limit) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):
+        return cores
+
+
+def chat_template(folder: Path) -> str | None:
+    """The template that lies with the tokenizer, where transformers looks for it; None without one."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = tokenizer_config(folder).get("chat_template")
+    if isinstance(found, list):  # several, each with a name
+        found = next((t["template"] for t in found if t["name"] == "default"), None)
+    return found or None
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def render(template: str, text: str, config: dict[str, Any]) -> str:
+    """`text` as a user's message, and the opening of the answer, as `template` writes them; `config`: tokenizer_config.
+
+    The environment is that of transformers' chat templates. Exits with one sentence where jinja2 is absent or too old,
+    or where the template refuses.
+    """
+    try:
+        import jinja2
+        from jinja2 import ext, nodes, sandbox
+    except ImportError:
+        sys.exit(
+            "error: the chat template beside this model needs jinja2, which is not installed; pip install -r "
+            f"{shlex.quote(str(HERE / 'requirements.txt'))}, or pass --no-chat"
+        )
+    if tuple(int(n) for n in jinja2.__version__.split(".")[:3] if n.isdigit()) < SAFE_JINJA:
+        wanted = ".".join(map(str, SAFE_JINJA))
+        sys.exit(
+            f"error: jinja2 {jinja2.__version__} has a sandbox with known holes, and chat templates are programs; pip "
+            f"install 'jinja2>={wanted}', or pass --no-chat"
+        )
+
+    class Generation(ext.Extension):
+        """`{% generation %}` marks the assistant's words for training; here its body is just written."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            next(parser.stream)
+            body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return body
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda x, ensure_ascii=False, **how: json.dumps(x, ensure_ascii=ensure_ascii, **how)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = time.strftime
+    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
+    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()}
+    messages = [{"role": "user", "content": text}]
+    try:
+        return environment.from_string(template).render(
+            **{k: v for k, v in tokens.items() if isinstance(v, str)},
+            messages=messages,
+            tools=None,  # given as transformers gives them: templates ask whether they are none
+            documents=None,
+            add_generation_prompt=True,
+        )
+    except Exception as e:  # templates are programs: they raise whatever they like
+        reason = " ".join(str(e).split()) or type(e).__name__
+        sys.exit(f"error: the chat template beside this model fails ({reason[:160]}); pass --no-chat")
+
+
+def prompt_ids(tokenizer: Any, text: str, chat: bool | None) -> tuple[list[int], bool]:
+    """The prompt's tokens, and whether a chat template wrote it out; chat None: where there is one."""
+    template = None if chat is False else chat_template(HERE)
+    if template is None:
+        if chat:
+            sys.exit(f"error: --chat: {HERE} has no chat template; leave --chat out")
+        return list(tokenizer.encode(text).ids), False
+    rendered = render(template, text, tokenizer_config(HERE))  # it writes special tokens itself
+    return list(tokenizer.encode(rendered, add_special_tokens=False).ids), True
 
 
 def seconds_since_start() -> float:
@@ -201,13 +295,21 @@ def peak_mib() -> float:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate text from this folder's model.")
-    parser.add_argument("prompt", help="the text to go on from; - reads standard input")
+    parser.add_argument("prompt", help="what to answer, or the text to go on from; - reads standard input")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="write the prompt out with the tokenizer's chat template; default: where it has one",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that sum to P")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; the same seed gives the same text")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: every core of this process")
+    parser.add_argument(
+        "--spin", action="store_true", help="threads that wait keep their core busy: for an idle machine"
+    )
     parser.add_argument("--ids", action="store_true", help="print token ids, one a line, instead of text")
     parser.add_argument("--json", action="store_true", help="the figures on standard error as one line of JSON")
     options = parser.parse_args(arguments)
@@ -232,10 +334,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(f"error: tokenizers is not installed; pip install -r {HERE / 'requirements.txt'}")
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
-    prompt = tokenizer.encode(text).ids
+    if not text:
+        sys.exit("error: the prompt has no token; write at least one character")
+    prompt, chat = prompt_ids(tokenizer, text, options.chat)
     if not prompt:
         sys.exit("error: the prompt has no token; write at least one character")
-    decoder = Decoder(HERE, capacity=len(prompt) + options.max_new_tokens, threads=options.threads)
+    decoder = Decoder(HERE, len(prompt) + options.max_new_tokens, options.threads, options.spin)
     if len(prompt) >= decoder.context_length:
         sys.exit(
             f"error: the prompt has {len(prompt)} tokens, and the model's context is {decoder.context_length}; "
@@ -256,15 +360,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     sys.stdout.write("" if options.ids else stream.finish() + "\n")
     sys.stdout.flush()
-    report(options.json, len(prompt), begun, first, times)
+    report(options.json, len(prompt), chat, begun, first, times)
     return 0
 
 
-def report(as_json: bool, prompt_tokens: int, begun: float, first: float, times: Sequence[float]) -> None:
+def report(as_json: bool, prompt_tokens: int, chat: bool, begun: float, first: float, times: Sequence[float]) -> None:
     """The figures, on standard error. Decoding speed leaves out the first token, which pays for the prompt."""
     decoding = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
     figures = {
         "prompt_tokens": prompt_tokens,
+        "chat": chat,
         "new_tokens": len(times),
         "prefill_seconds": round(times[0] - begun, 4) if times else None,
         "first_token_seconds": round(first, 4) if times else None,
@@ -276,7 +381,8 @@ def report(as_json: bool, prompt_tokens: int, begun: float, first: float, times:
         print(json.dumps(figures), file=sys.stderr)
         return
     print(
-        f"[{prompt_tokens} prompt tokens, {len(times)} new; "
+        f"[{prompt_tokens} prompt tokens{' with the chat template' if chat else ''}, {len(times)} new; "
+        + ("" if times else "the model ended the text at once; ")
         + (f"first token {first:.2f} s after start, {times[0] - begun:.3f} s of it the prompt; " if times else "")
         + (f"{decoding:.0f} tokens/s; " if decoding else "")
         + f"peak {figures['peak_rss_mib']:.0f} MiB]",

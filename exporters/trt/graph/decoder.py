@@ -79,7 +79,7 @@ class Decoder:
         return name
 
     def linear(self, x: str, layer: str, part: str = LINEARS) -> str:
-        """`x W (+ bias)`; a quantized W is dequantized by the graph. INT8 with quantized activations would go here."""
+        """`x W (+ bias)`; a quantized W, and an x with a range, are codes in the graph that it dequantizes."""
         return self._product(x, [layer], layer, part)
 
     def siblings(self, x: str, layers: Sequence[str], name: str) -> list[str]:
@@ -94,7 +94,13 @@ class Decoder:
         g, w = self.g, self.weights
         has_bias = w.has(f"{layers[0]}.bias")
         product = f"{name}/product" if has_bias else name
-        if w.is_quantized(layers[0]):
+        scheme = w.scheme(layers[0])
+        if scheme is not None and scheme.weight is not None and scheme.weight.num_bits == 8:
+            step = w.input_scale(layers[0])
+            x = x if step is None else self._rounded(x, step)
+            pair = w.int8_KN(layers, name, part)
+            matrix = g.op("DequantizeLinear", [g.weight(t) for t in pair], f"{name}/dequantized", axis=1)
+        elif scheme is not None:
             codes, scales, block_size = w.int4_KN(layers, name, part)
             inputs = [g.weight(codes), g.weight(scales)]
             matrix = g.op("DequantizeLinear", inputs, f"{name}/dequantized", axis=0, block_size=block_size)
@@ -102,6 +108,13 @@ class Decoder:
             matrix = g.weight(w.dense_KN(layers, name, part))
         out = g.op("MatMul", [x, matrix], product)
         return g.op("Add", [out, g.weight(w.biases(layers, name))], name) if has_bias else out
+
+    def _rounded(self, x: str, step: float) -> str:
+        """x as INT8 codes with one step, and back: what TensorRT computes an INT8 product from."""
+        g = self.g
+        pair = [g.scalar(step), g.scalar(0, onnx.TensorProto.INT8)]
+        codes = g.op("QuantizeLinear", [x, *pair], f"{x}/codes_{step!r}")
+        return g.op("DequantizeLinear", [codes, *pair], f"{x}/rounded_{step!r}")
 
     # ---- one layer -------------------------------------------------------------------------------
 

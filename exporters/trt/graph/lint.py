@@ -18,11 +18,12 @@ import onnx
 
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
-from compress.formats import stored
+from compress.formats import Stored, stored
+from compress.formats.second_reader import as_float32
 from exporters.trt.graph.decoder import GATE_UP, QKV
 from exporters.trt.graph.external import packed_bytes, place, read_bytes
 
-INT4 = onnx.TensorProto.INT4
+INT4, INT8 = onnx.TensorProto.INT4, onnx.TensorProto.INT8
 # Larger than any shape, axis list or scalar of the graph; smaller than any weight.
 MAX_INLINE_BYTES = 1024
 
@@ -31,8 +32,11 @@ SIBLINGS = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj
 # Operators of each dialect. The first set is in the table of onnx-tensorrt 10.1 (docs/operators.md) with the types used
 # here; the rest came with 10.14 and 10.15.
 BASIC = frozenset(
-    "Add And Cast Concat DequantizeLinear Div Expand Gather Gelu Gemm Greater LessOrEqual MatMul Mul Range ReduceMean "
-    "Reshape ScatterND Shape Sigmoid Softmax Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where".split()
+    (
+        "Add And Cast Concat DequantizeLinear Div Expand Gather Gelu Gemm Greater LessOrEqual MatMul Mul "
+        "QuantizeLinear Range ReduceMean Reshape ScatterND Shape Sigmoid Softmax Split Sqrt Squeeze Sub Tanh Tile "
+        "Transpose Unsqueeze Where"
+    ).split()
 )
 OPERATORS = {21: BASIC, 24: BASIC | {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter"}}
 
@@ -55,15 +59,19 @@ def lint(path: Path, artifact: Path, opset: int) -> dict[str, int]:
     _check_attention(path, model)
     _check_siblings(path, model)
     compared = 0
-    for node in model.graph.node:
-        if node.op_type == "DequantizeLinear":
-            _check_dequantize(path, node, model, tensors)
-    found = {n.input[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    quantizers = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    rounded = {n.output[0] for n in quantizers}
+    found = {n.input[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in rounded}
+    for node in found.values():
+        _check_dequantize(path, node, model, tensors)
+    for node in quantizers:
+        _check_quantize(path, node, model, tensors)
     covered: dict[str, int] = {}
     folder = stored(Checkpoint.open(artifact))
     widths = {layer: folder.shape(layer)[0] for layer in folder.layers}
     for layer, codes_KN, scales_GN in quantized_layers(artifact):
         _compare(path, layer, codes_KN, scales_GN, found, tensors, widths, covered)
+        _compare_input(path, folder, layer, found, model, tensors, widths)
         compared += 1
     for name in found:
         width = tensors[name].dims[1]
@@ -75,20 +83,34 @@ def lint(path: Path, artifact: Path, opset: int) -> dict[str, int]:
 
 
 def quantized_layers(artifact: Path) -> Iterator[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """Name, codes as signed values `[K, N]` and float16 scales `[G, N]` of each quantized layer of a folder."""
+    """Name, codes as signed values `[K, N]` and scales `[G, N]`, float32, of each quantized layer of a folder."""
     folder = stored(Checkpoint.open(artifact))
     for layer in folder.layers:
-        again = folder.read_again(layer)
-        if (again["zero_points"][1] != 8).any():
-            raise ArtifactError(f"{artifact}: {layer} has a zero point that is not 8, which no blocked INT4 can hold")
-        yield layer, again["codes"][1].T.astype(np.int8) - 8, again["scales"][1].T.view(np.float16)
+        again, weight = folder.read_again(layer), folder.scheme(layer).weight
+        assert weight is not None
+        middle = 1 << (weight.num_bits - 1)
+        if (again["zero_points"][1] != middle).any():
+            raise ArtifactError(
+                f"{artifact}: {layer} has a zero point that is not {middle}, which TensorRT's integers cannot hold"
+            )
+        yield layer, (again["codes"][1].T.astype(np.int16) - middle).astype(np.int8), as_float32(again["scales"]).T
 
 
-def products(path: Path) -> list[str]:
-    """Names of the MatMul nodes whose weight the graph dequantizes, in the graph's order."""
+def products(path: Path) -> dict[int, list[str]]:
+    """Names of the MatMul nodes whose weight the graph dequantizes, in the graph's order, by its bits: 4 and 8."""
     model = onnx.load(str(path), load_external_data=False)
-    dequantized = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
-    return [n.name for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in dequantized]
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    bits = {INT4: 4, INT8: 8}
+    dequantized = {
+        n.output[0]: bits[types[n.input[0]]]
+        for n in model.graph.node
+        if n.op_type == "DequantizeLinear" and n.input[0] in types
+    }
+    found: dict[int, list[str]] = {4: [], 8: []}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in dequantized:
+            found[dequantized[node.input[1]]].append(node.name)
+    return found
 
 
 def _check_dialect(path: Path, model: onnx.ModelProto, opset: int) -> None:
@@ -192,16 +214,25 @@ def _check_siblings(path: Path, model: onnx.ModelProto) -> None:
 def _check_dequantize(
     path: Path, node: onnx.NodeProto, model: onnx.ModelProto, tensors: dict[str, onnx.TensorProto]
 ) -> None:
-    """Blocked INT4 as TensorRT takes it: no zero point, blocks along the axis that the product sums over."""
+    """Integers as TensorRT takes them, without zero point: INT4 in blocks along the axis that the product sums over,
+    INT8 with a scale for each of its columns."""
     if len(node.input) != 2:
-        raise ArtifactError(f"{path}: {node.name} has a zero point input; TensorRT's INT4 is symmetric, leave it out")
+        raise ArtifactError(
+            f"{path}: {node.name} has a zero point input; TensorRT's weights are symmetric, leave it out"
+        )
     codes, scales = (tensors.get(name) for name in node.input)
-    if codes is None or scales is None or codes.data_type != INT4:
-        raise ArtifactError(f"{path}: {node.name} must dequantize a constant INT4 weight with constant scales")
+    if codes is None or scales is None or codes.data_type not in (INT4, INT8):
+        raise ArtifactError(f"{path}: {node.name} must dequantize a constant INT4 or INT8 weight with constant scales")
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     axis, block_size = attributes.get("axis", 1), attributes.get("block_size", 0)
     in_features, out_features = codes.dims
-    if axis != 0 or not block_size or list(scales.dims) != [in_features // block_size, out_features]:
+    if codes.data_type == INT8:
+        if axis != 1 or block_size or list(scales.dims) != [out_features]:
+            raise ArtifactError(
+                f"{path}: {node.name} has axis {axis}, block_size {block_size} and scales {list(scales.dims)} for INT8 "
+                f"codes {list(codes.dims)}; each column along axis 1 has one scale"
+            )
+    elif axis != 0 or not block_size or list(scales.dims) != [in_features // block_size, out_features]:
         raise ArtifactError(
             f"{path}: {node.name} has axis {axis}, block_size {block_size} and scales {list(scales.dims)} for codes "
             f"{list(codes.dims)}; blocks must lie along axis 0"
@@ -213,6 +244,47 @@ def _check_dequantize(
     if users[0].name not in (layer, f"{layer}/product"):
         raise ArtifactError(
             f"{path}: the weight of {layer} is multiplied by in {users[0].name}; each belongs to its own layer"
+        )
+
+
+def _check_quantize(
+    path: Path, node: onnx.NodeProto, model: onnx.ModelProto, tensors: dict[str, onnx.TensorProto]
+) -> None:
+    """Inputs as TensorRT takes them: one scale, a zero point of 0, and straight back, into first inputs of products."""
+    scale, zero = (tensors.get(name) for name in node.input[1:])
+    if scale is None or zero is None or list(scale.dims) or zero.data_type != INT8 or onnx.numpy_helper.to_array(zero):
+        raise ArtifactError(f"{path}: {node.name} must quantize to INT8 with one constant scale and a zero point of 0")
+    back = [n for n in model.graph.node if node.output[0] in n.input]
+    if [n.op_type for n in back] != ["DequantizeLinear"] or list(back[0].input[1:]) != list(node.input[1:]):
+        raise ArtifactError(f"{path}: what {node.name} gives must be dequantized once, with the same scale")
+    users = [n for n in model.graph.node if back[0].output[0] in n.input]
+    if not users or any(n.op_type != "MatMul" or n.input[0] != back[0].output[0] for n in users):
+        raise ArtifactError(f"{path}: what {node.name} rounds must be the first input of MatMul nodes and nothing else")
+
+
+def _compare_input(
+    path: Path,
+    folder: Stored,
+    layer: str,
+    found: dict[str, onnx.NodeProto],
+    model: onnx.ModelProto,
+    tensors: dict[str, onnx.TensorProto],
+    widths: Mapping[str, int],
+) -> None:
+    """A layer's product takes its inputs rounded with the artifact's step, or as they are where that has none."""
+    name, _ = _place(layer, found, widths)
+    assert name is not None
+    product = next(n for n in model.graph.node if found[name].output[0] in n.input)
+    makers = {n.output[0]: n for n in model.graph.node}
+    back = makers.get(product.input[0])
+    step = None
+    if back is not None and back.op_type == "DequantizeLinear":
+        step = float(onnx.numpy_helper.to_array(tensors[back.input[1]]))
+    again = folder.read_again(layer) if folder.scheme(layer).input is not None else {}
+    wanted = float(as_float32(again["input_scale"]).reshape(-1)[0]) if again else None
+    if step != wanted:
+        raise ArtifactError(
+            f"{path}: the inputs of {layer} are rounded with a step of {step}, those of the artifact with {wanted}"
         )
 
 
@@ -236,11 +308,14 @@ def _compare(
     codes, scales = (tensors[n] for n in found[name].input)
     columns = slice(first, first + codes_KN.shape[1])
     covered[name] = covered.get(name, 0) + codes_KN.shape[1]
-    written = unpack_int4(read_bytes(path.parent, codes), tuple(codes.dims))[:, columns]
+    data, dims = read_bytes(path.parent, codes), tuple(codes.dims)
+    written = unpack_int4(data, dims) if codes.data_type == INT4 else np.frombuffer(data, np.int8).reshape(dims)
+    written = written[:, columns]
     if written.shape != codes_KN.shape or (written != codes_KN).any():
         raise ArtifactError(f"{path}: the codes of {layer} are not the artifact's")
     dtype = onnx.helper.tensor_dtype_to_np_dtype(scales.data_type)
-    values = np.frombuffer(read_bytes(path.parent, scales), dtype).reshape(tuple(scales.dims))[:, columns]
+    values = np.frombuffer(read_bytes(path.parent, scales), dtype).reshape(-1, codes.dims[1])[:, columns]
+    scales_GN = scales_GN.astype(dtype)
     if values.shape != scales_GN.shape or (values != scales_GN).any() or not (values > 0).all():
         raise ArtifactError(f"{path}: the scales of {layer} are not the artifact's, or not positive")
 

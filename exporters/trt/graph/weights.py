@@ -17,8 +17,10 @@ from compress.dense import read_dense
 from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import awq_gemm
 from compress.model import StreamedModel
+from compress.plan import LayerScheme
 from compress.quantized import QuantizedWeight
 from exporters.trt.graph.external import Stored
+from exporters.trt.layout import LAYOUT
 
 ROWS_BYTES = 64 << 20
 _NUMPY: dict[int, Any] = {onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.FLOAT: np.float32}
@@ -37,10 +39,12 @@ class Weights:
         self.used: set[str] = set()
         self._names: dict[str, Any] = model.model.state_dict(keep_vars=True)
         self.stored = model.stored
-        if self.stored.format not in (None, awq_gemm):
+        other = next((s for s in self.stored.plan.groups() if not LAYOUT.takes_int8(s)), None)
+        if self.stored.format not in (None, awq_gemm) and other is not None:
             raise UnsupportedError(
-                f"{self.checkpoint.path}: onnx-trt reads AutoAWQ gemm folders and plain ones, not "
-                f"{self.stored.format.NAME}; quantize the original with `compress awq --bits 4 --sym`"
+                f"{self.checkpoint.path}: of {self.stored.format.NAME} folders onnx-trt reads INT8 with one scale a "
+                f"row and inputs as floats or static, not {other.label()}; quantize the original with `compress awq "
+                "--bits 4 --sym`"
             )
         self._last: tuple[tuple[str, ...], list[QuantizedWeight]] | None = None
 
@@ -62,12 +66,24 @@ class Weights:
         return self.model.source_name(f"{layer}.weight").removesuffix(".weight") in self.stored
 
     def joins(self, layers: Sequence[str]) -> bool:
-        """Whether linears of one input can be one: all plain or all of one scheme, all or none with a bias."""
-        schemes = {
-            self.stored.scheme(source).weight if source in self.stored else None
-            for source in (self.model.source_name(f"{layer}.weight").removesuffix(".weight") for layer in layers)
-        }
-        return len(schemes) == 1 and len({self.has(f"{layer}.bias") for layer in layers}) == 1
+        """Whether linears of one input can be one: all plain or all of one scheme (and range of inputs), all or none
+        with a bias."""
+        kinds = {(self.scheme(layer), self.input_scale(layer)) for layer in layers}
+        return len(kinds) == 1 and len({self.has(f"{layer}.bias") for layer in layers}) == 1
+
+    def scheme(self, layer: str) -> LayerScheme | None:
+        """What a layer is in the folder, None for a plain one."""
+        source = self.model.source_name(f"{layer}.weight").removesuffix(".weight")
+        return self.stored.scheme(source) if source in self.stored else None
+
+    def input_scale(self, layer: str) -> float | None:
+        """The step of a layer's inputs where they have one range for all tokens, else None."""
+        scheme = self.scheme(layer)
+        if scheme is None or scheme.input is None:
+            return None
+        static = self.stored.static(self.model.source_name(f"{layer}.weight").removesuffix(".weight"))
+        assert static is not None
+        return float(static.scale)
 
     def size(self, name: str) -> tuple[int, ...]:
         """A parameter's shape, from the model's definition."""
@@ -158,6 +174,25 @@ class Weights:
                 name=f"{weight}.scales", data_type=float_type, dims=(groups, out_features), chunks=scales, part=part
             ),
             in_features // groups,
+        )
+
+    def int8_KN(self, layers: Sequence[str], name: str, part: str) -> tuple[Stored, Stored]:
+        """Quantized linears of one input as one: INT8 codes `[K, N]` in -128..127 and scales `[N]`."""
+        sources = [self.source(f"{layer}.weight").removesuffix(".weight") for layer in layers]
+        sizes = [self.size(f"{layer}.weight") for layer in layers]
+        in_features, out_features = sizes[0][1], sum(n for n, _ in sizes)
+
+        def codes() -> Iterator[bytes]:
+            yield torch.cat([q.signed_OI() for q in self._codes(sources)]).t().contiguous().numpy().tobytes()
+
+        def scales() -> Iterator[bytes]:
+            scale_N = torch.cat([q.scale_OG for q in self._codes(sources)]).reshape(-1)
+            yield self._bytes(scale_N.float(), f"{sources[0]}.weight_scale")
+
+        weight, int8 = f"{name}.weight", onnx.TensorProto.INT8
+        return (
+            Stored(name=f"{weight}.codes", data_type=int8, dims=(in_features, out_features), chunks=codes, part=part),
+            Stored(name=f"{weight}.scales", data_type=self.float_type, dims=(out_features,), chunks=scales, part=part),
         )
 
     def _codes(self, sources: Sequence[str]) -> list[QuantizedWeight]:

@@ -37,11 +37,14 @@ def test_awq_then_export_chain_with_no_arguments(
     assert "verified: files equal to artifact" in exported.stdout
     assert "wrote artifacts/model-awq-w4g32-a100-hf/  hf for a100;" in exported.stdout
     assert "the same model in FP16" in exported.stdout and "files back" in exported.stderr
+    assert exported.stdout.splitlines()[-1].startswith(
+        "serve it: vllm serve artifacts/model-awq-w4g32-a100-hf --served"
+    )
     # the newest artifact, not the newest export
     again = compress("export", "--target", "orin", "--format", "hf", "--context", "64", "--json")
     result = json.loads(again.stdout)
     assert result["out"] == "artifacts/model-awq-w4g32-orin-hf" and result["requantized"] is None
-    assert result["record"]["options"] == {"context": 64, "batch": 1}
+    assert result["record"]["options"] == {"context": 64, "batch": 256}
     # evaluate takes the newest export and finds its original, from another depth of folders too
     assert compress("export", "--target", "a100", "-o", "deep/er/out", "--json").exit_code == 0
     text = tmp_path / "other.txt"
@@ -90,7 +93,8 @@ def test_too_big_gives_the_breakdown_and_what_would_fit(compress: Any) -> None:
         (("export", "--target", "z80"), 1, "there is no such target; known are a100-40g, a100"),
         (("export", "nowhere", "--target", "a100"), 1, "nowhere: no such folder"),
         (("export", "--target", "lambda", "--format", "hf"), 1, "the readers of lambda take onnx"),
-        (("export", "--target", "a100", "--opset", "24"), 1, "only the format onnx-trt has dialects, not hf"),
+        (("export", "--target", "a100", "--opset", "24"), 1, "only the formats onnx-trt and tensorrt have dialects"),
+        (("export", "--target", "a100", "--profiles", "one"), 1, "only the format tensorrt builds engines, not hf"),
         (("export", "--target", "a100", "--opset", "22"), 2, "--opset"),
         (("export", "--target", "cpu", "--no-modelopt"), 1, "only the format hf has a ModelOpt folder, not onnx"),
         (("export", "--target", "a100", "--context", "9999"), 1, "was made for at most 2048 tokens"),

@@ -289,3 +289,11 @@ def test_the_builders_own_failure_is_told(build_model: Any, tmp_path: Path) -> N
     """An activation that it does not know: its last words, and nothing is left behind."""
     folder = with_config(build_model("Llama"), tmp_path, hidden_act="mish")
     refused(folder, tmp_path, UnsupportedError, "not supported by onnx yet: .*builder stopped.*mish")
+
+
+def test_every_end_of_text_is_written(tmp_path: Path) -> None:
+    """A chat model has several: what ends a turn, and what ends a text."""
+    assert onnx_genai.ends(2, tmp_path) == 2
+    for stated, found, wanted in ((2, 2, 2), ([2, 7], 2, [2, 7]), ([9, 2], [2, 5], [2, 5, 9]), (None, [2], [2])):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+        assert onnx_genai.ends(found, tmp_path) == wanted

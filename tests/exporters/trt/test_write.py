@@ -11,9 +11,8 @@ import onnx
 import pytest
 
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
-from compress.formats import compressed_tensors
-from compress.plan import LayerPlan, LayerScheme
 from compress.quantize.awq_stage import AwqRequest, quantize_awq
+from compress.quantize.int8_stage import Int8Request, quantize_int8
 from compress.scheme import Scheme
 from compress.tell import Heard
 from compress.workspace import resolve
@@ -52,7 +51,7 @@ def test_folder_of_a_quantized_artifact(quantized: Any, tmp_path: Path) -> None:
     tell = Heard()
     written = write(quantized(True), folder, tell=tell)
     assert {p.name for p in folder.iterdir()} == {
-        GRAPH, DATA, "build.json", "build_engine.py", "README.md", "generation_config.json", "tokenizer.json",
+        GRAPH, DATA, "build.json", "build_engine.py", "generation_config.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
     assert (written.record["precision"], written.record["opset"]) == ("int4", 24)
@@ -147,10 +146,13 @@ def test_absent_onnx_is_one_sentence() -> None:
     assert run.returncode == 1 and "ConfigError: onnx-trt needs the package onnx; pip install" in run.stderr
 
 
-def test_other_quantization_methods_are_refused(build_model: Any, tmp_path: Path) -> None:
-    folder = build_model()
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = compressed_tensors.config(LayerPlan({"l": LayerScheme(weight=Scheme())}))
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="reads AutoAWQ gemm folders and plain ones, not compressed-tensors"):
-        write(folder, tmp_path / "out")
+def test_int8_that_tensorrt_does_not_take_is_refused(build_model: Any, calib_text: Path, tmp_path: Path) -> None:
+    source, options = resolve(str(build_model())), {"calib": str(calib_text), "samples": 2, "seq_len": 64}
+    for name, said, changes in (
+        ("by-token", "w8-sym-a8", {}),
+        ("zeros", "w8-sym-a8-asym-static", {"static": True, "sym_activations": False}),
+        ("groups", "w8g32-sym", {"scheme": "w8a16", "group_size": 32}),
+    ):
+        request = Int8Request(source=source, out=tmp_path / name, effort="fast", **options, **changes)
+        with pytest.raises(UnsupportedError, match=f"reads INT8 with one scale a row .*, not {said}"):
+            write(quantize_int8(request).out, tmp_path / f"{name}-out")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.model import StreamedModel
-from exporters.genai.bundle import FILES
+from exporters.genai.bundle import FILES, pins
 
 pytest.importorskip("onnxruntime", reason="ONNXRUNTIME ABSENT: the bundle was not tested")
 
@@ -75,6 +75,119 @@ def test_greedy_without_torch(exported: tuple[Path, Path], bare: dict[str, str])
     spoken = call(folder, bare, "-", "--max-new-tokens", "10", text=PROMPT)
     assert spoken.stdout == tokenizer.decode(tokenizer.encode(PROMPT).ids + wanted)[len(PROMPT) :] + "\n"
     assert "tokens/s" in spoken.stderr
+
+
+CHAT = (
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}{{ '<|system|>\\n' }}{% endif %}"
+    "{{ '<|' + message.role + '|>' + message.content + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# What templates out there use beyond plain loops.
+TEMPLATES = {
+    "plain": CHAT,
+    "beginning of text": "{{ bos_token }}" + CHAT,
+    "generation": "{{ messages[0].content }}\n  {% generation %}\n  words\n  {% endgeneration %}\nend",
+    "loop controls": "{% for m in messages %}{% if not m.role %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+    "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}<\u00e9'>",
+    "date": "{{ strftime_now('%Y') }} {{ messages[-1]['content'] | trim }}",
+    "undefined": "{% if tools is not none %}no{% endif %}{{ bos_token or '' }}{{ messages[0].content }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_rendered_as_transformers_does(name: str, reference_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference_model)
+    text = '  Is <this> a "caf\u00e9"?\n '
+    config = {k: {"content": v} if k == "bos_token" else v for k, v in tokenizer.special_tokens_map.items()}
+    wanted = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=True
+    )
+    assert run.render(TEMPLATES[name], text, {**config, "model_max_length": 8}) == wanted
+
+
+@pytest.fixture
+def instruct(folder: Path, tmp_path: Path) -> Path:
+    """The bundle with a chat template beside it."""
+    copy = tmp_path / "it's a chat"
+    shutil.copytree(folder, copy)
+    (copy / "chat_template.jinja").write_text(CHAT)
+    return copy
+
+
+def test_a_chat_template_is_used_unless_told_not_to(
+    exported: tuple[Path, Path], instruct: Path, bare: dict[str, str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    artifact, folder = exported
+    chat = AutoTokenizer.from_pretrained(instruct).apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False
+    )
+    count = ("--max-new-tokens", "6", "--ids", "--json")
+    for flags in ((), ("--chat",)):
+        done = call(instruct, bare, PROMPT, *flags, *count)
+        assert [int(line) for line in done.stdout.split()] == greedy(artifact, chat, 6), done.stderr
+        said = json.loads(done.stderr)
+        assert said["chat"] is True and said["prompt_tokens"] == len(chat)
+    assert call(instruct, bare, PROMPT, "--no-chat", *count).stdout == call(folder, bare, PROMPT, *count).stdout
+    assert "prompt tokens with the chat template" in call(instruct, bare, PROMPT, "--max-new-tokens", "1").stderr
+
+
+def test_a_chat_that_cannot_be_is_one_sentence(folder: Path, instruct: Path, bare: dict[str, str]) -> None:
+    def refused(where: Path, *flags: str) -> str:
+        done = call(where, bare, PROMPT, *flags, "--max-new-tokens", "1")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+        return done.stderr
+
+    assert "has no chat template; leave --chat out" in refused(folder, "--chat")
+    (instruct / "chat_template.jinja").write_text("{{ raise_exception('only in pairs') }}")
+    assert "fails (only in pairs); pass --no-chat" in refused(instruct)
+    banned = Path(bare["PYTHONPATH"]) / "jinja2"
+    banned.mkdir()
+    (banned / "__init__.py").write_text("raise ImportError('absent')")
+    assert "needs jinja2, which is not installed" in refused(instruct)
+    (banned / "__init__.py").write_text("__version__ = '3.1.5'")
+    for name in ("ext", "nodes", "sandbox"):
+        (banned / f"{name}.py").write_text("")
+    assert "jinja2 3.1.5 has a sandbox with known holes" in refused(instruct)
+    assert call(instruct, bare, PROMPT, "--no-chat", "--max-new-tokens", "1").returncode == 0
+
+
+def test_a_template_is_found_where_transformers_finds_it(tmp_path: Path) -> None:
+    assert run.chat_template(tmp_path) is None
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(
+        json.dumps({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]})
+    )
+    assert run.chat_template(tmp_path) == "d"
+    config.write_text(json.dumps({"chat_template": "inside"}))
+    assert run.chat_template(tmp_path) == "inside"
+    (tmp_path / "chat_template.jinja").write_text("beside")
+    assert run.chat_template(tmp_path) == "beside"
+
+
+def test_waiting_threads_sleep(folder: Path, tmp_path: Path) -> None:
+    for spin in (False, True):
+        options = run.Decoder(folder, capacity=8, spin=spin).session.get_session_options()
+        for kind in ("intra", "inter"):
+            assert options.get_session_config_entry(f"session.{kind}_op.allow_spinning") == str(int(spin))
+    cores = run.available_cores(tmp_path)
+    assert cores >= 1
+    for text, wanted in (("max 100000", cores), ("100000 100000", 1), ("5000 100000", 1), ("no", cores)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert run.available_cores(tmp_path) == wanted
+
+
+def test_the_command_of_the_readme_runs(folder: Path, bare: dict[str, str]) -> None:
+    """As it is typed: through a shell, in the export's folder."""
+    from exporters.genai.write import USAGE
+
+    env = bare | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(USAGE.line(), shell=True, cwd=folder, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and done.stdout.strip() and "tokens/s" in done.stderr
+    assert all(pin in USAGE.needs[0] for pin in pins())
 
 
 def test_sampling_is_repeatable(folder: Path, bare: dict[str, str]) -> None:
@@ -192,7 +305,6 @@ def test_pins_are_the_tested_versions() -> None:
     """What the bundle asks for is what the project is tested with."""
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     tested = dict(line.split(";")[0].strip().split("==") for line in reversed(constraints) if "==" in line)
-    pins = [line for line in (Path(run.HERE) / "requirements.txt").read_text().splitlines() if "==" in line]
-    assert {p.split("==")[0] for p in pins} == {"onnxruntime", "numpy", "tokenizers"}
-    assert all(tested[name] == version for name, version in (p.split("==") for p in pins))
+    assert {p.split("==")[0] for p in pins()} == {"onnxruntime", "numpy", "tokenizers", "jinja2"}
+    assert all(tested[name] == version for name, version in (p.split("==") for p in pins()))
     assert FILES == ("run.py", "requirements.txt")
