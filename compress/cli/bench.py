@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 @click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens made after it.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Measured rounds, in turns.")
-@click.option("--graphs", default="on", show_default=True, help="CUDA Graphs with --runtime gpu: on, off, or on,off.")
+@click.option(
+    "--graphs", default="on", show_default=True, help="CUDA Graphs with --runtime gpu or tensorrt: on, off, or on,off."
+)
 @click.option(
     "--runtime",
-    type=click.Choice(["auto", "gpu", "torch", "onnx"]),
+    type=click.Choice(["auto", "gpu", "torch", "onnx", "tensorrt"]),
     default="auto",
     show_default=True,
-    help="gpu: our decode kernels; torch: transformers' forward; onnx: ONNX Runtime.",
+    help="gpu: our decode kernels; torch: transformers' forward; onnx: ONNX Runtime; tensorrt: an engine.",
 )
 @click.option("--endpoint", metavar="URL", help="Measure an OpenAI-compatible server instead of folders.")
 @click.option("--model", "served", help="With --endpoint: the served model's name [default: the first it offers].")
@@ -124,7 +126,7 @@ def _opened(folder: Path, graphs: list[str], runtime: Any, settings: Settings) -
         for note in heard.notes:
             print(f"note: {note}", file=sys.stderr)
         label = folder.resolve().name
-        has_graphs = decoder.runtime == "torch-cuda"
+        has_graphs = hasattr(decoder, "graph")
         found.append(
             Subject(
                 label=f"{label} (graphs {state})" if has_graphs and len(graphs) > 1 else label,
@@ -142,6 +144,8 @@ def _cache_bytes(decoder: Any) -> int:
     keys = getattr(decoder, "keys", None)
     if keys is not None:
         return int(2 * keys[:, 0, :, 0].numel() * keys.element_size())
+    if hasattr(decoder, "cache_bytes_a_token"):
+        return int(decoder.cache_bytes_a_token)
     if decoder.runtime == "onnxruntime":
         shapes = decoder.runner.pasts
         return int(sum(heads * size * decoder._types[name]().itemsize for name, (heads, _, size) in shapes.items()))

@@ -86,7 +86,7 @@ def command(
 
     machine = target_named(target)
     chosen = format_of(format, machine)
-    options = _options(chosen, opset, builder, profiles, activations, modelopt)
+    options = options_of(chosen, opset, builder, profiles, activations, modelopt)
     source = resolve(artifact, accept=is_model)
     print(f"artifact: {source.said}", file=sys.stderr)
     request = ExportRequest(
@@ -112,7 +112,7 @@ def command(
         _print(outcome, time.monotonic() - started)
 
 
-def _options(
+def options_of(
     chosen: str,
     opset: str | None,
     builder: str | None,
