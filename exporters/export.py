@@ -109,12 +109,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
     """See `export`; the output is ours."""
     target, artifact = request.target, Artifact(path=request.source.path)
     artifact.look()
-    answer.refuse_int8(artifact.path, artifact.folder.plan, module.LAYOUT, name)
-    with suppress(UnsupportedError):  # the format says itself what it cannot hold
-        refuse_model(artifact.streamed, request, name, module, context_for(artifact.model, target, request.context))
-    plan = _plan(request, name, artifact)
-    sizing = check(artifact.model, plan, target)
-    wanted = wanted_codes(module.LAYOUT, artifact)
+    plan, sizing, wanted = fitted(request, name, module, artifact)
     notes = [artifact.checked.note]
     requantized = None
     if wanted is not None:
@@ -163,6 +158,21 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         verb=written.usage.verb if written.usage else "",
         command=written.usage.line(str(place.out)) if written.usage else "",
     )
+
+
+def fitted(request: ExportRequest, name: str, module: Format, artifact: Artifact) -> tuple[Plan, Sizing, Scheme | None]:
+    """What would run, how large it is, and the codes that the reader wants instead of the artifact's.
+
+    Read from config.json and headers. Raises for what the format cannot hold and the target has no room for.
+    """
+    target = request.target
+    answer.refuse_int8(artifact.path, artifact.folder.plan, module.LAYOUT, name)
+    with suppress(UnsupportedError):  # the format says itself what it cannot hold
+        refuse_model(artifact.streamed, request, name, module, context_for(artifact.model, target, request.context))
+    plan = _plan(request, name, artifact)
+    sizing = check(artifact.model, plan, target)
+    wanted = wanted_codes(module.LAYOUT, artifact)
+    return plan, sizing, wanted
 
 
 def _plan(request: ExportRequest, name: str, artifact: Artifact) -> Plan:

@@ -10,6 +10,7 @@ PACKAGES = ("compress", "exporters", "evaluators", "calibration_data")
 # keep their order, and there is no circle between rooms. A new room goes below the last one that it imports.
 ROOMS = """
     errors
+    recipe
     advice
     threads
     disk
@@ -67,6 +68,7 @@ ROOMS = """
 
     quantize prune distill
 
+    foreseen
     pipeline search
 
     cli

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from evaluators import card
 from evaluators.card import Clock, Nothing, Tegrastats, is_jetson, parse_tegrastats, watching
 
