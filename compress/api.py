@@ -118,7 +118,8 @@ def evaluate(
     from evaluators.evaluate import evaluate as run
     from evaluators.request import EvaluationRequest
 
-    source = judged_as(resolve(None if candidate is None else os.fspath(candidate), accept=is_candidate))
+    named = resolve(None if candidate is None else os.fspath(candidate), accept=is_candidate)
+    source = judged_as(named)
     if reference is None:
         manifest = read_manifest(source.path)
         if manifest is None:
@@ -132,6 +133,7 @@ def evaluate(
         )
     request = EvaluationRequest(
         candidate=source.path,
+        asked=named.path,
         reference=original,
         data=str(calibration_data.default_evaluation()) if data is None else os.fspath(data),
         tasks=tuple(tasks),
@@ -152,7 +154,7 @@ def export(
     format: str | None = None,
     out: PathLike | None = None,
     context: int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     force: bool = False,
     tell: Tell | None = None,
     **options: Any,
@@ -160,7 +162,8 @@ def export(
     """Turn an artifact into what a machine runs, as `compress export` does.
 
     target: a name of `compress targets`. format: hf, onnx, onnx-trt, tensorrt or edge, None for the target's first.
-    context counts tokens, prompt and answer. options: the format's own, such as `opset=21` for onnx-trt.
+    context counts tokens, prompt and answer; batch, sequences at once: None for one, or with hf as many as fit.
+    options: the format's own, such as `opset=21` for onnx-trt.
     """
     from compress.workspace import is_model, resolve
     from exporters.export import ExportRequest, target_named

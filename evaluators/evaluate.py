@@ -17,7 +17,7 @@ from evaluators.overlap import refuse_calibration_text
 from evaluators.passes import Question
 from evaluators.request import EvaluationRequest
 from evaluators.results import Report, Subject
-from evaluators.subject import hold_cache, one_tokenizer, open_runner, subject
+from evaluators.subject import hold_cache, one_tokenizer, open_runner, subject, whose_weights
 from evaluators.windows import Windows, load_windows
 
 if TYPE_CHECKING:
@@ -233,6 +233,7 @@ def _report(
         kl_histogram=divergence.kl_histogram(found.scores.kl_S),
         notes=[*pair.notes, *exam.notes, *passed.notes, *passed.inside.notes],
         versions=versions(),
+        judged=whose_weights(request.candidate, request.asked),
     )
 
 

@@ -87,6 +87,24 @@ def _read(path: Path) -> dict[str, Any] | None:
     return value if is_ours else None
 
 
+def forgotten(workspace: Path) -> list[Path]:
+    """Folders of evaluations in a workspace whose artifact is gone."""
+    folders = sorted(p for p in workspace.glob("*.reports") if p.is_dir() and not p.is_symlink())
+    return [p for p in folders if not is_file(p.with_name(p.name.removesuffix(".reports")) / MANIFEST)]
+
+
+def forget(folder: Path) -> list[str]:
+    """Remove the evaluations in a folder, and it, if nothing else lies there; returns a note on what does."""
+    for path in sorted(folder.glob("*.json")):
+        if _read(path) is not None:
+            path.unlink()
+    left = sorted(p.name for p in folder.iterdir())
+    if left:
+        return [f"{folder} was not removed: it holds {', '.join(left[:5])}, which is no evaluation"]
+    folder.rmdir()
+    return []
+
+
 def others(report: Report, workspace: Path) -> tuple[list[dict[str, Any]], Sequence[str]]:
     """Briefs of the workspace's other artifacts that were judged against the same reference on the same text.
 

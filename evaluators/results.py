@@ -127,7 +127,8 @@ class Report:
 
     text: source, text_sha256, context, stride, min_context, bos, num_windows, num_tokens (scored), num_bytes. gate:
     threshold, confidence, rule ("bounds" or "point"), metrics; None without --gate. outcome: the worst verdict; None
-    without --gate. notes: whatever was left out, skipped or could not be shown.
+    without --gate. judged: whose weights the numbers are of, in words. notes: whatever was left out, skipped or could
+    not be shown.
     """
 
     candidate: Subject
@@ -142,6 +143,7 @@ class Report:
     kl_histogram: Histogram | None
     notes: list[str]
     versions: Mapping[str, str]
+    judged: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON: these fields by name, and `schema`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress import tokens
+from compress.artifact import BUNDLED, read_manifest
 from compress.checkpoint import Checkpoint
 from compress.contents import SMALL_BYTES, check_files
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
@@ -95,6 +96,32 @@ def subject(path: Path, note: Callable[[str | None], object] = lambda text: None
         num_parameters=0,
         bits_per_weight=0.0,
     )
+
+
+def whose_weights(candidate: Path, asked: Path | None = None) -> str:
+    """Which weights a verdict is about: an export's codes need not be those of the artifact that it was made from.
+
+    asked: the export in whose place `candidate` is judged.
+    """
+    export = asked or candidate
+    manifest = read_manifest(export)
+    record = {} if manifest is None else manifest.record
+    if record.get("stage") != "export":
+        return f"the weights of {candidate}"
+    made_of = _named(record["parent"]["path"], export)
+    if asked is not None and asked.resolve() != candidate.resolve():
+        said = f"the weights of {made_of}, which {asked} holds (its {record['format']} runs on its device only)"
+    else:
+        said = f"the export's own, as its {record['format']} files hold them, made of {made_of}"
+    before = record.get("requantized_from")
+    if before is None:
+        return said
+    return f"{said}: quantized again for {record['target']}, not the codes of {_named(before, export)}"
+
+
+def _named(stated: str, folder: Path) -> str:
+    """A manifest's path to another artifact, as it is found from here."""
+    return stated if stated == BUNDLED else str(Path(folder, stated).resolve())
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

@@ -94,13 +94,13 @@ def command(
     from compress.devices import described
     from compress.distill.run import distill
 
-    learner = _student(student, rest["scheme"])
-    master = _teacher(teacher, learner)
+    learner = student_of(student, rest["scheme"])
+    master = teacher_of(teacher, learner)
     if not rest["data"] and rest["cache"] is None:
         raise ConfigError("no text to learn on; pass --data FILE, --data hf:DATASET, --data self or --cache FOLDER")
     if tensorboard and report is None:
         raise ConfigError("--tensorboard writes into the --report folder; pass --report FOLDER as well")
-    request = _request(learner, master, **rest)
+    request = request_of(learner, master, **rest)
     first = int(os.environ.get("RANK", "0")) == 0  # of those that torchrun started
     with _Steps(quiet=as_json or not first) as shown:
         if first:
@@ -117,7 +117,7 @@ def command(
         _print_summary(outcome, run, outcome.notes, time.monotonic() - started)
 
 
-def _request(
+def request_of(
     student: Source,
     teacher: Source,
     *,
@@ -153,7 +153,7 @@ def _request(
     )
 
 
-def _student(asked: str | None, scheme: str | None) -> Source:
+def student_of(asked: str | None, scheme: str | None) -> Source:
     """The model named, or the workspace's newest pruned artifact; with a scheme, its newest quantized one."""
     from compress.artifact import read_manifest
     from compress.files import read_json
@@ -176,7 +176,7 @@ def _student(asked: str | None, scheme: str | None) -> Source:
     return found
 
 
-def _teacher(asked: str | None, student: Source) -> Source:
+def teacher_of(asked: str | None, student: Source) -> Source:
     from compress.artifact import parent_path, read_manifest
     from compress.workspace import resolve
 

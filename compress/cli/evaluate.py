@@ -87,21 +87,17 @@ def command(
     and every task given: recovery is the original's perplexity over the candidate's, or the candidate's accuracy over
     the original's, and its bounds come from a paired bootstrap.
     """
-    import calibration_data
     from compress.devices import described, pick_device
-    from compress.workspace import is_candidate, is_reference, judged_as, resolve
+    from compress.workspace import is_candidate, judged_as, resolve
 
     asked = {"--report": report, "--cache": None if no_cache else cache_folder}
     places = {flag: place for flag, place in asked.items() if place is not None}
     made = [place for flag, place in places.items() if _check_writable(place, flag)]
     device = pick_device(device)
-    source = judged_as(resolve(candidate, accept=is_candidate))
-    original = _original(source, reference)
-    if data is None and not is_reference(original):
-        raise ConfigError(
-            "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE.txt (or "
-            ".jsonl, .parquet), --data hf:DATASET:SPLIT:COLUMN, or --data self (windows sampled from the original)"
-        )
+    named = resolve(candidate, accept=is_candidate)
+    source = judged_as(named)
+    original = original_of(source, reference)
+    data = text_for(original, data)
     _refuse_places(places, made, {"the candidate": source.path, "the reference": original})
     if not as_json:
         said = f"candidate: {source.said}\nreference: {original}\ncomputed on: {described(device)}"
@@ -111,8 +107,9 @@ def command(
 
     request = EvaluationRequest(
         candidate=source.path,
+        asked=named.path,
         reference=original,
-        data=data or str(calibration_data.default_evaluation()),
+        data=data,
         threshold=gate,
         rule="point" if gate_on == "point" else "bounds",
         device=device,
@@ -190,7 +187,20 @@ def _write(found: Report, folder: Path) -> ConfigError | None:
     return None
 
 
-def _original(source: Source, reference: str | None) -> Path:
+def text_for(original: Path, data: str | None) -> str:
+    """The text to judge on: the one asked for, or the bundled one for the bundled model; ConfigError for others."""
+    import calibration_data
+    from compress.workspace import is_reference
+
+    if data is None and not is_reference(original):
+        raise ConfigError(
+            "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE.txt (or "
+            ".jsonl, .parquet), --data hf:DATASET:SPLIT:COLUMN, or --data self (windows sampled from the original)"
+        )
+    return data or str(calibration_data.default_evaluation())
+
+
+def original_of(source: Source, reference: str | None) -> Path:
     from compress.artifact import parent_path, read_manifest
     from compress.workspace import resolve
 

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     from exporters.sizing.predict import DoesNotFit, Sizing
 
 
+# Tokens of a window where `compress evaluate` is not told.
+EVALUATED_CONTEXT = 512
+
+
 @click.command("export")
 @click.argument("artifact", required=False)
 @click.option("--target", required=True, metavar="TARGET", help="The machine; `compress targets` lists them.")
 @click.option("--format", metavar="FORMAT", help="hf, onnx, onnx-trt, tensorrt or edge [default: the target's first].")
 @click.option("--context", type=click.IntRange(1), help="Tokens, prompt and answer [default: the target's].")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
+@click.option(
+    "--batch", type=click.IntRange(1), help="Sequences at once [default: 1; format hf: as many as fit, at most 256]."
+)
 @click.option("--opset", type=click.Choice(["21", "24"]), help="ONNX dialect of onnx-trt and tensorrt.")
 @click.option(
     "--builder",
@@ -58,7 +64,7 @@ def command(
     target: str,
     format: str | None,
     context: int | None,
-    batch: int,
+    batch: int | None,
     opset: str | None,
     builder: str | None,
     profiles: str | None,
@@ -80,7 +86,7 @@ def command(
 
     machine = target_named(target)
     chosen = format_of(format, machine)
-    options = _options(chosen, opset, builder, profiles, activations, modelopt)
+    options = options_of(chosen, opset, builder, profiles, activations, modelopt)
     source = resolve(artifact, accept=is_model)
     print(f"artifact: {source.said}", file=sys.stderr)
     request = ExportRequest(
@@ -106,7 +112,7 @@ def command(
         _print(outcome, time.monotonic() - started)
 
 
-def _options(
+def options_of(
     chosen: str,
     opset: str | None,
     builder: str | None,
@@ -153,6 +159,8 @@ def _as_json(outcome: ExportOutcome, seconds: float) -> dict[str, Any]:
         "fp16_bytes": outcome.fp16_bytes,
         "fp32_bytes": outcome.fp32_bytes,
         "notes": outcome.notes,
+        "command": outcome.command,
+        "judge": _judge(outcome),
         "record": outcome.record,
     }
 
@@ -180,10 +188,9 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
     for note in outcome.notes:
         console.print(f"note: {note}", soft_wrap=True)
     if outcome.requantized:
-        judge = advice.command("evaluate", outcome.requantized)
         console.print(
             f"the codes that ship are those of {outcome.requantized}, quantized again for this reader: a verdict on "
-            f"the artifact that you named does not hold for them. Judge them: {judge}",
+            f"the artifact that you named does not hold for them. Judge them: {_judge(outcome)}",
             soft_wrap=True,
         )
     verified = outcome.record["written"]["verified"]
@@ -196,6 +203,19 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
         f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB",
         soft_wrap=True,
     )
+    if outcome.command:
+        console.print(f"{outcome.verb}: {outcome.command}", soft_wrap=True)
+
+
+def _judge(outcome: ExportOutcome) -> str:
+    """The command that judges an export: on text that fits any model, in windows that its caches hold."""
+    from compress.workspace import from_reference
+
+    context = outcome.record["options"]["context"]
+    words: list[object] = ["evaluate", outcome.out, "--gate", "0.98"]
+    words += [] if from_reference(outcome.out) else ["--data", "self"]
+    words += ["--context", context] if context < EVALUATED_CONTEXT else []
+    return advice.command(*words)
 
 
 def _print_sizing(console: Any, sizing: Sizing, target: str) -> None:
@@ -208,8 +228,9 @@ def _print_sizing(console: Any, sizing: Sizing, target: str) -> None:
     )
     if sizing.decode_tokens_per_s:
         prompt = min(sizing.plan.prompt, sizing.plan.context)
+        together = f" of all {sizing.plan.batch} sequences" if sizing.plan.batch > 1 else ""
         console.print(
-            f"predicted, not measured: {range_text(sizing.decode_tokens_per_s)} tokens/s, first token after "
+            f"predicted, not measured: {range_text(sizing.decode_tokens_per_s)} tokens/s{together}, first token after "
             f"{range_text(sizing.first_token_s)} s for a prompt of {prompt}",
             soft_wrap=True,
         )

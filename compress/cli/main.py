@@ -22,6 +22,14 @@ from compress.siblings import check_siblings
 
 # command -> (module, first line of its help)
 _COMMANDS = {
+    "run": (
+        "compress.cli.run",
+        "Run a recipe: all its stages in a row, checked first, resumable, one verdict.",
+    ),
+    "init": (
+        "compress.cli.init",
+        "Write a recipe to change and run, from a ready one.",
+    ),
     "awq": (
         "compress.cli.awq",
         "Quantize to AWQ INT4: an AutoAWQ folder that vLLM, SGLang and transformers load.",
@@ -61,6 +69,18 @@ _COMMANDS = {
     "bench": (
         "compress.cli.bench",
         "Measure first-token time, time between tokens and memory speed, in turns.",
+    ),
+    "status": (
+        "compress.cli.status",
+        "List the workspace's artifacts: what they are, size, scores, verdicts, what could go.",
+    ),
+    "log": (
+        "compress.cli.log",
+        "Show who was made from whom, as a tree.",
+    ),
+    "gc": (
+        "compress.cli.gc",
+        "List, or with --yes remove, what the workspace no longer needs.",
     ),
     "doctor": (
         "compress.cli.doctor",

@@ -23,7 +23,12 @@ def readme(stamp: Mapping[str, Any], machine: str) -> str:
     return f"""# TensorRT engine for {machine}
 
 `model.engine` was built with {stamp["library"]} {stamp["version"]} for SM {stamp["sm"]} ({where}){fused}. **It was
-built, not run.** It loads with this version on this kind of card only, as `model.engine.json` says.
+built, not run.** It loads with this version on this kind of card only; `model.engine.json` says so, and is checked:
+
+    compress generate . "Once upon a time"    # on the device, with {stamp["library"]} {stamp["version"]} installed
+
+prints a text, and how many CUDA graph replays made it. Compare it with that of the artifact (`parent` in
+`compress.json`): float16 rounds differently, so the two begin alike and may part later.
 
 | profile | new tokens a call | sequences |
 |---|---|---|

@@ -38,7 +38,10 @@ TIMING = "model.timing"
 MOST_OVER_WEIGHTS = 1.05
 PROFILES = {"two": ["prefill", "decode"], "one": ["any"]}
 FUSED = ("int4_fused", "int8_fused", "int8_by_int8")
-NOT_RUN = "the engine was built and not run: nothing here has shown that its answers are right, or how quick it is"
+NOT_RUN = (
+    "the engine was built and not run: nothing here has shown that its answers are right, or how quick it is; on its "
+    "device: compress generate OUT PROMPT"
+)
 
 
 def write(job: Job) -> Written:

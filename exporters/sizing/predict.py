@@ -47,6 +47,11 @@ KV_BITS: dict[str, tuple[int, ...]] = {
 # (Qwen3-0.6B, INT4). Below, launching kernels costs more than reading, and no roofline holds.
 PREDICTED_FROM_BYTES = 500_000_000
 _ENGINES = ("edge", "onnx-trt", "tensorrt")
+# Formats whose server takes sequences as they come and shares its memory among them; elsewhere a batch is built in.
+SERVED = ("hf",)
+# Sequences that launch files ask for at most where nobody said how many: a cap of ours. Each sequence more makes all of
+# them wait longer for their next token.
+MOST_SEQUENCES = 256
 _STEP = 256
 
 
@@ -298,6 +303,11 @@ def check(model: Model, plan: Plan, target: Target) -> Sizing:
         sizing,
         suggestions,
     )
+
+
+def most_sequences(model: Model, plan: Plan, target: Target, most: int = MOST_SEQUENCES) -> int:
+    """How many sequences of the plan's context fit at once, at most `most`; 0 when not even one does."""
+    return _largest(most, lambda n: size(model, replace(plan, batch=n), target).fits)
 
 
 def what_fits(model: Model, plan: Plan, target: Target) -> list[Suggestion]:

@@ -115,6 +115,8 @@ def compiled(
         raise Refused(f"{trt.__name__} {trt.__version__} refuses node {first.node_name()}: {first.desc()}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX: what a CUDA graph needs
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if sm is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
