@@ -118,7 +118,8 @@ def evaluate(
     from evaluators.evaluate import evaluate as run
     from evaluators.request import EvaluationRequest
 
-    source = judged_as(resolve(None if candidate is None else os.fspath(candidate), accept=is_candidate))
+    named = resolve(None if candidate is None else os.fspath(candidate), accept=is_candidate)
+    source = judged_as(named)
     if reference is None:
         manifest = read_manifest(source.path)
         if manifest is None:
@@ -132,6 +133,7 @@ def evaluate(
         )
     request = EvaluationRequest(
         candidate=source.path,
+        asked=named.path,
         reference=original,
         data=str(calibration_data.default_evaluation()) if data is None else os.fspath(data),
         tasks=tuple(tasks),

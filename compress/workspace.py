@@ -73,7 +73,13 @@ def judged_as(source: Source) -> Source:
     if form in RUNNABLE:
         raise ArtifactError(f"{source.path}: what runs of this {form} export is gone; make the export again")
     stated = manifest.record["parent"]
-    parent = parent_path(stated, source.path)
+    try:
+        parent = parent_path(stated, source.path)
+    except ArtifactError:
+        raise ArtifactError(
+            f"{source.path} runs on its device only, and the artifact whose weights it holds, {stated['path']}, is no "
+            "longer there to be judged in its place; put it back, or make the export again"
+        ) from None
     if Checkpoint.open(parent).content_sha256() != stated["sha256"]:
         raise ArtifactError(
             f"{parent} is not what {source.path} was made from any more, so it cannot be judged in its place; make the "

@@ -1,4 +1,4 @@
-"""`compress card`: an artifact on one page, for a model hub or a colleague. The text is in `evaluators.card`."""
+"""`compress card`: an artifact on one page, for a model hub or a colleague. The text is in `evaluators.model_card`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def command(artifact: str | None, out: Path | None, force: bool) -> None:
     from compress.files import write_bytes_atomically
     from compress.output import check_apart
     from compress.workspace import is_candidate, resolve
-    from evaluators.card import card
+    from evaluators.model_card import card
 
     source = resolve(artifact, accept=is_candidate)
     text = card(source.path)

@@ -52,6 +52,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Begin-of-text token before each window; auto: as the tokenizer does.",
 )
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["int8", "none"]),
+    help="Keys and values of the candidate as vLLM's int8_per_token_head holds them, or as floats [default: as its "
+    "folder says].",
+)
 @click.option("--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Tokens to read.")
 @click.option(
     "--report",
@@ -97,7 +103,8 @@ def command(
     places = {flag: place for flag, place in asked.items() if place is not None}
     made = [place for flag, place in places.items() if _check_writable(place, flag)]
     device = pick_device(device)
-    source = judged_as(resolve(candidate, accept=is_candidate))
+    named = resolve(candidate, accept=is_candidate)
+    source = judged_as(named)
     original = original_of(source, reference)
     data = text_for(original, data)
     _refuse_places(places, made, {"the candidate": source.path, "the reference": original})
@@ -109,6 +116,7 @@ def command(
 
     request = EvaluationRequest(
         candidate=source.path,
+        asked=named.path,
         reference=original,
         data=data,
         threshold=gate,

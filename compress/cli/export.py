@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from exporters.sizing.predict import DoesNotFit, Sizing
 
 
+# Tokens of a window where `compress evaluate` is not told.
+EVALUATED_CONTEXT = 512
+
+
 @click.command("export", cls=Command)
 @click.argument("artifact", required=False)
 @click.option("--target", required=True, metavar="TARGET", help="The machine; `compress targets` lists them.")
@@ -157,6 +161,7 @@ def _as_json(outcome: ExportOutcome, seconds: float) -> dict[str, Any]:
         "fp32_bytes": outcome.fp32_bytes,
         "notes": outcome.notes,
         "command": outcome.command,
+        "judge": _judge(outcome),
         "record": outcome.record,
     }
 
@@ -184,10 +189,9 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
     for note in outcome.notes:
         console.print(f"note: {note}", soft_wrap=True)
     if outcome.requantized:
-        judge = advice.command("evaluate", outcome.requantized)
         console.print(
             f"the codes that ship are those of {outcome.requantized}, quantized again for this reader: a verdict on "
-            f"the artifact that you named does not hold for them. Judge them: {judge}",
+            f"the artifact that you named does not hold for them. Judge them: {_judge(outcome)}",
             soft_wrap=True,
         )
     verified = outcome.record["written"]["verified"]
@@ -202,6 +206,17 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
     )
     if outcome.command:
         console.print(f"{outcome.verb}: {outcome.command}", soft_wrap=True)
+
+
+def _judge(outcome: ExportOutcome) -> str:
+    """The command that judges an export: on text that fits any model, in windows that its caches hold."""
+    from compress.workspace import from_reference
+
+    context = outcome.record["options"]["context"]
+    words: list[object] = ["evaluate", outcome.out, "--gate", "0.98"]
+    words += [] if from_reference(outcome.out) else ["--data", "self"]
+    words += ["--context", context] if context < EVALUATED_CONTEXT else []
+    return advice.command(*words)
 
 
 def _print_sizing(console: Any, sizing: Sizing, target: str) -> None:

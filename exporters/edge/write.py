@@ -206,6 +206,7 @@ def run_exporter(
     log = edge_env.log_file()
     code, tail = edge_env.stream(command, say=told, environ=environ, log=log)
     if code or not (out / "llm" / "model.onnx").exists():
+        edge_env.refuse_full("\n".join(tail))
         raise ArtifactError(
             f"TensorRT Edge-LLM's exporter failed: {_short(edge_env.reason(tail), scratch)}; its log is {log}"
         )

@@ -1,75 +1,87 @@
-"""A model card says what manifests and evaluations say, and where nothing was measured it says so."""
+"""What a card says: tegrastats' lines, who is asked on which machine, and samples from a source that ticks."""
 
-import os
-import re
-from dataclasses import replace
+from __future__ import annotations
+
+import stat
+import time
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
-from compress.artifact import Manifest, write_manifest
-from compress.errors import ArtifactError
-from evaluators import memory
-from evaluators.card import card
-from evaluators.results import Metric, Recovery, Report, Subject, Verdict
+from evaluators import card
+from evaluators.card import Clock, Nothing, Tegrastats, is_jetson, parse_tegrastats, watching
 
-
-@pytest.fixture
-def artifact(tmp_path: Path, reference_model: Path) -> Path:
-    folder = tmp_path / "private" / "mine"
-    folder.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        os.link(reference_model / name, folder / name)
-    hub = "/home/somebody/.cache/huggingface/hub/models--org--name/snapshots/0a"
-    records = [
-        {"stage": "distill", "options": {"data": ["/home/somebody/notes.txt"], "tokens": 7, "resume": True}},
-        {"stage": "prune", "options": {"depth": "1"}, "calibration": {
-            "source": "file:/home/somebody/calib.txt", "sha256": "", "num_samples": 4, "seq_len": 64}},
-    ]  # fmt: skip
-    lineage = [{**r, "parent": {"path": path, "sha256": ""}} for r, path in zip(records, ("../p", hub), strict=True)]
-    write_manifest(folder, Manifest(lineage=lineage, reports=[]))
-    return folder
+# Written here after the format of NVIDIA's Developer Guide ("Tegrastats Utility"), one per release.
+ORIN = (
+    "11-26-2026 10:11:12 RAM 9216/62841MB (lfb 22x4MB) SWAP 0/31420MB (cached 0MB) CPU [3%@2201,0%@2201,off,off] "
+    "EMC_FREQ 41%@3199 GR3D_FREQ 98%@[1300,1298] VIC_FREQ 0%@115 APE 174 GPU@51.2C VDD_GPU_SOC 18012mW/17500mW"
+)
+XAVIER = "RAM 2045/7765MB (lfb 1x2MB) SWAP 12/3882MB CPU [12%@1190] EMC_FREQ 0%@1600 GR3D_FREQ 62%@318 APE 150"
+WITHOUT_ROOT = "RAM 512/7620MB (lfb 4x4MB) CPU [2%@729,1%@729] GR3D_FREQ 0% cpu@48.5C tj@50C"
 
 
-def judged(artifact: Path) -> Report:
-    one = Subject(
-        path=str(artifact), sha256="", format="plain", runtime="torch", weight_bytes=1, num_parameters=1,
-        bits_per_weight=16.0,
-    )  # fmt: skip
-    values = {"perplexity": 12.5, "kl_mean": 0.0123, "kl_99.9": 0.456, "top1_agreement": 0.91, "lambada_acc": 0.5}
-    verdict = Verdict(
-        metric="perplexity", outcome="PASS", recovery=Recovery(value=0.99, lower=0.985, upper=0.995), threshold=0.98,
-        confidence=0.95, n=9, counted="tokens", needed=None, reason="",
-    )  # fmt: skip
-    metrics = [Metric(name=k, unit="", better="lower", value=v, n=9, counted="tokens") for k, v in values.items()]
-    return Report(
-        candidate=one, reference=replace(one, path="original"), text={"num_tokens": 9, "num_windows": 3, "context": 4},
-        metrics=[*metrics, Metric(name="perplexity_recovery", unit="", better="higher", value=0.99, n=9, counted="x")],
-        verdicts=[verdict], gate={"threshold": 0.98}, outcome="PASS", blocks=[], internals=[], kl_histogram=None,
-        notes=[], versions={},
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        (ORIN, Clock(mhz=1300, used_bytes=9216 << 20, utilisation=98)),
+        (XAVIER, Clock(mhz=318, used_bytes=2045 << 20, utilisation=62)),
+        (WITHOUT_ROOT, Clock(mhz=None, used_bytes=512 << 20, utilisation=0)),
+        ("tegrastats: permission denied", card.SILENT),
+    ],
+)
+def test_lines_of_tegrastats(line: str, wanted: Clock) -> None:
+    assert parse_tegrastats(line) == wanted
 
 
-def test_what_was_measured_and_how_it_was_made(artifact: Path) -> None:
-    assert "Not measured yet: `compress evaluate` does." in card(artifact)
-    assert memory.remember(artifact, judged(artifact)) is None
-    text = card(artifact)
-    assert text.startswith("---\nbase_model: org/name\ntags: [compress, distill]\n")
-    for line in (
-        "| recovery of perplexity | 99.00% (98.50% to 99.50%) |", "| KL divergence, mean | 0.0123 nats a token |",
-        "| KL divergence, 99.9 % | 0.456 nats a token |", "| same top token | 91.00% |",
-        "| accuracy, lambada | 50.00% |", "| gate | PASS at 98.0% |",
-        "1. `prune`: depth 1; calibrated on 4 x 64 tokens of calib.txt", "2. `distill`: data notes.txt, tokens 7",
-    ):  # fmt: skip
-        assert line in text.splitlines(), line
-    assert "somebody" not in text and "private" not in text, "no folder of the machine is told"
-    with safe_open(artifact / "model.safetensors", "pt") as f:  # type: ignore[no-untyped-call]
-        numbers = sum(f.get_tensor(name).numel() for name in f.keys())
-    assert f"| parameters | {numbers / 1e6:.2f} M |" in text and "| bits a weight | 16.00" in text
-    assert not re.search(r"\bNone\b", text)
+def test_tegrastats_is_followed_and_ended(tmp_path: Path) -> None:
+    """A program that prints as it does: the last line counts, and nothing is left running."""
+    program = tmp_path / "tegrastats"
+    program.write_text(f"#!/bin/sh\necho '{XAVIER}'\nsleep 0.1\necho '{ORIN}'\nexec sleep 60\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    with watching(lambda: Tegrastats([str(program)]), interval=0.02) as watched:
+        end = time.monotonic() + 10
+        while watched.now().mhz != 1300 and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(0.1)
+    assert watched.now() == parse_tegrastats(ORIN)
+    assert watched.most_used_bytes() == 9216 << 20 and 62 <= (watched.utilisation() or 0) <= 98
 
 
-def test_what_has_no_manifest_has_no_card(reference_model: Path) -> None:
-    with pytest.raises(ArtifactError, match="has no compress.json"):
-        card(reference_model)
+def test_who_is_a_jetson(tmp_path: Path) -> None:
+    assert not is_jetson(tmp_path)
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    (tmp_path / "proc/device-tree/model").write_bytes(b"Raspberry Pi 5\0")
+    assert not is_jetson(tmp_path)
+    (tmp_path / "proc/device-tree/model").write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
+    assert is_jetson(tmp_path)
+
+
+def test_nvml_is_never_asked_on_a_jetson(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def never() -> None:
+        raise AssertionError("NVML was asked")
+
+    monkeypatch.setattr(card, "Nvml", never)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = card.source_of(has_gpu=True, jetson=True)
+    assert isinstance(found, Nothing) and "tegrastats is not on PATH" in found.why
+    told = card.source_of(has_gpu=True, jetson=False)
+    assert isinstance(told, Nothing) and "NVML cannot be asked (NVML was asked)" in told.why
+
+
+def test_without_a_card_nothing_is_said() -> None:
+    found = card.source_of(has_gpu=False, jetson=False)
+    assert isinstance(found, Nothing) and not found.why and found.read() == card.SILENT
+
+
+def test_samples_are_taken_while_the_body_runs() -> None:
+    class Ticks(Nothing):
+        count = 0
+
+        def read(self) -> Clock:
+            self.count += 1
+            return Clock(mhz=1000, used_bytes=self.count, utilisation=50 if self.count % 2 else 100)
+
+    with watching(Ticks, interval=0.01) as watched:
+        time.sleep(0.3)
+    taken = len(watched.samples)
+    assert taken >= 4 and watched.most_used_bytes() == taken and 50 <= (watched.utilisation() or 0) <= 100

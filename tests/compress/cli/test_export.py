@@ -1,6 +1,7 @@
 """`compress export`, `fit` and `targets` as a stranger uses them, and the commands that must chain."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,30 @@ def test_awq_then_export_chain_with_no_arguments(
     assert "export from ../model-awq-w4g32" in shown.stdout and "awq from ../../model" in shown.stdout
     taken = compress("awq", "--group-size", "64", "--calib", str(calib_text), "--samples", "4", "--seq-len", "64")
     assert taken.exit_code == 0 and "from which the newest artifact" in taken.stderr
+
+
+def test_codes_that_were_made_for_the_export_are_judged_as_such(
+    compress: Any, build_model: Any, calib_text: Path, tmp_path: Path
+) -> None:
+    """Through the command that the export prints, in a folder whose name needs quotes."""
+    model = build_model("Qwen3", name="it's my model", hidden_size=128, head_dim=32, vocab_size=4096)
+    awq = ("awq", str(model), "--calib", str(calib_text), "--samples", "4", "--seq-len", "64", "--effort", "fast")
+    assert compress(*awq, "-o", "an artifact").exit_code == 0
+    made = compress("export", "an artifact", "--target", "orin", "--format", "onnx-trt", "--context", "64")
+    assert made.exit_code == 0, made.output
+    lines = made.stdout.splitlines()
+    (said,) = [line for line in lines if "Judge them: " in line]
+    judge = shlex.split(said.split("Judge them: ")[1])
+    assert judge[:2] == ["compress", "evaluate"] and judge[-2:] == ["--context", "64"]
+    assert shlex.split(lines[-1].split(": ", 1)[1]) == ["python3", f"{judge[2]}/build_engine.py"]
+    judged = compress(*judge[1:], "--max-tokens", "256", "--json")
+    assert judged.exit_code in (0, 3, 4), judged.output
+    report = json.loads(judged.stdout)
+    assert report["candidate"]["runtime"] == "onnxruntime"
+    assert report["judged"].startswith("the export's own, as its onnx-trt files hold them, made of ")
+    assert report["judged"].endswith(f"quantized again for orin, not the codes of {tmp_path / 'an artifact'}")
+    same = compress("export", "an artifact", "--target", "a100", "--json")
+    assert json.loads(same.stdout)["requantized"] is None
 
 
 def test_empty_workspace_exports_the_bundled_model(compress: Any) -> None:
