@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from compress import __version__
+from compress.cli.peak import peak_memory_bytes
 from compress.errors import ConfigError, reason
 
 _FIRST = "# HELP compress_run_"
@@ -76,8 +77,6 @@ class Listening:
 
     def text(self, code: int) -> str:
         """The metrics in Prometheus' text format."""
-        from compress.cli.progress import peak_memory_bytes
-
         mine = {"command": self.command or "none"}
         values: dict[str, list[tuple[dict[str, str], float]]] = {
             "info": [({**mine, "version": __version__}, 1)],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -15,13 +13,8 @@ from rich.text import Text
 
 from compress.cli.console import Console
 from compress.cli.listening import hear
+from compress.cli.peak import peak_memory_bytes as peak_memory_bytes
 from compress.tell import Tell
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far (`ru_maxrss`; kibibytes on Linux, bytes on macOS)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def seconds_text(seconds: float) -> str:
