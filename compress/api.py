@@ -67,7 +67,13 @@ def quantize_awq(
     from compress.workspace import WORKSPACE, is_model, resolve
 
     symmetric = check_codes(num_bits, symmetric)
-    source = resolve(None if model is None else os.fspath(model), quantizable=True, accept=is_model)
+    source = resolve(
+        None if model is None else os.fspath(model),
+        quantizable=True,
+        accept=is_model,
+        out=None if out is None else Path(out),
+        force=force,
+    )
     scheme, _ = asked_scheme(source.path, num_bits, group_size, symmetric, skip, trust_remote_code=trust_remote_code)
     device = pick_device(device)
     request = AwqRequest(
