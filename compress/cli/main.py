@@ -11,6 +11,8 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import click
@@ -116,7 +118,7 @@ class _Commands(click.Group):
         try:
             threads.configure()  # before any command loads torch
             check_siblings()
-            with plain_streams():
+            with plain_streams(), _first_speaks():
                 result = super().invoke(ctx)
             sys.stdout.flush()  # a full disk behind a redirection is met here, not on the way out
             return result
@@ -126,6 +128,16 @@ class _Commands(click.Group):
             text, code = told(e)
             click.echo(text, err=True)
             sys.exit(code)
+
+
+@contextmanager
+def _first_speaks() -> Iterator[None]:
+    """Of several processes that torchrun started, the others say nothing but what went wrong with them."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 _CLICKS_OWN = (click.ClickException, click.Abort, click.exceptions.Exit)
