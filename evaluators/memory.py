@@ -34,6 +34,7 @@ def brief(report: Report) -> dict[str, Any]:
         "metrics": {m.name: m.value for m in report.metrics if m.name in kept or m.name.endswith("_acc")},
         "gate": dict(report.gate) if report.gate else None,
         "outcome": report.outcome,
+        **({"kv_cache": report.candidate.kv_cache} if report.candidate.kv_cache else {}),
     }
 
 
@@ -44,14 +45,15 @@ def reports_folder(artifact: Path) -> Path:
 
 
 def remember(artifact: Path, report: Report) -> str | None:
-    """Keep the brief beside the artifact, in place of an earlier one on the same text and gate.
+    """Keep the brief beside the artifact, in place of an earlier one on the same text, gate and KV cache.
 
     A folder without a manifest is no artifact and nothing is kept. Returns a note when something could not be.
     """
     if not is_file(artifact / MANIFEST):
         return None
     kept = json.loads(json.dumps({**brief(report), "artifact": file_sha256(artifact / MANIFEST)}))
-    key = json_bytes([kept[k] for k in ("kind", "reference_sha256", "text", "gate")])
+    names = ("kind", "reference_sha256", "text", "gate", "kv_cache")
+    key = json_bytes([kept[k] for k in names if k in kept])
     folder = reports_folder(artifact)
     path = folder / f"{hashlib.sha256(key).hexdigest()[:16]}.json"
     try:

@@ -108,7 +108,8 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model that took part. weight_bytes: its weight files on disk. bits_per_weight: those bytes over parameters."""
+    """A model that took part. weight_bytes: its weight files on disk. bits_per_weight: those bytes over parameters.
+    kv_cache: as vLLM names it, where keys and values were held as integers."""
 
     path: str
     sha256: str
@@ -117,6 +118,7 @@ class Subject:
     weight_bytes: int
     num_parameters: int
     bits_per_weight: float
+    kv_cache: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

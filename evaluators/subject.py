@@ -15,6 +15,7 @@ from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256
 from compress.folders import check_folder
 from compress.model import StreamedModel
+from compress.plan import KvScheme
 from compress.runtime.ort import OnnxRunner, find_graph
 from compress.runtime.streamed import TorchRunner
 from evaluators.request import EvaluationRequest
@@ -40,6 +41,22 @@ def open_runner(path: Path, request: EvaluationRequest) -> TorchRunner | OnnxRun
         return OnnxRunner.open(path)
     check_folder(path)
     raise ArtifactError(f"{path} holds neither safetensors nor an .onnx graph; pass a model folder")
+
+
+def hold_cache(runner: TorchRunner | OnnxRunner, path: Path, asked: str | None) -> str | None:
+    """Let a model hold keys and values as `asked` (see `EvaluationRequest`); what that is called, None for floats.
+
+    UnsupportedError for a graph, whose cache is its own.
+    """
+    if isinstance(runner, OnnxRunner):
+        if asked == "int8":
+            raise UnsupportedError(
+                f"--kv-cache int8: {path} is a graph with a cache of its own; judge the artifact that it was made from"
+            )
+        return None
+    if asked is not None:
+        runner.model.kv = KvScheme() if asked == "int8" else None
+    return None if runner.model.kv is None else runner.model.kv.label()
 
 
 def subject(path: Path, note: Callable[[str | None], object] = lambda text: None) -> Subject:

@@ -49,6 +49,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Begin-of-text token before each window; auto: as the tokenizer does.",
 )
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["int8", "none"]),
+    help="Keys and values of the candidate as vLLM's int8_per_token_head holds them, or as floats [default: as its "
+    "folder says].",
+)
 @click.option("--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Tokens to read.")
 @click.option(
     "--report",
