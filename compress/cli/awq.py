@@ -88,7 +88,7 @@ def command(
     from compress.workspace import WORKSPACE, is_model, resolve
 
     symmetric = check_codes(bits, sym)
-    source = resolve(model, quantizable=True, accept=is_model)
+    source = resolve(model, quantizable=True, accept=is_model, out=out, force=rest["force"])
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     say_where(source, device, dtype)

@@ -93,9 +93,12 @@ def command(
     -m compress distill ...
     """
     started = time.monotonic()
+    from compress import output
     from compress.devices import described
     from compress.distill.run import distill
 
+    if rest["out"] is not None:  # before a model is fetched
+        output.check(rest["out"], {}, force=rest["force"])
     learner = student_of(student, rest["scheme"])
     master = teacher_of(teacher, learner)
     if not rest["data"] and rest["cache"] is None:

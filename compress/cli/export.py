@@ -88,7 +88,7 @@ def command(
     machine = target_named(target)
     chosen = format_of(format, machine)
     options = options_of(chosen, opset, builder, profiles, activations, modelopt)
-    source = resolve(artifact, accept=is_model)
+    source = resolve(artifact, accept=is_model, out=out, force=force)
     print(f"artifact: {source.said}", file=sys.stderr)
     request = ExportRequest(
         source=source,

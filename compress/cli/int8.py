@@ -111,7 +111,7 @@ def command(
 
     nowhere = Source(path=Path(), name="", said="")
     label = Int8Request(source=nowhere, out=Path(), **rest).label()
-    source = resolve(model, quantizable=True, accept=is_model)
+    source = resolve(model, quantizable=True, accept=is_model, out=out, force=rest["force"])
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     say_where(source, device, dtype)

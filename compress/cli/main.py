@@ -11,6 +11,8 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +140,9 @@ class _Commands(click.Group):
         try:
             threads.configure()  # before any command loads torch
             check_siblings()
-            listener = Listening(ctx.params.get("log_json"), ctx.params.get("metrics"))
-            with plain_streams(), listening(listener, quiet=bool(ctx.params.get("quiet"))):
+            heard = (ctx.params.get("log_json"), ctx.params.get("metrics")) if _is_first() else (None, None)
+            listener = Listening(*heard)
+            with plain_streams(), _first_speaks(), listening(listener, quiet=bool(ctx.params.get("quiet"))):
                 result = super().invoke(ctx)
             sys.stdout.flush()  # a full disk behind a redirection is met here, not on the way out
             return result
@@ -180,6 +183,20 @@ def _code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return int(getattr(error, "exit_code", 1))
+
+
+@contextmanager
+def _first_speaks() -> Iterator[None]:
+    """Of several processes that torchrun started, the others say nothing but what went wrong with them."""
+    if _is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _is_first() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 _CLICKS_OWN = (click.ClickException, click.Abort, click.exceptions.Exit)

@@ -71,7 +71,7 @@ def command(
     from compress.prune.prune_stage import PruneRequest, prune
     from compress.workspace import WORKSPACE, is_model, resolve
 
-    source = resolve(model, quantizable=True, accept=is_model)
+    source = resolve(model, quantizable=True, accept=is_model, out=None if dry_run else out, force=rest["force"])
     amounts = {name: rest.pop(name) for name in AMOUNTS}
     asked = asked_of(
         amounts, params=params, num_bytes=num_bytes, target=target, context=context, max_kl=max_kl,

@@ -51,7 +51,7 @@ def command(
 
     if not data:
         raise ConfigError("no text to teach; pass --data FILE, --data hf:DATASET or --data self")
-    source = resolve(teacher)
+    source = resolve(teacher, out=out, force=rest["force"])
     device = pick_device(device)
     request = TeachRequest(
         teacher=source,
