@@ -67,12 +67,13 @@ def quantize_awq(
     from compress.workspace import WORKSPACE, is_model, resolve
 
     symmetric = check_codes(num_bits, symmetric)
-    source = resolve(None if model is None else os.fspath(model), quantizable=True, accept=is_model)
+    asked, place = None if model is None else os.fspath(model), None if out is None else Path(out)
+    source = resolve(asked, quantizable=True, accept=is_model, out=place, force=force)
     scheme, _ = asked_scheme(source.path, num_bits, group_size, symmetric, skip, trust_remote_code=trust_remote_code)
     device = pick_device(device)
     request = AwqRequest(
         source=source,
-        out=Path(out) if out is not None else WORKSPACE / f"{source.name}-awq-{scheme.label()}",
+        out=place or WORKSPACE / f"{source.name}-awq-{scheme.label()}",
         scheme=scheme,
         calib=None if calib is None else os.fspath(calib),
         samples=samples,

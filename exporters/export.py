@@ -28,7 +28,17 @@ from exporters import answer, readme
 from exporters.reader import Artifact, Job, Layout, Written, is_int8
 from exporters.requantize import requantize
 from exporters.sizing.inventory import Model
-from exporters.sizing.predict import MOST_SEQUENCES, SERVED, Plan, Sizing, check, most_sequences, native_kv_bits
+from exporters.sizing.predict import (
+    MOST_SEQUENCES,
+    SERVED,
+    Plan,
+    Sizing,
+    Takes,
+    anything,
+    check,
+    most_sequences,
+    native_kv_bits,
+)
 from exporters.sizing.targets import TARGETS, Target
 
 FORMATS: dict[str, str] = {
@@ -170,7 +180,10 @@ def fitted(request: ExportRequest, name: str, module: Format, artifact: Artifact
     with suppress(UnsupportedError):  # the format says itself what it cannot hold
         refuse_model(artifact.streamed, request, name, module, context_for(artifact.model, target, request.context))
     plan = _plan(request, name, artifact)
-    sizing = check(artifact.model, plan, target)
+    takes: Takes = anything
+    with suppress(UnsupportedError):
+        takes = answer.taker(artifact.streamed)
+    sizing = check(artifact.model, plan, target, takes)
     wanted = wanted_codes(module.LAYOUT, artifact)
     return plan, sizing, wanted
 

@@ -118,3 +118,20 @@ def calib_text(tmp_path: Path) -> Path:
     lines = [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(14)) for i in range(120)]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def valid_json() -> Callable[[str, str], Any]:
+    """Parses what a command printed with `--json`, which must be as its schema in `compress/schemas` says."""
+    import json
+
+    import jsonschema
+
+    schemas = Path(__file__).resolve().parents[1] / "compress" / "schemas"
+
+    def parse(command: str, text: str) -> Any:
+        value = json.loads(text)
+        jsonschema.validate(value, json.loads((schemas / f"{command}.json").read_text(encoding="utf-8")))
+        return value
+
+    return parse

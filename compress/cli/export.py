@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress import advice
+from compress.cli.help import Command
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 EVALUATED_CONTEXT = 512
 
 
-@click.command("export")
+@click.command("export", cls=Command)
 @click.argument("artifact", required=False)
 @click.option("--target", required=True, metavar="TARGET", help="The machine; `compress targets` lists them.")
 @click.option("--format", metavar="FORMAT", help="hf, onnx, onnx-trt, tensorrt or edge [default: the target's first].")
@@ -94,7 +95,7 @@ def command(
     machine = target_named(target)
     chosen = format_of(format, machine)
     options = options_of(chosen, opset, builder, profiles, activations, head, modelopt)
-    source = resolve(artifact, accept=is_model)
+    source = resolve(artifact, accept=is_model, out=out, force=force)
     print(f"artifact: {source.said}", file=sys.stderr)
     request = ExportRequest(
         source=source,

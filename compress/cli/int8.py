@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
+from compress.cli.help import Command
 from compress.cli.progress import Shown
 
 
@@ -32,7 +33,7 @@ def _kept(_: click.Context, option: click.Parameter, value: str) -> int | None:
     return int(value)
 
 
-@click.command("int8")
+@click.command("int8", cls=Command)
 @click.argument("model", required=False)
 @click.option(
     "--scheme",
@@ -110,7 +111,7 @@ def command(
 
     nowhere = Source(path=Path(), name="", said="")
     label = Int8Request(source=nowhere, out=Path(), **rest).label()
-    source = resolve(model, quantizable=True, accept=is_model)
+    source = resolve(model, quantizable=True, accept=is_model, out=out, force=rest["force"])
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     say_where(source, device, dtype)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 
@@ -24,7 +25,7 @@ AMOUNTS = ("depth", "intermediate", "heads", "kv_heads", "hidden")
 _AMOUNT = "whole number, or share below 1"
 
 
-@click.command("prune")
+@click.command("prune", cls=Command)
 @click.argument("model", required=False)
 @click.option("--depth", metavar="N|SHARE", help=f"Decoder blocks to remove: {_AMOUNT}.")
 @click.option("--intermediate", metavar="N|SHARE", help="Neurons of every MLP to remove.")
@@ -70,7 +71,7 @@ def command(
     from compress.prune.prune_stage import PruneRequest, prune
     from compress.workspace import WORKSPACE, is_model, resolve
 
-    source = resolve(model, quantizable=True, accept=is_model)
+    source = resolve(model, quantizable=True, accept=is_model, out=None if dry_run else out, force=rest["force"])
     amounts = {name: rest.pop(name) for name in AMOUNTS}
     asked = asked_of(
         amounts, params=params, num_bytes=num_bytes, target=target, context=context, max_kl=max_kl,
