@@ -67,12 +67,13 @@ def quantize_awq(
     from compress.workspace import WORKSPACE, is_model, resolve
 
     symmetric = check_codes(num_bits, symmetric)
-    source = resolve(None if model is None else os.fspath(model), quantizable=True, accept=is_model)
+    asked, place = None if model is None else os.fspath(model), None if out is None else Path(out)
+    source = resolve(asked, quantizable=True, accept=is_model, out=place, force=force)
     scheme, _ = asked_scheme(source.path, num_bits, group_size, symmetric, skip, trust_remote_code=trust_remote_code)
     device = pick_device(device)
     request = AwqRequest(
         source=source,
-        out=Path(out) if out is not None else WORKSPACE / f"{source.name}-awq-{scheme.label()}",
+        out=place or WORKSPACE / f"{source.name}-awq-{scheme.label()}",
         scheme=scheme,
         calib=None if calib is None else os.fspath(calib),
         samples=samples,
@@ -118,7 +119,8 @@ def evaluate(
     from evaluators.evaluate import evaluate as run
     from evaluators.request import EvaluationRequest
 
-    source = judged_as(resolve(None if candidate is None else os.fspath(candidate), accept=is_candidate))
+    named = resolve(None if candidate is None else os.fspath(candidate), accept=is_candidate)
+    source = judged_as(named)
     if reference is None:
         manifest = read_manifest(source.path)
         if manifest is None:
@@ -132,6 +134,7 @@ def evaluate(
         )
     request = EvaluationRequest(
         candidate=source.path,
+        asked=named.path,
         reference=original,
         data=str(calibration_data.default_evaluation()) if data is None else os.fspath(data),
         tasks=tuple(tasks),
@@ -152,15 +155,16 @@ def export(
     format: str | None = None,
     out: PathLike | None = None,
     context: int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     force: bool = False,
     tell: Tell | None = None,
     **options: Any,
 ) -> ExportOutcome:
     """Turn an artifact into what a machine runs, as `compress export` does.
 
-    target: a name of `compress targets`. format: hf, onnx, onnx-trt or edge, None for the target's first. context
-    counts tokens, prompt and answer. options: the format's own, such as `opset=21` for onnx-trt.
+    target: a name of `compress targets`. format: hf, onnx, onnx-trt, tensorrt or edge, None for the target's first.
+    context counts tokens, prompt and answer; batch, sequences at once: None for one, or with hf as many as fit.
+    options: the format's own, such as `opset=21` for onnx-trt.
     """
     from compress.workspace import is_model, resolve
     from exporters.export import ExportRequest, target_named

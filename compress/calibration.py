@@ -89,12 +89,7 @@ def load(
     what was made from it (`is_reference`), and `self` for any other that is small enough (`may_sample_from`). Fewer
     rows than asked for is no error; the caller says so. ConfigError for rows longer than the model's positions.
     """
-    refuse_longer(model, seq_len, "--seq-len")
-    if spec is None and not is_reference:
-        refusal = may_sample_from(model, device)
-        if refusal:
-            raise ConfigError(f"no --calib: {refusal}; {CALIBRATION.ways_out}")
-        spec = "self"
+    spec = chosen_text(spec, seq_len=seq_len, model=model, is_reference=is_reference, device=device)
     if spec == "self":
         ids_NT = sample_from_folder(
             model,
@@ -123,6 +118,21 @@ def load(
         source_hash=source_sha256(path),
         num_documents=tally.count,
     )
+
+
+def chosen_text(spec: str | None, *, seq_len: int, model: Path, is_reference: bool, device: str = "cpu") -> str | None:
+    """What `load` reads when `spec` is asked for: None is the bundled text. Headers and config.json only are read.
+
+    ConfigError for rows longer than the model's positions, and for no text where the model is too large to be sampled
+    from without being asked to.
+    """
+    refuse_longer(model, seq_len, "--seq-len")
+    if spec is not None or is_reference:
+        return spec
+    refusal = may_sample_from(model, device)
+    if refusal:
+        raise ConfigError(f"no --calib: {refusal}; {CALIBRATION.ways_out}")
+    return "self"
 
 
 def _calibration_set(

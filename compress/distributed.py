@@ -10,6 +10,7 @@ order and gets other last bits, because what was summed one by one cannot be had
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,8 @@ from compress.errors import CompressError
 
 T = TypeVar("T")
 # The others wait while the first process samples text, reads the model and writes the artifact.
+# What gloo and NCCL say in the processes that are left when one of them ends.
+_PEER_ENDED = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|remote worker crashing")
 PATIENCE = timedelta(hours=12)
 
 
@@ -43,6 +46,12 @@ def joined(device: str) -> Iterator[str]:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield device
+    except RuntimeError as e:
+        if not _PEER_ENDED.search(str(e)):
+            raise
+        raise CompressError(
+            "another process of this run has ended, so this one cannot go on; what that one printed says why"
+        ) from e
     finally:
         dist.destroy_process_group()
 

@@ -497,6 +497,38 @@ def _remove_artifact(folder: Path, known: _Seen | None = None) -> list[str]:
     return []
 
 
+# ---- what may go ---------------------------------------------------------------------------------------
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Scratch folders and replaced artifacts of ours that lie in a folder: of runs that were killed, or still work."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if is_scratch(path) and path.is_dir() and not path.is_symlink():
+            is_ours = _run_file(path) is not None if path.name.endswith(".partial") else _listed(path) is not None
+            found += [path] if is_ours else []
+    return found
+
+
+def remove(path: Path) -> list[str]:
+    """Remove an artifact, a scratch folder or a replaced artifact of ours; returns notes on what stays, and why.
+
+    Of an artifact only what its manifest lists, unchanged. Raises ConfigError when a run holds it, or for what is not
+    ours.
+    """
+    real = _located(path) if not is_scratch(path) else path.parent.resolve() / path.name
+    out = real.name.rpartition(".")[0].rpartition(".")[0].removeprefix(".") if is_scratch(real) else real.name
+    with locked(real.with_name(f".{out}{_LOCK}"), str(path)):
+        if real.name.endswith(".partial") and is_scratch(real):
+            if _run_file(real) is None:
+                raise ConfigError(f"{path} is not removed: no run of ours made it; move it elsewhere yourself")
+            Run(place=Place(out=real, real=real, force=False, old=None), folder=real, id="").discard()
+            return []
+        if _listed(real) is None:
+            raise ConfigError(f"{path} is not removed: no manifest lists its files; move it elsewhere yourself")
+        return _remove_artifact(real)
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two folders in one step. False where the system or the file system cannot."""
     rename = getattr(_C_LIBRARY, "renameat2", None)
@@ -510,4 +542,6 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-__all__ = ["Place", "Run", "check", "check_apart", "file_read", "is_scratch", "reserved"]
+__all__ = [
+    "Place", "Run", "check", "check_apart", "file_read", "is_scratch", "leftovers", "remove", "reserved",
+]  # fmt: skip

@@ -90,7 +90,7 @@ def _write_index(out: Path, weight_map: Mapping[str, str], total_bytes: int) -> 
 
 
 def _stream_shard(path: Path, members: list[tuple[Path, str, TensorInfo]]) -> None:
-    head = _head([(name, info.dtype, info.shape, info.num_bytes) for _, name, info in members])
+    head = safetensors_head([(name, info.dtype, info.shape, info.num_bytes) for _, name, info in members])
     tmp = path.with_name(f".{path.name}.tmp")
     with open(tmp, "wb") as f:
         f.write(head)
@@ -119,7 +119,7 @@ def save_in_parts(
     tensor's, as `tensor_sha256` gives it.
     """
     size = math.prod(shape) * dtype.itemsize
-    head = _head([(name, dtype_name(dtype), shape, size)])
+    head = safetensors_head([(name, dtype_name(dtype), shape, size)])
     file, content = hashlib.sha256(head), hashlib.sha256(tensor_head(dtype, shape))
     tmp = path.with_name(f".{path.name}.tmp")
     with open(tmp, "wb") as f, ThreadPoolExecutor(2) as pool:
@@ -152,7 +152,7 @@ def tensor_sha256(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _head(members: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+def safetensors_head(members: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
     """Length and header of a safetensors file whose tensors (name, dtype, shape, bytes) lie in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

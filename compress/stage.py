@@ -75,7 +75,7 @@ class Stage:
     blocks(model): the blocks that go on, ascending. The others are left out, and those that follow are renumbered.
     reshaping: with two paths, see `blocks.stream`.
     measure(model, rows, facts, tell): what must be measured before it is known what is made, JSON; kept with the run.
-    decided(model, measured): the stage as it then is. Its plan is not asked for again.
+    decided(model, measured): the stage as it then is. Its plan is asked for again.
     proof(model, staged, record): raises ArtifactError unless what was written is what was meant, before it has a name.
     """
 
@@ -244,8 +244,10 @@ def _decide(ready: _Prepared, begun: _Begun | None, tell: Tell) -> _Prepared:
         return stage.measure(model, ready.rows, Facts(begun.run.folder, begun.run.id), tell)
 
     decided = stage.decided(model, distributed.told_by_first(measured))
-    chosen = list(decided.blocks(model))
-    return replace(ready, stage=decided, chosen=chosen, written_plan=renumbered(ready.plan, model, chosen))
+    plan, chosen = decided.plan(model), list(decided.blocks(model))
+    if decided.format is not None:
+        decided.format.check(plan, shapes_of(model, plan))
+    return replace(ready, stage=decided, chosen=chosen, plan=plan, written_plan=renumbered(plan, model, chosen))
 
 
 def _begin(ready: _Prepared, place: Place | None, tell: Tell) -> _Begun:

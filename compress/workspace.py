@@ -14,7 +14,7 @@ from compress.contents import check_files
 from compress.errors import ArtifactError, CompressError, ConfigError
 from compress.files import file_sha256, is_file, read_json
 from compress.folders import check_model_file
-from compress.output import is_scratch
+from compress.output import check, is_scratch
 
 WORKSPACE = Path("artifacts")
 
@@ -73,7 +73,13 @@ def judged_as(source: Source) -> Source:
     if form in RUNNABLE:
         raise ArtifactError(f"{source.path}: what runs of this {form} export is gone; make the export again")
     stated = manifest.record["parent"]
-    parent = parent_path(stated, source.path)
+    try:
+        parent = parent_path(stated, source.path)
+    except ArtifactError:
+        raise ArtifactError(
+            f"{source.path} runs on its device only, and the artifact whose weights it holds, {stated['path']}, is no "
+            "longer there to be judged in its place; put it back, or make the export again"
+        ) from None
     if Checkpoint.open(parent).content_sha256() != stated["sha256"]:
         raise ArtifactError(
             f"{parent} is not what {source.path} was made from any more, so it cannot be judged in its place; make the "
@@ -84,13 +90,22 @@ def judged_as(source: Source) -> Source:
 
 
 def resolve(
-    model: str | None, *, quantizable: bool = False, accept: Accept = holds_weights, workspace: Path = WORKSPACE
+    model: str | None,
+    *,
+    quantizable: bool = False,
+    accept: Accept = holds_weights,
+    workspace: Path = WORKSPACE,
+    out: Path | None = None,
+    force: bool = False,
 ) -> Source:
     """The model that the user named, or the workspace's newest artifact that `accept` takes, or the bundled model.
 
     With `quantizable`, artifacts that already are quantized stand for the original they came from, so that
-    `compress awq --group-size 64` after `compress awq` starts from full precision again.
+    `compress awq --group-size 64` after `compress awq` starts from full precision again. An `out` that must not be
+    written is refused here: a model of many GB is not fetched for it.
     """
+    if out is not None:
+        check(out, {}, force=force)
     if model is None:
         return _from_workspace(quantizable, accept, workspace)
     path = Path(model)

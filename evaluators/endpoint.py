@@ -41,8 +41,10 @@ def once(
         "ignore_eos": True,
     }
     start = time.perf_counter()
-    marks = []
+    marks: list[float] = []
     for line in _get(f"{url.rstrip('/')}/v1/completions", json.dumps(body).encode(), timeout):
+        if time.perf_counter() - (marks[-1] if marks else start) > timeout:  # it may be pinged for ever
+            raise ConfigError(f"{url}: no text for {timeout:g} seconds, though the stream goes on; ask a smaller model")
         if not line.startswith(b"data:") or line.strip() == b"data: [DONE]":
             continue
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from evaluators.overlap import refuse_calibration_text
 from evaluators.passes import Question
 from evaluators.request import EvaluationRequest
 from evaluators.results import Report, Subject
-from evaluators.subject import one_tokenizer, open_runner, subject
+from evaluators.subject import hold_cache, one_tokenizer, open_runner, subject, whose_weights
 from evaluators.windows import Windows, load_windows
 
 if TYPE_CHECKING:
@@ -87,9 +87,14 @@ def evaluate(request: EvaluationRequest, tell: Tell = SILENT) -> Report:
         num_bytes=exam.windows.num_bytes,
         tasks=_answered(exam, passed),
         harness=_harness(request, pair, exam.front, tell),
-        identical=pair.subjects["candidate"].sha256 == pair.subjects["reference"].sha256,
+        identical=_computed(pair.subjects["candidate"]) == _computed(pair.subjects["reference"]),
     )
     return _report(request, pair, exam, passed, found)
+
+
+def _computed(subject: Subject) -> tuple[str, str | None]:
+    """What decides a model's answers."""
+    return subject.sha256, subject.kv_cache
 
 
 # ---- what is asked -------------------------------------------------------------------------------------
@@ -105,6 +110,10 @@ def _open(request: EvaluationRequest) -> _Pair:
     subjects = {role: subject(getattr(request, role), note) for role in ("candidate", "reference")}
     tokenizer = one_tokenizer(request)
     runners = {role: open_runner(getattr(request, role), request) for role in ("reference", "candidate")}
+    for role, asked in (("reference", None), ("candidate", request.kv_cache)):
+        held = hold_cache(runners[role], getattr(request, role), asked)
+        subjects[role] = replace(subjects[role], kv_cache=held)
+        note(held and f"keys and values of the {role} were rounded to INT8, a scale a token and head ({held})")
     vocab_size = runners["reference"].vocab_size
     if runners["candidate"].vocab_size != vocab_size:
         raise ConfigError(
@@ -224,6 +233,7 @@ def _report(
         kl_histogram=divergence.kl_histogram(found.scores.kl_S),
         notes=[*pair.notes, *exam.notes, *passed.notes, *passed.inside.notes],
         versions=versions(),
+        judged=whose_weights(request.candidate, request.asked),
     )
 
 

@@ -9,9 +9,12 @@ Shapes: B sequences, T tokens
 from __future__ import annotations
 
 import math
+import platform
+import resource
 import statistics
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +25,7 @@ from torch import Tensor
 from compress.errors import ConfigError
 from compress.runtime.runner import Decoder
 from compress.tell import SILENT, Tell
+from evaluators.card import Clock, Source, source, watching
 
 DEFINITIONS = {
     "ttft": "seconds from handing over the prompt to having the first new token's id on the host: prefill and one pick",
@@ -32,9 +36,20 @@ DEFINITIONS = {
     "bytes_a_token": "bytes that one decode step must read: weights once, and the cache at its mean length",
     "bandwidth": "bytes a second of summing one large float32 tensor on the decoder's device, best of 7, this run",
     "share_of_bandwidth": "bytes_a_token / median itl / bandwidth",
+    "output_lens": "every round makes exactly the asked number of new tokens; an end of text does not end it",
+    "percentiles": "linear interpolation (numpy's default); null with fewer than 10 (p90) or 100 (p99) values",
+    "peak_device_memory_bytes": "most that torch's allocator held; what other runtimes hold is not in it",
+    "device_memory_used_bytes": "most that the whole card had in use while rounds ran, by NVML or tegrastats",
+    "peak_host_memory_bytes": "largest resident memory of this process up to the end of the run, all subjects together",
+    "utilisation": "mean over samples of the share of time with a kernel running, per cent, by NVML or tegrastats; it "
+    "says nothing of how much of the card the kernels used",
+    "clocks": "the card's state after each measured round: SM clock, memory in use, utilisation; null where unknown",
+    "graph_replays": "CUDA graph replays counted, warm-ups included; launches_a_step: kernels and copies in that graph",
     "ratio": "geometric mean over rounds of the other's tpot over the first's of that round; 95 % interval (t)",
 }
 ENOUGH_ROUNDS = 5
+# Percentile -> values that it needs: one of them lies beyond it.
+ENOUGH_VALUES = {90: 10, 99: 100}
 # Fall of the clock from the first to the last round above which the run says so.
 CLOCK_FELL = 0.05
 # 97.5 % quantile of Student's t by degrees of freedom, 1 to 30; the normal one beyond.
@@ -74,31 +89,51 @@ class Subject:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clock:
-    """What the card said of itself at one moment; None where it says nothing."""
+class Seen:
+    """What the card said: its state after each measured round, and over all of them. why: it said nothing."""
 
-    mhz: int | None
-    used_bytes: int | None
-    utilisation: int | None
+    clocks: Sequence[Clock]
+    utilisation: float | None = None
+    most_used_bytes: int | None = None
+    why: str = ""
 
 
-def measure(subjects: Sequence[Subject], settings: Settings, tell: Tell = SILENT) -> list[Clock]:
-    """Run every subject once a round, in turns; fills the subjects. Returns the card's state after each round."""
+def measure(
+    subjects: Sequence[Subject],
+    settings: Settings,
+    tell: Tell = SILENT,
+    card: Callable[[], Source] = source,
+) -> Seen:
+    """Run every subject once a round, in turns; fills the subjects. Returns what the card said meanwhile."""
     prompts = _prompts(subjects, settings)
-    clocks = []
     tell.start("round", settings.warm_ups + settings.rounds)
-    for number in range(settings.warm_ups + settings.rounds):
-        for subject in subjects:
-            ttft, gaps = once(subject.decoder, prompts, settings.new_tokens)
-            graph = getattr(subject.decoder, "graph", None)
-            if graph is not None:
-                subject.replays, subject.launches = graph.replays, graph.launches
-            if number >= settings.warm_ups:
-                subject.ttfts.append(ttft)
-                subject.itls.append(gaps)
-        clocks.append(card_state())
-        tell.step(number + 1, f"{subjects[-1].label}: {1000 * statistics.median(gaps):.2f} ms a token")
-    return clocks[settings.warm_ups :]
+    for number in range(settings.warm_ups):
+        _round(subjects, prompts, settings, tell, number, keep=False)
+    clocks = []
+    with watching(card) as watched:
+        for number in range(settings.warm_ups, settings.warm_ups + settings.rounds):
+            _round(subjects, prompts, settings, tell, number, keep=True)
+            clocks.append(watched.now())
+    return Seen(
+        clocks=clocks,
+        utilisation=watched.utilisation(),
+        most_used_bytes=watched.most_used_bytes(),
+        why=watched.why,
+    )
+
+
+def _round(
+    subjects: Sequence[Subject], prompts: Tensor, settings: Settings, tell: Tell, number: int, *, keep: bool
+) -> None:
+    for subject in subjects:
+        ttft, gaps = once(subject.decoder, prompts, settings.new_tokens)
+        graph = getattr(subject.decoder, "graph", None)
+        if graph is not None:
+            subject.replays, subject.launches = graph.replays, graph.launches
+        if keep:
+            subject.ttfts.append(ttft)
+            subject.itls.append(gaps)
+    tell.step(number + 1, f"{subjects[-1].label}: {1000 * statistics.median(gaps):.2f} ms a token")
 
 
 def _prompts(subjects: Sequence[Subject], settings: Settings) -> Tensor:
@@ -126,22 +161,6 @@ def once(decoder: Decoder, prompts_BT: Tensor, new_tokens: int) -> tuple[float, 
         decoder.advance().cpu()  # waits for the device
         marks.append(time.perf_counter())
     return marks[0] - start, [b - a for a, b in zip(marks, marks[1:], strict=False)]
-
-
-def card_state() -> Clock:
-    """From NVML, if there is a card and its Python binding (nvidia-ml-py); Jetson has none, and says nothing here."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device() if torch.cuda.is_available() else 0)
-        return Clock(
-            mhz=int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
-            used_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
-            utilisation=int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
-        )
-    except Exception:  # no binding, no driver, no card: each raises its own
-        return Clock(mhz=None, used_bytes=None, utilisation=None)
 
 
 def read_bandwidth(device: str) -> float:
@@ -186,16 +205,20 @@ def result(subject: Subject, settings: Settings, bandwidth: float) -> dict[str, 
         **_spread("itl", gaps),
         "bytes_a_token": read,
         "share_of_bandwidth": read / median / bandwidth,
+        "too_few": too_few(len(gaps)),
         "graph_replays": subject.replays,
         "launches_a_step": subject.launches,
     }
 
 
-def _spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
+def _spread(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
+    """Mean, deviation and percentiles in milliseconds; None for a percentile that lies among the last few values."""
     values = 1000 * np.asarray(seconds)
-    found = {f"mean_{name}_ms": values.mean(), f"std_{name}_ms": values.std(), f"median_{name}_ms": np.median(values)}
-    found |= {f"p{q}_{name}_ms": np.percentile(values, q) for q in (90, 99)}
-    return {key: float(value) for key, value in found.items()}
+    found: dict[str, Any] = {f"mean_{name}_ms": values.mean(), f"median_{name}_ms": np.median(values)}
+    found[f"std_{name}_ms"] = values.std() if len(values) > 1 else None
+    for q, least in ENOUGH_VALUES.items():
+        found[f"p{q}_{name}_ms"] = np.percentile(values, q) if len(values) >= least else None
+    return {key: None if value is None else float(value) for key, value in found.items()}
 
 
 def ratio(first: Subject, other: Subject) -> dict[str, Any]:
@@ -212,16 +235,28 @@ def ratio(first: Subject, other: Subject) -> dict[str, Any]:
     return {"ratio": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
 
 
-def warnings(clocks: Sequence[Clock]) -> list[str]:
-    """What makes the figures doubtful."""
-    mhz = [c.mhz for c in clocks if c.mhz]
+def warnings(seen: Seen) -> list[str]:
+    """What makes the figures doubtful, or is missing from them."""
+    mhz = [c.mhz for c in seen.clocks if c.mhz]
+    found = [seen.why] if seen.why else []
     if len(mhz) > 1 and min(mhz) < (1 - CLOCK_FELL) * mhz[0]:
-        return [f"the card's clock fell from {mhz[0]} to {min(mhz)} MHz during the run; let it cool, or run it again"]
-    return []
+        found.append(
+            f"the card's clock fell from {mhz[0]} to {min(mhz)} MHz during the run; let it cool, or run it again"
+        )
+    return found
+
+
+def too_few(values: int) -> str | None:
+    """Why a percentile of the times between tokens is not given, with what to ask for; None where all are."""
+    missing = {q: least for q, least in ENOUGH_VALUES.items() if values < least}
+    if not missing:
+        return None
+    wanted = ", ".join(f"p{q} needs {least}" for q, least in missing.items())
+    return f"{values} times between tokens are too few ({wanted}); pass more --rounds or --new-tokens"
 
 
 def report(
-    subjects: Sequence[Subject], settings: Settings, bandwidths: Mapping[str, float], clocks: Sequence[Clock]
+    subjects: Sequence[Subject], settings: Settings, bandwidths: Mapping[str, float], seen: Seen
 ) -> dict[str, Any]:
     """The result file."""
     results = [result(s, settings, bandwidths[s.label]) for s in subjects]
@@ -235,8 +270,11 @@ def report(
         "machine": machine(),
         "bandwidth_bytes_per_second": dict(bandwidths),
         "peak_device_memory_bytes": peak,
-        "clocks": [vars(c) for c in clocks],
-        "warnings": warnings(clocks),
+        "device_memory_used_bytes": seen.most_used_bytes,
+        "peak_host_memory_bytes": peak_host_bytes(),
+        "utilisation": seen.utilisation,
+        "clocks": [vars(c) for c in seen.clocks],
+        "warnings": warnings(seen),
         "results": results,
     }
 
@@ -254,6 +292,7 @@ def served(label: str, rounds: Sequence[tuple[float, list[float]]], settings: Se
         **_spread("ttft", [first for first, _ in rounds]),
         **_spread("tpot", [statistics.fmean(round_) for _, round_ in rounds]),
         **_spread("itl", gaps),
+        "too_few": too_few(len(gaps)),
     }
     return {
         "definitions": DEFINITIONS,
@@ -265,8 +304,12 @@ def served(label: str, rounds: Sequence[tuple[float, list[float]]], settings: Se
     }
 
 
-def machine() -> dict[str, Any]:
-    import platform
+def peak_host_bytes() -> int:
+    """Largest resident memory of this process so far (`ru_maxrss`; kibibytes on Linux, bytes on macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
+
+def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"gpu": gpu, "torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine()}

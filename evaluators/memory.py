@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ KIND = "evaluation"
 
 def brief(report: Report) -> dict[str, Any]:
     """What a manifest keeps of a report: enough to compare candidates by, nothing that changes with time."""
-    kept = ("perplexity", "kl_mean", "top1_agreement", "perplexity_recovery")
+    kept = ("perplexity", "kl_mean", "kl_99.9", "top1_agreement", "perplexity_recovery")
     return {
         "kind": KIND,
         "reference_sha256": report.reference.sha256,
@@ -32,8 +33,10 @@ def brief(report: Report) -> dict[str, Any]:
         "bits_per_weight": report.candidate.bits_per_weight,
         "weight_bytes": report.candidate.weight_bytes,
         "metrics": {m.name: m.value for m in report.metrics if m.name in kept or m.name.endswith("_acc")},
+        "recovery": {v.metric: asdict(v.recovery) for v in report.verdicts},
         "gate": dict(report.gate) if report.gate else None,
         "outcome": report.outcome,
+        **({"kv_cache": report.candidate.kv_cache} if report.candidate.kv_cache else {}),
     }
 
 
@@ -44,14 +47,15 @@ def reports_folder(artifact: Path) -> Path:
 
 
 def remember(artifact: Path, report: Report) -> str | None:
-    """Keep the brief beside the artifact, in place of an earlier one on the same text and gate.
+    """Keep the brief beside the artifact, in place of an earlier one on the same text, gate and KV cache.
 
     A folder without a manifest is no artifact and nothing is kept. Returns a note when something could not be.
     """
     if not is_file(artifact / MANIFEST):
         return None
     kept = json.loads(json.dumps({**brief(report), "artifact": file_sha256(artifact / MANIFEST)}))
-    key = json_bytes([kept[k] for k in ("kind", "reference_sha256", "text", "gate")])
+    names = ("kind", "reference_sha256", "text", "gate", "kv_cache")
+    key = json_bytes([kept[k] for k in names if k in kept])
     folder = reports_folder(artifact)
     path = folder / f"{hashlib.sha256(key).hexdigest()[:16]}.json"
     try:
@@ -83,6 +87,24 @@ def _read(path: Path) -> dict[str, Any] | None:
     shapes = {"text": dict, "metrics": dict, "artifact": str, "reference_sha256": str}
     is_ours = value.get("kind") == KIND and all(isinstance(value.get(k), kind) for k, kind in shapes.items())
     return value if is_ours else None
+
+
+def forgotten(workspace: Path) -> list[Path]:
+    """Folders of evaluations in a workspace whose artifact is gone."""
+    folders = sorted(p for p in workspace.glob("*.reports") if p.is_dir() and not p.is_symlink())
+    return [p for p in folders if not is_file(p.with_name(p.name.removesuffix(".reports")) / MANIFEST)]
+
+
+def forget(folder: Path) -> list[str]:
+    """Remove the evaluations in a folder, and it, if nothing else lies there; returns a note on what does."""
+    for path in sorted(folder.glob("*.json")):
+        if _read(path) is not None:
+            path.unlink()
+    left = sorted(p.name for p in folder.iterdir())
+    if left:
+        return [f"{folder} was not removed: it holds {', '.join(left[:5])}, which is no evaluation"]
+    folder.rmdir()
+    return []
 
 
 def others(report: Report, workspace: Path) -> tuple[list[dict[str, Any]], Sequence[str]]:

@@ -79,6 +79,7 @@ def to_html(report: Report, others: Sequence[dict[str, Any]] = ()) -> bytes:
     body = [
         f'<h1><span class="{outcome}">{escape(title)}</span></h1>',
         f"<p><code>{escape(report.candidate.path)}</code> against <code>{escape(report.reference.path)}</code></p>",
+        *([f"<p>Judged: {escape(report.judged)}</p>"] if report.judged else []),
         f'<p class="soft">{escape(_said(report))}</p>',
         *(f"<p>{escape(v.metric)}: {escape(v.reason)}</p>" for v in report.verdicts),
         '<div class="grid">',

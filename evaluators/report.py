@@ -53,7 +53,8 @@ def to_junit(report: Report) -> bytes:
             tag = "failure" if verdict.outcome == "FAIL" else "error"
             ElementTree.SubElement(case, tag, type=verdict.outcome, message=_printable(verdict.reason))
         out = ElementTree.SubElement(case, "system-out")
-        out.text = _printable(f"{verdict_line(verdict)}\n{report.candidate.path} against {report.reference.path}")
+        against = f"{report.candidate.path} against {report.reference.path}"
+        out.text = _printable("\n".join([verdict_line(verdict), against, report.judged]).strip())
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)
@@ -97,6 +98,8 @@ def interval(metric: Metric) -> str:
 def to_text(report: Report) -> str:
     """For a terminal of 100 columns."""
     out = [headline(report)] if report.gate else []
+    if report.judged:
+        out.append(f"judged: {report.judged}")
     for v in report.verdicts:
         out.append(f"  {v.outcome:<12} {verdict_line(v)}")
         if v.outcome == "INCONCLUSIVE":
@@ -157,6 +160,8 @@ def to_markdown(report: Report) -> str:
     mark = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️", None: "📏"}[report.outcome]
     out = [f"## {mark} Accuracy gate: {headline(report)}", ""]
     out.append(f"`{_cell(report.candidate.path)}` against `{_cell(report.reference.path)}`")
+    if report.judged:
+        out.append(f"\nJudged: {_cell(report.judged)}")
     if report.verdicts:
         out += ["", "| metric | verdict | recovery | bounds | n | |", "|---|---|---|---|---|---|"]
         for v in report.verdicts:

@@ -15,7 +15,9 @@ DEFAULT_THRESHOLD = 0.98
 class EvaluationRequest:
     """What to judge. `reference` is the original; `data` a text as for calibration; `tasks` are `[NAME=]FILE.jsonl`.
 
-    threshold None: measure and report, no verdict. cache_folder None: nothing is cached.
+    asked: the folder that was named, where `candidate` is judged in its place (an engine's graph runs on its device).
+    threshold None: measure and report, no verdict. cache_folder None: nothing is cached. kv_cache: how the candidate's
+    keys and values are held, `int8` or `none` (as floats); None: as its folder says.
     """
 
     candidate: Path
@@ -35,3 +37,5 @@ class EvaluationRequest:
     device: str = "cpu"
     dtype: str = "float32"
     cache_folder: Path | None = None
+    kv_cache: str | None = None
+    asked: Path | None = None

@@ -108,7 +108,8 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model that took part. weight_bytes: its weight files on disk. bits_per_weight: those bytes over parameters."""
+    """A model that took part. weight_bytes: its weight files on disk. bits_per_weight: those bytes over parameters.
+    kv_cache: as vLLM names it, where keys and values were held as integers."""
 
     path: str
     sha256: str
@@ -117,6 +118,7 @@ class Subject:
     weight_bytes: int
     num_parameters: int
     bits_per_weight: float
+    kv_cache: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,8 @@ class Report:
 
     text: source, text_sha256, context, stride, min_context, bos, num_windows, num_tokens (scored), num_bytes. gate:
     threshold, confidence, rule ("bounds" or "point"), metrics; None without --gate. outcome: the worst verdict; None
-    without --gate. notes: whatever was left out, skipped or could not be shown.
+    without --gate. judged: whose weights the numbers are of, in words. notes: whatever was left out, skipped or could
+    not be shown.
     """
 
     candidate: Subject
@@ -140,6 +143,7 @@ class Report:
     kl_histogram: Histogram | None
     notes: list[str]
     versions: Mapping[str, str]
+    judged: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON: these fields by name, and `schema`."""

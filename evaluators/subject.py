@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress import tokens
+from compress.artifact import BUNDLED, read_manifest
 from compress.checkpoint import Checkpoint
 from compress.contents import SMALL_BYTES, check_files
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256
 from compress.folders import check_folder
 from compress.model import StreamedModel
+from compress.plan import KvScheme
 from compress.runtime.ort import OnnxRunner, find_graph
 from compress.runtime.streamed import TorchRunner
 from evaluators.request import EvaluationRequest
@@ -39,6 +41,22 @@ def open_runner(path: Path, request: EvaluationRequest) -> TorchRunner | OnnxRun
         return OnnxRunner.open(path)
     check_folder(path)
     raise ArtifactError(f"{path} holds neither safetensors nor an .onnx graph; pass a model folder")
+
+
+def hold_cache(runner: TorchRunner | OnnxRunner, path: Path, asked: str | None) -> str | None:
+    """Let a model hold keys and values as `asked` (see `EvaluationRequest`); what that is called, None for floats.
+
+    UnsupportedError for a graph, whose cache is its own.
+    """
+    if isinstance(runner, OnnxRunner):
+        if asked == "int8":
+            raise UnsupportedError(
+                f"--kv-cache int8: {path} is a graph with a cache of its own; judge the artifact that it was made from"
+            )
+        return None
+    if asked is not None:
+        runner.model.kv = KvScheme() if asked == "int8" else None
+    return None if runner.model.kv is None else runner.model.kv.label()
 
 
 def subject(path: Path, note: Callable[[str | None], object] = lambda text: None) -> Subject:
@@ -78,6 +96,32 @@ def subject(path: Path, note: Callable[[str | None], object] = lambda text: None
         num_parameters=0,
         bits_per_weight=0.0,
     )
+
+
+def whose_weights(candidate: Path, asked: Path | None = None) -> str:
+    """Which weights a verdict is about: an export's codes need not be those of the artifact that it was made from.
+
+    asked: the export in whose place `candidate` is judged.
+    """
+    export = asked or candidate
+    manifest = read_manifest(export)
+    record = {} if manifest is None else manifest.record
+    if record.get("stage") != "export":
+        return f"the weights of {candidate}"
+    made_of = _named(record["parent"]["path"], export)
+    if asked is not None and asked.resolve() != candidate.resolve():
+        said = f"the weights of {made_of}, which {asked} holds (its {record['format']} runs on its device only)"
+    else:
+        said = f"the export's own, as its {record['format']} files hold them, made of {made_of}"
+    before = record.get("requantized_from")
+    if before is None:
+        return said
+    return f"{said}: quantized again for {record['target']}, not the codes of {_named(before, export)}"
+
+
+def _named(stated: str, folder: Path) -> str:
+    """A manifest's path to another artifact, as it is found from here."""
+    return stated if stated == BUNDLED else str(Path(folder, stated).resolve())
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

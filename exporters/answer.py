@@ -7,7 +7,7 @@ is advised is what is accepted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,19 @@ from exporters.edge import folder as edge
 from exporters.genai import families as genai
 from exporters.hf.layout import LAYOUT as HF_LAYOUT
 from exporters.reader import Layout, is_int8
+from exporters.sizing.inventory import Model, read_model
+from exporters.sizing.predict import Plan, native_kv_bits, size
 from exporters.sizing.targets import Target
 from exporters.trt.layout import LAYOUT as TRT_LAYOUT
+
+# Tokens to advise where what was asked for leaves no room.
+SHORTER = 2048
 
 LAYOUTS: dict[str, Layout] = {
     "hf": HF_LAYOUT,
     "onnx": genai.LAYOUT,
     "onnx-trt": TRT_LAYOUT,
+    "tensorrt": TRT_LAYOUT,
     "edge": edge.LAYOUT,
 }
 
@@ -52,7 +58,7 @@ def check(model: StreamedModel, format: str, context: int, scheme: Scheme | None
         edge.check_config(path, config, context)
     elif format == "onnx":
         genai.check_config(path, config)
-    elif format == "onnx-trt":
+    elif format in ("onnx-trt", "tensorrt"):
         from exporters.trt.graph import architecture  # needs onnx, and says so
 
         architecture.read(model)
@@ -141,13 +147,42 @@ def refusal(model: StreamedModel, format: str, context: int, scheme: Scheme | No
     return None
 
 
+def taker(model: StreamedModel) -> Callable[[Plan], bool]:
+    """Whether a plan's format can hold the model with weights of the plan's bits (None: as they are)."""
+
+    def takes(plan: Plan) -> bool:
+        return refusal(model, plan.format, plan.context, _codes(model, plan)) is None
+
+    return takes
+
+
+def _codes(model: StreamedModel, plan: Plan) -> Scheme | None:
+    if plan.num_bits is None:
+        return held(model, plan.format)
+    if plan.num_bits == 8:
+        return Scheme(num_bits=8, group_size=-1, symmetric=True)
+    return None if plan.num_bits >= 16 else codes_for(model, plan.format)
+
+
 def ways(model: StreamedModel, target: Target, context: int) -> Iterator[Way]:
-    """What can be made of the model for the target's readers: formats in the target's order, quantized first."""
+    """What can be made of the model for the target's readers, and fits its memory with one sequence of `context`.
+
+    Formats in the target's order, quantized first.
+    """
+    sizes = read_model(model.checkpoint.path)
     for format in target.formats:
         schemes = [held(model, format)] if model.stored.layers else [codes_for(model, format), None]
         for scheme in schemes:
-            if refusal(model, format, context, scheme) is None:
+            if refusal(model, format, context, scheme) is None and _fits(sizes, format, scheme, context, target):
                 yield Way(format=format, scheme=scheme)
+
+
+def _fits(sizes: Model, format: str, scheme: Scheme | None, context: int, target: Target) -> bool:
+    packed = sizes.scheme is not None
+    bits = None if packed else 16 if scheme is None else scheme.num_bits
+    group = 128 if scheme is None or scheme.group_size < 0 else scheme.group_size
+    plan = Plan(format=format, context=context, num_bits=bits, group_size=group, kv_bits=native_kv_bits(format))
+    return size(sizes, plan, target).fits
 
 
 def nearest(model: StreamedModel, said: Path | str, target: Target, context: int, *, codes: bool | None = None) -> str:
@@ -155,10 +190,19 @@ def nearest(model: StreamedModel, said: Path | str, target: Target, context: int
 
     codes: only ways with (True) or without codes.
     """
-    way = next((w for w in ways(model, target, context) if codes is None or codes == (w.scheme is not None)), None)
+    shorter = min(context, SHORTER)
+    found = (
+        (way, tokens)
+        for tokens in dict.fromkeys((context, shorter))
+        for way in ways(model, target, tokens)
+        if codes is None or codes == (way.scheme is not None)
+    )
+    way, tokens = next(found, (None, context))
     if way is None:
-        return f"no reader of {target.name} takes it"
-    export = ("export", "--target", target.name, "--format", way.format)
+        return f"no reader of {target.name} takes it in the memory that is there"
+    usual = min(target.context, read_model(model.checkpoint.path).max_positions or target.context)
+    asked = () if tokens == usual else ("--context", str(tokens))
+    export = ("export", "--target", target.name, "--format", way.format, *asked)
     if way.scheme is None or model.stored.layers:
         return f"this works: {advice.command(*export[:1], said, *export[1:])}"
     return f"this works: {advice.command('awq', said)} and then {advice.command(*export)}"

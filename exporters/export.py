@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,27 +17,39 @@ import compress
 from compress.artifact import links_elsewhere, manifest_of, path_from, read_manifest, write_manifest
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.files import write_bytes_atomically
 from compress.formats import awq_gemm
 from compress.model import StreamedModel
 from compress.output import Place, reserved
 from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
 from compress.workspace import WORKSPACE, Source
-from exporters import answer
+from exporters import answer, readme
 from exporters.reader import Artifact, Job, Layout, Written, is_int8
 from exporters.requantize import requantize
 from exporters.sizing.inventory import Model
-from exporters.sizing.predict import Plan, Sizing, check, native_kv_bits
+from exporters.sizing.predict import (
+    MOST_SEQUENCES,
+    SERVED,
+    Plan,
+    Sizing,
+    Takes,
+    anything,
+    check,
+    most_sequences,
+    native_kv_bits,
+)
 from exporters.sizing.targets import TARGETS, Target
 
 FORMATS: dict[str, str] = {
     "hf": "exporters.hf.write",
     "onnx": "exporters.genai.write",
     "onnx-trt": "exporters.trt.write",
+    "tensorrt": "exporters.engine.write",
     "edge": "exporters.edge.write",
 }
 # The pip extra that a format's own imports come from.
-EXTRAS = {"onnx": "onnx", "onnx-trt": "onnx", "edge": "edge"}
+EXTRAS = {"onnx": "onnx", "onnx-trt": "onnx", "tensorrt": "onnx", "edge": "edge"}
 
 
 class Format(Protocol):
@@ -53,14 +65,15 @@ class Format(Protocol):
 class ExportRequest:
     """What to export. context None: the target's default, at most what the model was made for. options: the format's.
 
-    format None: the target's first. out None: artifacts/NAME-TARGET-FORMAT.
+    format None: the target's first. batch None: one sequence; where a server shares its memory among them, as many as
+    fit, at most `MOST_SEQUENCES`. out None: artifacts/NAME-TARGET-FORMAT.
     """
 
     source: Source
     target: Target
     format: str | None = None
     context: int | None = None
-    batch: int = 1
+    batch: int | None = None
     out: Path | None = None
     force: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +83,8 @@ class ExportRequest:
 class ExportOutcome:
     """What was made. parts: bytes by name; fp16_bytes, fp32_bytes: the same model unquantized.
 
-    requantized: the artifact made on the way because the reader needs other codes, or None.
+    requantized: the artifact made on the way because the reader needs other codes, or None. command: what runs it (or
+    builds its engine), as `verb` says; typed where the export was asked for.
     """
 
     out: Path
@@ -82,6 +96,8 @@ class ExportOutcome:
     fp32_bytes: int
     requantized: Path | None
     notes: list[str]
+    verb: str = ""
+    command: str = ""
 
 
 def export(request: ExportRequest, *, formats: Mapping[str, str] = FORMATS, tell: Tell = SILENT) -> ExportOutcome:
@@ -103,26 +119,17 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
     """See `export`; the output is ours."""
     target, artifact = request.target, Artifact(path=request.source.path)
     artifact.look()
-    answer.refuse_int8(artifact.path, artifact.folder.plan, module.LAYOUT, name)
-    with suppress(UnsupportedError):  # the format says itself what it cannot hold
-        refuse_model(artifact.streamed, request, name, module, context_for(artifact.model, target, request.context))
-    plan = Plan(
-        format=name,
-        context=context_for(artifact.model, target, request.context),
-        batch=request.batch,
-        kv_bits=_kv_bits(name, artifact),
-    )
-    sizing = check(artifact.model, plan, target)
-    wanted = wanted_codes(module.LAYOUT, artifact)
+    plan, sizing, wanted = fitted(request, name, module, artifact)
     notes = [artifact.checked.note]
     requantized = None
     if wanted is not None:
         requantized = requantize(artifact.path, wanted, f"{target.name}'s {name} reader", place.out, tell)
         artifact = Artifact(path=requantized)
+        plan = _plan(request, name, artifact)
         sizing, notes = check(artifact.model, plan, target), [*notes, artifact.checked.note]
     check_free_space(place.real.parent, 2 * sizing.weights + 64_000_000)
     tell.say(f"writing {name} for {target.name}: context {plan.context}, batch {plan.batch}")
-    notes.append(_cache_note(name, artifact))
+    notes += [_cache_note(name, artifact), _sequences_note(request, plan)]
     run = place.start(_identity(request, name, plan), resume=False)
     job = Job(
         artifact=artifact.path,
@@ -140,6 +147,7 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
             raise ArtifactError(
                 f"format {name} does not say what it verified, or what it wrote; the export was not kept"
             )
+        _write_readme(job, plan, artifact, written)
         record = _record(request, plan, sizing, artifact, requantized, place.out, written)
         manifest = manifest_of(record, artifact.path, place.out)
         record = write_manifest(job.staged, manifest, written.hashes).record
@@ -157,7 +165,66 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         fp32_bytes=4 * artifact.model.num_parameters,
         requantized=requantized,
         notes=[*written.notes, *filter(None, notes), *links_elsewhere(artifact.path), *place.notes],
+        verb=written.usage.verb if written.usage else "",
+        command=written.usage.line(str(place.out)) if written.usage else "",
     )
+
+
+def fitted(request: ExportRequest, name: str, module: Format, artifact: Artifact) -> tuple[Plan, Sizing, Scheme | None]:
+    """What would run, how large it is, and the codes that the reader wants instead of the artifact's.
+
+    Read from config.json and headers. Raises for what the format cannot hold and the target has no room for.
+    """
+    target = request.target
+    answer.refuse_int8(artifact.path, artifact.folder.plan, module.LAYOUT, name)
+    with suppress(UnsupportedError):  # the format says itself what it cannot hold
+        refuse_model(artifact.streamed, request, name, module, context_for(artifact.model, target, request.context))
+    plan = _plan(request, name, artifact)
+    takes: Takes = anything
+    with suppress(UnsupportedError):
+        takes = answer.taker(artifact.streamed)
+    sizing = check(artifact.model, plan, target, takes)
+    wanted = wanted_codes(module.LAYOUT, artifact)
+    return plan, sizing, wanted
+
+
+def _plan(request: ExportRequest, name: str, artifact: Artifact) -> Plan:
+    """What is to run: the context and the sequences asked for, or what the target has room for."""
+    context = context_for(artifact.model, request.target, request.context)
+    plan = Plan(format=name, context=context, batch=request.batch or 1, kv_bits=_kv_bits(name, artifact))
+    if request.batch is None and name in SERVED:
+        plan = replace(plan, batch=max(1, most_sequences(artifact.model, plan, request.target)))
+    return plan
+
+
+def _sequences_note(request: ExportRequest, plan: Plan) -> str | None:
+    """Where the number of sequences in files that start a server comes from, and what changes it."""
+    if plan.format not in SERVED:
+        return None
+    if request.batch is not None:
+        return f"the files in serve/ ask for max-num-seqs={plan.batch}, as --batch says"
+    limit = f"the most that is asked for unasked; {request.target.name} has room for it"
+    room = f"as many as fit {request.target.name} with {plan.context} tokens each"
+    return (
+        f"the files in serve/ ask for max-num-seqs={plan.batch}: {limit if plan.batch == MOST_SEQUENCES else room}; "
+        "--batch N asks for another number, and a smaller --context leaves room for more"
+    )
+
+
+def _write_readme(job: Job, plan: Plan, artifact: Artifact, written: Written) -> None:
+    if written.usage is None:
+        return
+    text = readme.text(
+        written.usage,
+        name=artifact.path.resolve().name,
+        format=plan.format,
+        target=job.target.name,
+        context=plan.context,
+        batch=plan.batch,
+        parts=written.parts,
+        fp16=2 * artifact.model.num_parameters,
+    )
+    write_bytes_atomically(job.staged / "README.md", text.encode())
 
 
 def _kv_bits(name: str, artifact: Artifact) -> int:

@@ -26,6 +26,7 @@ from compress.model import StreamedModel
 from compress.plan import LayerPlan, LayerScheme
 from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
+from exporters.readme import Usage
 from exporters.sizing.inventory import Model, read_model
 from exporters.sizing.targets import Target
 
@@ -141,10 +142,12 @@ class Written:
 
     record: JSON for the manifest (versions of the tools used, dialect, and under `verified` the tolerance and the
     largest difference seen). parts: bytes by name of part, such as `decoder linears`, `lm_head`, `embedding`. hashes:
-    sha256 of those files in `staged` that the format knows; the driver takes that of the others.
+    sha256 of those files in `staged` that the format knows; the driver takes that of the others. usage: how it is run,
+    of which the driver writes README.md.
     """
 
     record: dict[str, Any]
     parts: dict[str, int]
     notes: list[str] = field(default_factory=list)
     hashes: Mapping[str, str] = field(default_factory=dict)
+    usage: Usage | None = None

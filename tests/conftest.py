@@ -229,3 +229,20 @@ def forks() -> Iterator[Callable[..., Forks]]:
     yield make
     for one in made:
         one.process.communicate()  # end of its input, which ends it
+
+
+@pytest.fixture
+def valid_json() -> Callable[[str, str], Any]:
+    """Parses what a command printed with `--json`, which must be as its schema in `compress/schemas` says."""
+    import json
+
+    import jsonschema
+
+    schemas = Path(__file__).resolve().parents[1] / "compress" / "schemas"
+
+    def parse(command: str, text: str) -> Any:
+        value = json.loads(text)
+        jsonschema.validate(value, json.loads((schemas / f"{command}.json").read_text(encoding="utf-8")))
+        return value
+
+    return parse

@@ -10,6 +10,7 @@ PACKAGES = ("compress", "exporters", "evaluators", "calibration_data")
 # keep their order, and there is no circle between rooms. A new room goes below the last one that it imports.
 ROOMS = """
     errors
+    recipe
     advice
     threads
     disk
@@ -67,6 +68,7 @@ ROOMS = """
 
     quantize prune distill
 
+    foreseen
     pipeline search
 
     cli
@@ -90,6 +92,7 @@ LAZY = {
     ("compress.runtime.open", "compress.runtime.resident"): "one runtime of several, each with needs of its own",
     ("compress.runtime.open", "compress.runtime.ort_decoder"): "one runtime of several",
     ("compress.runtime.open", "compress.runtime.gpu_weights"): "one runtime of several",
+    ("compress.runtime.open", "compress.runtime.tensorrt_decoder"): "one runtime of several",
     ("evaluators.written", "evaluators.page"): "matplotlib is an extra",
 }
 

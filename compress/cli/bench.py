@@ -9,23 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
+
 if TYPE_CHECKING:
     from evaluators.latency import Settings, Subject
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
 @click.argument("models", nargs=-1)
 @click.option("--prompt-len", type=click.IntRange(1), default=128, show_default=True, help="Tokens of the prompt.")
 @click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens made after it.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Measured rounds, in turns.")
-@click.option("--graphs", default="on", show_default=True, help="CUDA Graphs with --runtime gpu: on, off, or on,off.")
+@click.option(
+    "--graphs", default="on", show_default=True, help="CUDA Graphs with --runtime gpu or tensorrt: on, off, or on,off."
+)
 @click.option(
     "--runtime",
-    type=click.Choice(["auto", "gpu", "torch", "onnx"]),
+    type=click.Choice(["auto", "gpu", "torch", "onnx", "tensorrt"]),
     default="auto",
     show_default=True,
-    help="gpu: our decode kernels; torch: transformers' forward; onnx: ONNX Runtime.",
+    help="gpu: our decode kernels; torch: transformers' forward; onnx: ONNX Runtime; tensorrt: an engine.",
 )
 @click.option("--endpoint", metavar="URL", help="Measure an OpenAI-compatible server instead of folders.")
 @click.option("--model", "served", help="With --endpoint: the served model's name [default: the first it offers].")
@@ -93,8 +97,8 @@ def _folders(models: tuple[str, ...], graphs: str, runtime: Any, settings: Setti
     devices = {s.label: "cpu" if s.decoder.runtime == "onnxruntime" else best for s in subjects}
     speeds = {device: latency.read_bandwidth(device) for device in set(devices.values())}
     with Shown(quiet=quiet) as shown:
-        clocks = latency.measure(subjects, settings, shown)
-    return latency.report(subjects, settings, {k: speeds[d] for k, d in devices.items()}, clocks)
+        seen = latency.measure(subjects, settings, shown)
+    return latency.report(subjects, settings, {k: speeds[d] for k, d in devices.items()}, seen)
 
 
 def _named(models: tuple[str, ...]) -> list[Path]:
@@ -124,7 +128,7 @@ def _opened(folder: Path, graphs: list[str], runtime: Any, settings: Settings) -
         for note in heard.notes:
             print(f"note: {note}", file=sys.stderr)
         label = folder.resolve().name
-        has_graphs = decoder.runtime == "torch-cuda"
+        has_graphs = hasattr(decoder, "graph")
         found.append(
             Subject(
                 label=f"{label} (graphs {state})" if has_graphs and len(graphs) > 1 else label,
@@ -142,6 +146,8 @@ def _cache_bytes(decoder: Any) -> int:
     keys = getattr(decoder, "keys", None)
     if keys is not None:
         return int(2 * keys[:, 0, :, 0].numel() * keys.element_size())
+    if hasattr(decoder, "cache_bytes_a_token"):
+        return int(decoder.cache_bytes_a_token)
     if decoder.runtime == "onnxruntime":
         shapes = decoder.runner.pasts
         return int(sum(heads * size * decoder._types[name]().itemsize for name, (heads, _, size) in shapes.items()))
@@ -156,8 +162,11 @@ def _endpoint(url: str, served: str | None, settings: Settings) -> dict[str, Any
 
     offered = endpoint.models(url)
     name = served or offered[0]
-    prompt = " ".join(["the"] * settings.prompt_len)
-    rounds = [endpoint.once(url, name, prompt, settings.new_tokens) for _ in range(settings.warm_ups + settings.rounds)]
+    # each round's prompt begins otherwise: a server that keeps the caches of equal beginnings must compute it
+    rounds = [
+        endpoint.once(url, name, " ".join([str(number), *["the"] * (settings.prompt_len - 1)]), settings.new_tokens)
+        for number in range(settings.warm_ups + settings.rounds)
+    ]
     return latency.served(f"{name} at {url}", rounds[settings.warm_ups :], settings)
 
 
@@ -177,7 +186,7 @@ def _print(found: dict[str, Any]) -> None:
         table.add_row(
             r["label"],
             f"{r['median_ttft_ms']:.1f}",
-            *(f"{r[f'{q}_itl_ms']:.2f}" for q in ("median", "p90", "p99")),
+            *("-" if (ms := r[f"{q}_itl_ms"]) is None else f"{ms:.2f}" for q in ("median", "p90", "p99")),
             f"{r['output_throughput']:.1f}",
             "-" if share is None else f"{share:.0%}",
             said,
@@ -188,8 +197,26 @@ def _print(found: dict[str, Any]) -> None:
             print(f"{r['label']}: {r['graph_replays']} CUDA graph replays of {r['launches_a_step']} launches each")
         if (reason := r.get("against_first", {}).get("reason")) is not None:
             print(f"{r['label']}: no ratio, {reason}")
+        if r.get("too_few"):
+            print(f"{r['label']}: {r['too_few']}")
+    if memory := _memory(found):
+        print(memory)
     for warning in found["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _memory(found: dict[str, Any]) -> str:
+    """Peak memory and the card's utilisation and clock, as far as they are known."""
+    parts = []
+    for key, label in (("peak_device_memory_bytes", "device (torch)"), ("device_memory_used_bytes", "device (all)")):
+        parts += [f"{label} {found[key] / 1e9:.2f} GB"] if found.get(key) else []
+    parts += [f"host {found['peak_host_memory_bytes'] / 1e9:.2f} GB"] if found.get("peak_host_memory_bytes") else []
+    said = [f"peak memory: {', '.join(parts)}"] if parts else []
+    if found.get("utilisation") is not None:
+        said.append(f"GPU busy {found['utilisation']:.0f} % of the time")
+    mhz = [c["mhz"] for c in found.get("clocks", []) if c["mhz"]]
+    said += [f"clock {min(mhz)} to {max(mhz)} MHz"] if mhz else []
+    return "; ".join(said)
 
 
 def _draw(found: dict[str, Any], path: Path) -> None:
@@ -204,8 +231,9 @@ def _draw(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 0.6 * len(results) + 1.4), layout="constrained")
     axes = figure.subplots()
     medians = [r["median_itl_ms"] for r in results]
-    high = [r["p99_itl_ms"] - m for r, m in zip(results, medians, strict=True)]
+    high = [(r["p99_itl_ms"] or m) - m for r, m in zip(results, medians, strict=True)]
     axes.barh([r["label"] for r in results], medians, xerr=[[0.0] * len(high), high], color="#4477aa", capsize=3)
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds between tokens: median, and to the 99th percentile")
+    whiskers = ", and to the 99th percentile" if any(high) else ", too few for a 99th percentile"
+    axes.set_xlabel(f"milliseconds between tokens: median{whiskers}")
     figure.savefig(path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
 from compress.cli.lessons import lessons
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from compress.workspace import Source
 
 
-@click.command("distill")
+@click.command("distill", cls=Command)
 @click.option("--teacher", metavar="MODEL", help="Whom to learn from [default: the student's original].")
 @click.option("--student", metavar="MODEL", help="Who learns [default: the newest pruned artifact].")
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="How often each row is read.")
@@ -63,7 +64,8 @@ if TYPE_CHECKING:
     "--checkpointing", is_flag=True, help="Recompute blocks in the backward pass: less memory, a third slower."
 )
 @click.option("--compile/--no-compile", default=None, help="Compile blocks and losses [default: on a GPU].")
-@click.option("--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True)
+@click.option("--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+              help="Minutes from one checkpoint to the next.")  # fmt: skip
 @click.option("--checkpoint-steps", type=click.IntRange(0), default=0, help="And every so many updates.")
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for training.csv with speeds, and loss.svg.")
 @click.option("--tensorboard", is_flag=True, help="TensorBoard files in the --report folder too.")
@@ -91,16 +93,19 @@ def command(
     -m compress distill ...
     """
     started = time.monotonic()
+    from compress import output
     from compress.devices import described
     from compress.distill.run import distill
 
-    learner = _student(student, rest["scheme"])
-    master = _teacher(teacher, learner)
+    if rest["out"] is not None:  # before a model is fetched
+        output.check(rest["out"], {}, force=rest["force"])
+    learner = student_of(student, rest["scheme"])
+    master = teacher_of(teacher, learner)
     if not rest["data"] and rest["cache"] is None:
         raise ConfigError("no text to learn on; pass --data FILE, --data hf:DATASET, --data self or --cache FOLDER")
     if tensorboard and report is None:
         raise ConfigError("--tensorboard writes into the --report folder; pass --report FOLDER as well")
-    request = _request(learner, master, **rest)
+    request = request_of(learner, master, **rest)
     first = int(os.environ.get("RANK", "0")) == 0  # of those that torchrun started
     with _Steps(quiet=as_json or not first) as shown:
         if first:
@@ -117,7 +122,7 @@ def command(
         _print_summary(outcome, run, outcome.notes, time.monotonic() - started)
 
 
-def _request(
+def request_of(
     student: Source,
     teacher: Source,
     *,
@@ -153,7 +158,7 @@ def _request(
     )
 
 
-def _student(asked: str | None, scheme: str | None) -> Source:
+def student_of(asked: str | None, scheme: str | None) -> Source:
     """The model named, or the workspace's newest pruned artifact; with a scheme, its newest quantized one."""
     from compress.artifact import read_manifest
     from compress.files import read_json
@@ -176,7 +181,7 @@ def _student(asked: str | None, scheme: str | None) -> Source:
     return found
 
 
-def _teacher(asked: str | None, student: Source) -> Source:
+def teacher_of(asked: str | None, student: Source) -> Source:
     from compress.artifact import parent_path, read_manifest
     from compress.workspace import resolve
 

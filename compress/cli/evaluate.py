@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
 from compress.cli.progress import Shown
 from compress.errors import ConfigError, GateFailed, reason
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from evaluators.results import Report
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=Command)
 @click.argument("candidate", required=False)
 @click.option("--reference", metavar="MODEL", help="What to compare with [default: the original in the manifest].")
 @click.option(
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Judge the interval's bounds, or (naively) the point alone.",
 )
-@click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
+@click.option(
+    "--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True, help="Of each of the bounds."
+)
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window.")
 @click.option("--stride", type=click.IntRange(1), help="Tokens from window to window [default: the context].")
 @click.option("--min-context", type=click.IntRange(1), help="Score from this position of a window on.")
@@ -49,6 +52,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Begin-of-text token before each window; auto: as the tokenizer does.",
 )
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["int8", "none"]),
+    help="Keys and values of the candidate as vLLM's int8_per_token_head holds them, or as floats [default: as its "
+    "folder says].",
+)
 @click.option("--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Tokens to read.")
 @click.option(
     "--report",
@@ -56,7 +65,13 @@ if TYPE_CHECKING:
     help="Folder for report.json, junit.xml, summary.md, index.html.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda[:N]; auto: a GPU if there is one.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Arithmetic of both models.",
+)
 @click.option(
     "--cache", "cache_folder", type=click.Path(path_type=Path), help="Where the reference's results are kept."
 )
@@ -81,21 +96,17 @@ def command(
     and every task given: recovery is the original's perplexity over the candidate's, or the candidate's accuracy over
     the original's, and its bounds come from a paired bootstrap.
     """
-    import calibration_data
     from compress.devices import described, pick_device
-    from compress.workspace import is_candidate, is_reference, judged_as, resolve
+    from compress.workspace import is_candidate, judged_as, resolve
 
     asked = {"--report": report, "--cache": None if no_cache else cache_folder}
     places = {flag: place for flag, place in asked.items() if place is not None}
     made = [place for flag, place in places.items() if _check_writable(place, flag)]
     device = pick_device(device)
-    source = judged_as(resolve(candidate, accept=is_candidate))
-    original = _original(source, reference)
-    if data is None and not is_reference(original):
-        raise ConfigError(
-            "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE.txt (or "
-            ".jsonl, .parquet), --data hf:DATASET:SPLIT:COLUMN, or --data self (windows sampled from the original)"
-        )
+    named = resolve(candidate, accept=is_candidate)
+    source = judged_as(named)
+    original = original_of(source, reference)
+    data = text_for(original, data)
     _refuse_places(places, made, {"the candidate": source.path, "the reference": original})
     if not as_json:
         said = f"candidate: {source.said}\nreference: {original}\ncomputed on: {described(device)}"
@@ -105,8 +116,9 @@ def command(
 
     request = EvaluationRequest(
         candidate=source.path,
+        asked=named.path,
         reference=original,
-        data=data or str(calibration_data.default_evaluation()),
+        data=data,
         threshold=gate,
         rule="point" if gate_on == "point" else "bounds",
         device=device,
@@ -184,7 +196,20 @@ def _write(found: Report, folder: Path) -> ConfigError | None:
     return None
 
 
-def _original(source: Source, reference: str | None) -> Path:
+def text_for(original: Path, data: str | None) -> str:
+    """The text to judge on: the one asked for, or the bundled one for the bundled model; ConfigError for others."""
+    import calibration_data
+    from compress.workspace import is_reference
+
+    if data is None and not is_reference(original):
+        raise ConfigError(
+            "no --data: the bundled evaluation text fits the bundled reference model only; pass --data FILE.txt (or "
+            ".jsonl, .parquet), --data hf:DATASET:SPLIT:COLUMN, or --data self (windows sampled from the original)"
+        )
+    return data or str(calibration_data.default_evaluation())
+
+
+def original_of(source: Source, reference: str | None) -> Path:
     from compress.artifact import parent_path, read_manifest
     from compress.workspace import resolve
 

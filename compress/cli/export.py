@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress import advice
+from compress.cli.help import Command
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 
@@ -19,13 +20,29 @@ if TYPE_CHECKING:
     from exporters.sizing.predict import DoesNotFit, Sizing
 
 
-@click.command("export")
+# Tokens of a window where `compress evaluate` is not told.
+EVALUATED_CONTEXT = 512
+
+
+@click.command("export", cls=Command)
 @click.argument("artifact", required=False)
 @click.option("--target", required=True, metavar="TARGET", help="The machine; `compress targets` lists them.")
-@click.option("--format", metavar="FORMAT", help="hf, onnx, onnx-trt or edge [default: the target's first].")
+@click.option("--format", metavar="FORMAT", help="hf, onnx, onnx-trt, tensorrt or edge [default: the target's first].")
 @click.option("--context", type=click.IntRange(1), help="Tokens, prompt and answer [default: the target's].")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
-@click.option("--opset", type=click.Choice(["21", "24"]), help="ONNX dialect of onnx-trt.")
+@click.option(
+    "--batch", type=click.IntRange(1), help="Sequences at once [default: 1; format hf: as many as fit, at most 256]."
+)
+@click.option("--opset", type=click.Choice(["21", "24"]), help="ONNX dialect of onnx-trt and tensorrt.")
+@click.option(
+    "--builder",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    help="Format tensorrt: what builds the engine [default: whichever here can, for TARGET's card].",
+)
+@click.option(
+    "--profiles",
+    type=click.Choice(["two", "one"]),
+    help="Format tensorrt: two, for prompt and answer, or one, which holds the weights once [default: two].",
+)
 @click.option(
     "--activations",
     type=click.Choice(["float32", "int16", "int8"]),
@@ -48,8 +65,10 @@ def command(
     target: str,
     format: str | None,
     context: int | None,
-    batch: int,
+    batch: int | None,
     opset: str | None,
+    builder: str | None,
+    profiles: str | None,
     activations: str | None,
     modelopt: bool,
     out: Path | None,
@@ -68,8 +87,8 @@ def command(
 
     machine = target_named(target)
     chosen = format_of(format, machine)
-    options = _options(chosen, opset, activations, modelopt)
-    source = resolve(artifact, accept=is_model)
+    options = options_of(chosen, opset, builder, profiles, activations, modelopt)
+    source = resolve(artifact, accept=is_model, out=out, force=force)
     print(f"artifact: {source.said}", file=sys.stderr)
     request = ExportRequest(
         source=source,
@@ -94,13 +113,29 @@ def command(
         _print(outcome, time.monotonic() - started)
 
 
-def _options(chosen: str, opset: str | None, activations: str | None, modelopt: bool) -> dict[str, Any]:
+def options_of(
+    chosen: str,
+    opset: str | None,
+    builder: str | None,
+    profiles: str | None,
+    activations: str | None,
+    modelopt: bool,
+) -> dict[str, Any]:
     """The options of one format; ConfigError where another was chosen."""
     options: dict[str, Any] = {}
     if opset is not None:
-        if chosen != "onnx-trt":
-            raise ConfigError(f"--opset {opset}: only the format onnx-trt has dialects, not {chosen}; leave it out")
+        if chosen not in ("onnx-trt", "tensorrt"):
+            raise ConfigError(
+                f"--opset {opset}: only the formats onnx-trt and tensorrt have dialects, not {chosen}; leave it out"
+            )
         options["opset"] = int(opset)
+    for name, value in (("builder", builder), ("profiles", profiles)):
+        if value is not None:
+            if chosen != "tensorrt":
+                raise ConfigError(
+                    f"--{name} {value}: only the format tensorrt builds engines, not {chosen}; leave it out"
+                )
+            options[name] = value
     if activations is not None:
         if chosen != "onnx":
             raise ConfigError(
@@ -125,6 +160,8 @@ def _as_json(outcome: ExportOutcome, seconds: float) -> dict[str, Any]:
         "fp16_bytes": outcome.fp16_bytes,
         "fp32_bytes": outcome.fp32_bytes,
         "notes": outcome.notes,
+        "command": outcome.command,
+        "judge": _judge(outcome),
         "record": outcome.record,
     }
 
@@ -152,10 +189,9 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
     for note in outcome.notes:
         console.print(f"note: {note}", soft_wrap=True)
     if outcome.requantized:
-        judge = advice.command("evaluate", outcome.requantized)
         console.print(
             f"the codes that ship are those of {outcome.requantized}, quantized again for this reader: a verdict on "
-            f"the artifact that you named does not hold for them. Judge them: {judge}",
+            f"the artifact that you named does not hold for them. Judge them: {_judge(outcome)}",
             soft_wrap=True,
         )
     verified = outcome.record["written"]["verified"]
@@ -168,6 +204,19 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
         f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB",
         soft_wrap=True,
     )
+    if outcome.command:
+        console.print(f"{outcome.verb}: {outcome.command}", soft_wrap=True)
+
+
+def _judge(outcome: ExportOutcome) -> str:
+    """The command that judges an export: on text that fits any model, in windows that its caches hold."""
+    from compress.workspace import from_reference
+
+    context = outcome.record["options"]["context"]
+    words: list[object] = ["evaluate", outcome.out, "--gate", "0.98"]
+    words += [] if from_reference(outcome.out) else ["--data", "self"]
+    words += ["--context", context] if context < EVALUATED_CONTEXT else []
+    return advice.command(*words)
 
 
 def _print_sizing(console: Any, sizing: Sizing, target: str) -> None:
@@ -180,8 +229,9 @@ def _print_sizing(console: Any, sizing: Sizing, target: str) -> None:
     )
     if sizing.decode_tokens_per_s:
         prompt = min(sizing.plan.prompt, sizing.plan.context)
+        together = f" of all {sizing.plan.batch} sequences" if sizing.plan.batch > 1 else ""
         console.print(
-            f"predicted, not measured: {range_text(sizing.decode_tokens_per_s)} tokens/s, first token after "
+            f"predicted, not measured: {range_text(sizing.decode_tokens_per_s)} tokens/s{together}, first token after "
             f"{range_text(sizing.first_token_s)} s for a prompt of {prompt}",
             soft_wrap=True,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
 from compress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ CONTEXTS = (2048, 8192, 32768)
 BITS = (16, 8, 4)
 
 
-@click.command("fit")
+@click.command("fit", cls=Command)
 @click.argument("model", required=False)
 @click.option("--target", required=True, metavar="TARGET", help="The machine; `compress targets` lists them.")
 @click.option("--format", metavar="FORMAT", help="The reader's format [default: the target's first].")
@@ -55,14 +56,14 @@ def command(model: str | None, target: str, format: str | None, context: int | N
     if as_json:
         print(json.dumps(_as_json(found, machine, chosen, batch, rows), indent=2))
     else:
-        _print(found, machine, chosen, batch, rows)
+        _print(found, machine, chosen, batch, rows, outline)
         for reason in refused:
             print(f"cannot be made: {reason}")
         if refused:
             from exporters import answer
 
             codes = True if any(r["made"] for r in rows) else None
-            tokens = min(r["context"] for r in rows)
+            tokens = context or min(machine.context, found.max_positions or machine.context)
             print(answer.nearest(outline, model or folder, machine, tokens, codes=codes))
     sys.exit(0 if fitting else 1)
 
@@ -142,7 +143,9 @@ def _as_json(model: Model, target: Target, format: str, batch: int, rows: list[d
     }
 
 
-def _print(model: Model, target: Target, format: str, batch: int, rows: list[dict[str, Any]]) -> None:
+def _print(
+    model: Model, target: Target, format: str, batch: int, rows: list[dict[str, Any]], outline: StreamedModel
+) -> None:
     from rich.table import Table
 
     from compress.cli.console import Console
@@ -182,9 +185,10 @@ def _print(model: Model, target: Target, format: str, batch: int, rows: list[dic
     if note := smallest.build_note():
         console.print(note, soft_wrap=True)
     if not any((r["fits"] and r["made"]) or r["refused"] for r in rows):
+        from exporters import answer
         from exporters.sizing.predict import what_fits
 
-        ways = [s for s in what_fits(model, smallest.plan, target) if s.made]
+        ways = [s for s in what_fits(model, smallest.plan, target, answer.taker(outline)) if s.made]
         said = (
             "; ".join(f"{s.text} ({s.sizing.run_peak / 1e9:.2f} GB)" for s in ways) or "nothing that can be made today"
         )

@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from compress.cli.help import Command
 
-@click.command("generate")
+
+@click.command("generate", cls=Command)
 @click.argument("model")
 @click.argument("prompt")
 @click.option(
@@ -23,12 +25,14 @@ import click
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
 @click.option(
     "--runtime",
-    type=click.Choice(["auto", "gpu", "torch", "onnx"]),
+    type=click.Choice(["auto", "gpu", "torch", "onnx", "tensorrt"]),
     default="auto",
     show_default=True,
-    help="gpu: our decode kernels; torch: transformers' forward; onnx: ONNX Runtime.",
+    help="gpu: our decode kernels; torch: transformers' forward; onnx: ONNX Runtime; tensorrt: an engine.",
 )
-@click.option("--graphs/--no-graphs", default=True, show_default=True, help="CUDA Graphs, with --runtime gpu.")
+@click.option(
+    "--graphs/--no-graphs", default=True, show_default=True, help="CUDA Graphs, with --runtime gpu or tensorrt."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print text and figures as one JSON object.")
 def command(
     model: str,

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
+from compress.cli.help import Command
 from compress.cli.progress import Shown
 
 
@@ -23,7 +24,16 @@ def _strength(_: click.Context, option: click.Parameter, value: str) -> float | 
         raise click.BadParameter(f"{value!r} is neither `auto` nor a number from 0 to 1", param=option) from None
 
 
-@click.command("int8")
+def _kept(_: click.Context, option: click.Parameter, value: str) -> int | None:
+    """`auto` is None."""
+    if value == "auto":
+        return None
+    if not value.isdecimal():
+        raise click.BadParameter(f"{value!r} is neither `auto` nor a number of groups", param=option)
+    return int(value)
+
+
+@click.command("int8", cls=Command)
 @click.argument("model", required=False)
 @click.option(
     "--scheme",
@@ -48,6 +58,15 @@ def _strength(_: click.Context, option: click.Parameter, value: str) -> float | 
     default=True,
     show_default=True,
     help="Inputs without zero points, or with.",
+)
+@click.option(
+    "--keep-inputs",
+    default="0",
+    show_default=True,
+    metavar="auto|N",
+    callback=_kept,
+    help="Layers whose inputs stay floats (W8A16): N groups of one input, those that lose most; auto: those that lose "
+    "over 4 times what the median does. Measured first, on 16 rows.",
 )
 @click.option(
     "--kv-cache", type=click.Choice(["int8"]), help="Keys and values in INT8 as well (vLLM's int8_per_token_head)."
@@ -92,7 +111,7 @@ def command(
 
     nowhere = Source(path=Path(), name="", said="")
     label = Int8Request(source=nowhere, out=Path(), **rest).label()
-    source = resolve(model, quantizable=True, accept=is_model)
+    source = resolve(model, quantizable=True, accept=is_model, out=out, force=rest["force"])
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     say_where(source, device, dtype)
@@ -127,6 +146,10 @@ def _print_summary(outcome: Any, seconds: float, label: str) -> None:
     to.print(table)
     worst = sorted(record["layers"], key=lambda layer: -layer["error"])[:5]
     to.print("worst layers: " + ", ".join(f"{w['layer']} {w['error']:.2e}" for w in worst), soft_wrap=True)
+    if "kept_inputs" in record:
+        kept, measured = record["kept_inputs"]["groups"], record["kept_inputs"]["measured"]
+        said = ", ".join(f"{'/'.join(group['layers'])} {group['error']:.1e}" for group in kept) or "none stands out"
+        to.print(f"inputs stay floats in {len(kept)} of {measured} groups of layers: {said}", soft_wrap=True)
     cache = record.get("kv_cache")
     if cache:
         said = ", ".join(f"{part} {max(c[part] for c in cache):.1e}" for part in ("keys", "values", "both"))
@@ -143,5 +166,6 @@ def _advice(record: Mapping[str, Any]) -> str:
     if options["static"]:
         return "leave --static out, if your reader quantizes by token"
     if options["scheme"] == "w8a8":
-        return "--scheme w8a16, or --skip the worst layers"
+        more = "--keep-inputs auto, " if options["keep_inputs"] == 0 else ""
+        return f"{more}--scheme w8a16, or --skip the worst layers"
     return "--group-size 128" if options["group_size"] == -1 else "--skip the worst layers"

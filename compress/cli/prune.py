@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from compress.stage import Outcome
     from exporters.sizing.predict import Sizing
 
+AMOUNTS = ("depth", "intermediate", "heads", "kv_heads", "hidden")
 _AMOUNT = "whole number, or share below 1"
 
 
-@click.command("prune")
+@click.command("prune", cls=Command)
 @click.argument("model", required=False)
 @click.option("--depth", metavar="N|SHARE", help=f"Decoder blocks to remove: {_AMOUNT}.")
 @click.option("--intermediate", metavar="N|SHARE", help="Neurons of every MLP to remove.")
@@ -66,23 +68,15 @@ def command(
     """
     started = time.monotonic()
     from compress.devices import described, pick_device, pick_dtype
-    from compress.prune.decide import Asked
     from compress.prune.prune_stage import PruneRequest, prune
-    from compress.prune.search import size_of
     from compress.workspace import WORKSPACE, is_model, resolve
 
-    source = resolve(model, quantizable=True, accept=is_model)
-    amounts = {name: rest.pop(name) for name in ("depth", "intermediate", "heads", "kv_heads", "hidden")}
-    sized = params or num_bytes or target
-    asked = Asked(
-        **amounts,
-        params=size_of(params, "--params") if params else None,
-        bytes=size_of(num_bytes, "--bytes") if num_bytes else None,
-        target=f"{target} --context {context}" if target and not (dry_run and any(amounts.values())) else None,
-        fits=_fits(target, context) if target else None,
-        max_kl=None if sized or any(amounts.values()) else max_kl,
-        candidates=rest.pop("candidates"),
-    )
+    source = resolve(model, quantizable=True, accept=is_model, out=None if dry_run else out, force=rest["force"])
+    amounts = {name: rest.pop(name) for name in AMOUNTS}
+    asked = asked_of(
+        amounts, params=params, num_bytes=num_bytes, target=target, context=context, max_kl=max_kl,
+        candidates=rest.pop("candidates"), sizes_only=dry_run,
+    )  # fmt: skip
     print(f"model: {source.said}", file=sys.stderr)
     if dry_run:
         _dry_run(source.path, asked, target, context, rest["trust_remote_code"], as_json)
@@ -101,6 +95,26 @@ def command(
         print(json.dumps(_as_json(outcome, seconds), indent=2))
     else:
         _print(outcome, seconds)
+
+
+def asked_of(
+    amounts: Mapping[str, str | None], *, params: str | None, num_bytes: str | None, target: str | None, context: int,
+    max_kl: float | None, candidates: int, sizes_only: bool = False,
+) -> Asked:  # fmt: skip
+    """What the options ask for. sizes_only: a target beside amounts is no goal, but what is sized."""
+    from compress.prune.decide import Asked
+    from compress.prune.search import size_of
+
+    sized, explicit = params or num_bytes or target, any(amounts.values())
+    return Asked(
+        **amounts,
+        params=size_of(params, "--params") if params else None,
+        bytes=size_of(num_bytes, "--bytes") if num_bytes else None,
+        target=f"{target} --context {context}" if target and not (sizes_only and explicit) else None,
+        fits=_fits(target, context) if target else None,
+        max_kl=None if sized or explicit else max_kl,
+        candidates=candidates,
+    )
 
 
 def _label(amounts: Mapping[str, str | None], *goal: Any) -> str:

@@ -81,8 +81,7 @@ def build(
     Raises ConfigError when a source gives fewer rows than its share (unless `fewer` will do), naming how many tokens
     there are.
     """
-    if num_rows is None and (len(mix.sources) > 1 or mix.sources[0] == SELF or mix.sources[0].startswith("hf:")):
-        raise ConfigError("--tokens is needed with several sources, with hf:... and with self; pass --tokens 1000000")
+    refuse_endless(mix, num_rows)
     wanted = [None] if num_rows is None else shares(num_rows, mix.weights)
     writer = RowsWriter(folder, seq_len, begin_id(tokenizer))
     facts = []
@@ -98,6 +97,12 @@ def build(
             _refuse_short(source, rows, count, seq_len, found["num_tokens_total"], len(mix.sources))
         facts.append({**found, "weight": weight, "num_rows": rows})
     return writer.finish([_with_passages(folder, fact, seq_len, tokenizer) for fact in facts])
+
+
+def refuse_endless(mix: Mix, num_tokens: int | None) -> None:
+    """ConfigError for sources that do not end of themselves, or are to be mixed, when nothing says how much of them."""
+    if num_tokens is None and (len(mix.sources) > 1 or mix.sources[0] == SELF or mix.sources[0].startswith("hf:")):
+        raise ConfigError("--tokens is needed with several sources, with hf:... and with self; pass --tokens 1000000")
 
 
 def _with_passages(

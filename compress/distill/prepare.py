@@ -230,12 +230,17 @@ def num_steps(request: DistillRequest, found: Rows) -> int:
             f"the rows hold {have} tokens in {request.epochs} epochs and --tokens asks for {asked}; pass --tokens "
             f"{have} or --epochs {-(-asked // (len(found) * found.seq_len))}"
         )
-    if asked < per_step:
-        raise ConfigError(
-            f"{asked} tokens are less than one update of {request.batch} rows of {found.seq_len}; pass --tokens "
-            f"{per_step} or more, or a smaller --batch"
-        )
+    refuse_too_few(asked, request.batch, found.seq_len)
     return asked // per_step
+
+
+def refuse_too_few(tokens: int, batch: int, seq_len: int) -> None:
+    """ConfigError for fewer tokens than one update takes."""
+    if tokens < batch * seq_len:
+        raise ConfigError(
+            f"{tokens} tokens are less than one update of {batch} rows of {seq_len}; pass --tokens {batch * seq_len} "
+            "or more, or a smaller --batch"
+        )
 
 
 def watch_rows(request: DistillRequest, folder: Path, vocabulary: int) -> Rows | None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress import stage
+from compress import distributed, stage
 from compress.block import BlockDone
-from compress.calibration_rows import recorded_calib
+from compress.calibration_rows import Rows, recorded_calib
 from compress.checkpoint import Checkpoint
-from compress.errors import ConfigError
+from compress.errors import ConfigError, UnsupportedError
 from compress.formats import compressed_tensors
+from compress.journal import Facts
+from compress.model import StreamedModel
 from compress.plan import ActivationScheme, KvScheme, LayerPlan, LayerScheme
+from compress.quantize import keep_inputs
 from compress.quantize.awq_stage import plan_blocks
 from compress.quantize.damage import damaged
 from compress.quantize.int8_block import Int8Options, int8_block
@@ -32,7 +35,7 @@ SCHEMES = ("w8a8", "w8a16")
 # The fields of a request that a manifest records, and that a recorded recipe may set again.
 _RECORDED = (
     "samples", "seq_len", "seed", "dtype", "device", "skip", "effort", "scheme", "group_size", "static",
-    "sym_activations", "kv_cache", "smoothing", "self_samples",
+    "sym_activations", "keep_inputs", "kv_cache", "smoothing", "self_samples",
 )  # fmt: skip
 
 
@@ -42,15 +45,17 @@ class Int8Request(CalibratedRequest):
 
     scheme: `w8a8`, weights and inputs as integers, or `w8a16`, weights only. group_size: input channels that share a
     scale, -1 for one scale a row, which is all that readers take of w8a8. static: inputs with one calibrated range a
-    layer instead of one a token. sym_activations: without zero points. kv_cache: `int8` or None. smoothing: a strength
-    of SmoothQuant's formula for every group, 0 for none, None to search. allow_damage: see `Int8Options`; it decides no
-    byte of a model that is not damaged.
+    layer instead of one a token. sym_activations: without zero points. keep_inputs: how many groups of layers keep
+    their inputs as floats, those that lose most by rounding them; None: those that lose several times what is usual
+    (`keep_inputs`). kv_cache: `int8` or None. smoothing: a strength of SmoothQuant's formula for every group, 0 for
+    none, None to search. allow_damage: see `Int8Options`; it decides no byte of a model that is not damaged.
     """
 
     scheme: str = "w8a8"
     group_size: int = -1
     static: bool = False
     sym_activations: bool = True
+    keep_inputs: int | None = 0
     kv_cache: str | None = None
     smoothing: float | None = None
     skip: tuple[str, ...] = ()
@@ -68,6 +73,8 @@ class Int8Request(CalibratedRequest):
         if self.scheme == "w8a16" and (self.static or not self.sym_activations):
             asked = "--static" if self.static else "--asym-activations"
             raise ConfigError(f"{asked} is about inputs, which --scheme w8a16 does not quantize; use --scheme w8a8")
+        if self.scheme == "w8a16" and self.keep_inputs != 0:
+            raise ConfigError("--keep-inputs is what --scheme w8a16 does of every layer; leave it out")
         if self.kv_cache not in (None, "int8"):
             raise ConfigError(f"--kv-cache {self.kv_cache} is not computed; choose int8, or leave it out")
 
@@ -85,10 +92,11 @@ class Int8Request(CalibratedRequest):
         return KvScheme() if self.kv_cache == "int8" else None
 
     def label(self) -> str:
-        """Short name as used in file names: `w8a8`, `w8a8-static`, `w8a16g128`, `w8a8-kv8`."""
+        """Short name as used in file names: `w8a8`, `w8a8-static`, `w8a16g128`, `w8a8-keep3-kv8`."""
         parts = [self.scheme + (f"g{self.group_size}" if self.group_size != -1 else "")]
         parts += ["static"] if self.static else []
         parts += [] if self.sym_activations else ["asym"]
+        parts += [] if self.keep_inputs == 0 else [f"keep{'auto' if self.keep_inputs is None else self.keep_inputs}"]
         parts += ["kv8"] if self.kv_cache else []
         return "-".join(parts)
 
@@ -114,18 +122,52 @@ def int8_stage(request: Int8Request) -> Stage:
         allow_damage=request.allow_damage,
         dtype=stored_dtype(Checkpoint.open(request.source.path)),
     )
-    return Stage(
+    made = Stage(
         name="int8",
         options=request.options(),
         format=compressed_tensors,
         paths=options.paths,
         wants=options.wanted,
-        plan=lambda model: plan_blocks(model, request.layer_scheme(), skip=request.skip, kv=request.kv()),
+        plan=partial(plan_of, request),
         block=partial(int8_block, options=options),
         stored=partial(to_stored, dtype=options.dtype),
         config=partial(stored_config, options.dtype),
         record=record_of,
     )
+    if request.keep_inputs == 0:
+        return made
+    measured = replace(options, effort="fast", allow_damage=True)
+    return replace(made, measure=partial(_measure, request, measured), decided=partial(_decided, made, request))
+
+
+def plan_of(request: Int8Request, model: StreamedModel) -> LayerPlan:
+    """Every linear of the blocks in the request's scheme but those skipped; the others stay dense."""
+    if request.keep_inputs != 0 and distributed.running():
+        raise UnsupportedError(
+            f"--keep-inputs measures the model in one process, and {distributed.num_processes()} were started; start "
+            "it without torchrun"
+        )
+    return plan_blocks(model, request.layer_scheme(), skip=request.skip, kv=request.kv())
+
+
+def _measure(
+    request: Int8Request, options: Int8Options, model: StreamedModel, rows: Rows, facts: Facts, tell: Tell
+) -> Mapping[str, Any]:
+    """What rounding the inputs of each group of layers loses; measured once a run."""
+    plan = plan_of(request, model)
+    block = partial(int8_block, plan=plan, options=options)
+    groups = facts.once(
+        "keep_inputs", lambda: keep_inputs.measure(model, rows.ids_NT, block, plan, options.wanted, tell)
+    )
+    return {"groups": groups}
+
+
+def _decided(made: Stage, request: Int8Request, model: StreamedModel, found: Mapping[str, Any]) -> Stage:
+    """The stage once it is known whose inputs stay floats."""
+    groups = keep_inputs.chosen(found["groups"], request.keep_inputs)
+    plan = keep_inputs.kept(plan_of(request, model), groups)
+    said = {"measured": len(found["groups"]), "groups": groups}
+    return replace(made, plan=lambda _: plan, record=lambda done, plan: {**record_of(done, plan), "kept_inputs": said})
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

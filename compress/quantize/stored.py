@@ -35,6 +35,7 @@ def to_stored(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 def _refuse_underflow(value: Tensor, stored: Tensor, name: str) -> None:
     """Raise ArtifactError for a tensor whose values `stored` rounds towards zero, since they are too small for it."""
     smallest = torch.finfo(stored.dtype).smallest_normal
+    value = value.float() if value.element_size() == 1 else value  # float8 has no arithmetic of its own
     if not value.numel() or float(torch.linalg.vector_norm(value, ord=1)) >= smallest * value.numel():
         return
     peak = float(value.abs().max())

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.runtime.engine_stamp import ENGINE
 from compress.runtime.runner import Decoder
 from compress.tell import SILENT, Tell
 
-Runtime = Literal["auto", "gpu", "torch", "onnx"]
-RUNTIMES: tuple[Runtime, ...] = ("auto", "gpu", "torch", "onnx")
+Runtime = Literal["auto", "gpu", "torch", "onnx", "tensorrt"]
+RUNTIMES: tuple[Runtime, ...] = ("auto", "gpu", "torch", "onnx", "tensorrt")
 
 
 def open_decoder(
@@ -25,12 +26,18 @@ def open_decoder(
     """A decoder with room for `capacity` tokens a sequence.
 
     gpu: the decode kernels (`gpu_decoder`); torch: transformers' forward, on a GPU if there is one; onnx: ONNX Runtime
-    on the CPU. auto: onnx for a folder with a graph, else gpu where there is one and it can, else torch.
+    on the CPU; tensorrt: the folder's engine, on the card that it was built for. auto: what a folder without weights
+    holds (tensorrt, onnx), else gpu where there is one and it can, else torch.
     """
     import torch
 
     has_weights = next(folder.glob("*.safetensors"), None) is not None
     has_graph = next(folder.glob("*.onnx"), None) is not None
+    has_engine = (folder / ENGINE).exists()
+    if runtime == "tensorrt" or (runtime == "auto" and has_engine and not has_weights):
+        from compress.runtime.tensorrt_decoder import TensorrtDecoder
+
+        return TensorrtDecoder.open(folder, capacity=capacity, batch=batch, graphs=graphs, tell=tell)
     if runtime == "onnx" or (runtime == "auto" and has_graph and not has_weights):
         from compress.runtime.ort_decoder import OrtDecoder
 
@@ -60,7 +67,7 @@ def open_decoder(
 def _not_a_model(folder: Path) -> ArtifactError:
     if next(folder.glob("*.engine"), None) or next(folder.glob("*.plan"), None):
         return ArtifactError(
-            f"{folder} holds a TensorRT engine, which runs through TensorRT on its own device only; pass the artifact "
-            "or the ONNX folder that it was built from"
+            f"{folder} holds a TensorRT engine that is not called {ENGINE}, or that --runtime does not run; pass "
+            "--runtime tensorrt for one that build_engine.py built, else the artifact that it was made from"
         )
     return ArtifactError(f"{folder} holds neither safetensors nor an .onnx graph; pass a model, artifact or export")

@@ -79,7 +79,7 @@ class Decoder(Protocol):
 
     @property
     def runtime(self) -> str:
-        """What computes, as reports call it: `torch`, `torch-cuda`, `onnxruntime`."""
+        """What computes, as reports call it: `torch`, `torch-cuda`, `onnxruntime`, `tensorrt`, `tensorrt-rtx`."""
         ...
 
     @property

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.errors import ConfigError, UnsupportedError
+from compress.errors import ConfigError, UnsupportedError, out_of_room
 from compress.files import json_bytes, read_json, write_bytes_atomically
 from compress.lock import locked
 
@@ -160,6 +160,7 @@ def _make(folder: Path, say: Say, environ: Mapping[str, str]) -> Environment:
             command = [str(python_of(partial)), "-m", "pip", "install", "--disable-pip-version-check", *extra]
             code, tail = stream([*command, *requirements], say=_pip_progress(say), environ=clean_environ(environ))
             if code:
+                refuse_full("\n".join(tail))
                 raise ConfigError(
                     f"pip could not install {requirements[0]} ({reason(tail)}); check pip's index and network, give "
                     "torch's index in COMPRESS_TORCH_ARGS, or name an environment that has it in COMPRESS_EDGE_ENV"
@@ -265,6 +266,13 @@ def stream(
                 process.kill()
                 process.wait()
     return code, list(tail)
+
+
+def refuse_full(output: str) -> None:
+    """Raise the sentence for a full disk or memory, if a program's output speaks of one."""
+    full = out_of_room(RuntimeError(output))
+    if full is not None:
+        raise full
 
 
 def _make_parent(folder: Path) -> None:

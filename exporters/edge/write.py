@@ -25,6 +25,7 @@ from exporters.edge import env as edge_env
 from exporters.edge import folder as edge_folder
 from exporters.edge import graph as edge_graph
 from exporters.reader import Job, Written
+from exporters.readme import FOLDER, Usage
 
 LAYOUT = edge_folder.LAYOUT
 
@@ -41,6 +42,15 @@ NOT_RUN = (
     "TensorRT, NVIDIA's plugin kernels, float16 arithmetic and build_engine.sh were not run: the graph was computed in "
     "float32 from the published meaning of its operators"
 )
+
+RUNNING = f"""
+The script checks the device, builds `engine/`, answers `smoke_input.json` and measures; `--help` lists its settings.
+The engine then answers requests in files like that one:
+
+    llm_inference --engineDir engine --inputFile smoke_input.json --outputFile answer.json
+
+Not run when this folder was made: {NOT_RUN}.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +143,28 @@ def write(job: Job) -> Written:
     }
     device = DEVICES[job.target.name]
     return Written(
-        record=record, parts=_parts(folder), notes=[*handed.notes, *([device.note] if device.note else []), NOT_RUN]
+        record=record,
+        parts=_parts(folder),
+        notes=[*handed.notes, *([device.note] if device.note else []), NOT_RUN],
+        usage=_usage(device),
+    )
+
+
+def _usage(device: Device) -> Usage:
+    """How the engine is built on the device, and what runs it then."""
+    where = device.soc or "the machine"
+    release = f"JetPack {device.jetpack}" if device.jetpack else "CUDA"
+    majors = " or ".join(device.tensorrt.split())
+    return Usage(
+        what=f"An ONNX graph, weights and tokenizer for TensorRT Edge-LLM {edge_env.VERSION}; the engine is built on "
+        f"{where} itself.",
+        verb="build and try its engine there",
+        command=("bash", f"{FOLDER}/build_engine.sh"),
+        needs=(
+            f"a GPU of compute capability {device.sm}, {release}, TensorRT {majors}",
+            f"TensorRT Edge-LLM {edge_env.VERSION}, built there: `EDGELLM_BIN` names the folder of llm_build",
+        ),
+        more=RUNNING,
     )
 
 
@@ -175,6 +206,7 @@ def run_exporter(
     log = edge_env.log_file()
     code, tail = edge_env.stream(command, say=told, environ=environ, log=log)
     if code or not (out / "llm" / "model.onnx").exists():
+        edge_env.refuse_full("\n".join(tail))
         raise ArtifactError(
             f"TensorRT Edge-LLM's exporter failed: {_short(edge_env.reason(tail), scratch)}; its log is {log}"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from compress.artifact import carried_files
-from compress.errors import ConfigError, UnsupportedError
+from compress.errors import ConfigError, UnsupportedError, out_of_room
 from compress.formats import Stored, awq_gemm
 from compress.quantized import QuantizedWeight
 from compress.shards import save_atomically
@@ -85,6 +86,14 @@ def build(folder: Path, out: Path, *, precision: str, accuracy_level: int, fuse_
         )
     if done.returncode == 0:
         return
+    full = out_of_room(RuntimeError(done.stderr))
+    if full is not None:
+        raise full
+    if done.returncode == -signal.SIGKILL:
+        raise ConfigError(
+            f"{folder}: {PACKAGE}'s builder was killed, most likely for want of memory; it holds the whole model, so "
+            "use a machine with more, or a smaller model"
+        )
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     last = lines[-1][:300] if lines else f"it ended with status {done.returncode}"
     if "No module named" in last and "onnxruntime_genai" in last:

@@ -40,6 +40,7 @@ from exporters.genai.bundle.run import Decoder
 from exporters.genai.check import block_linears, block_products, compare_weights, node_sources
 from exporters.genai.families import LAYOUT, check_config
 from exporters.reader import Job, Written
+from exporters.readme import FOLDER, Usage
 
 # Of the logits, relative (Frobenius), against the artifact's float32 forward. Float32 sums in another order differ by
 # about 1e-6; a rotary table, norm or weight that is wrong by one part in a thousand shows above 1e-4.
@@ -85,8 +86,22 @@ def write(job: Job) -> Written:
         },
     }
     return Written(
-        record=record, parts=parts(graph, job.staged), notes=notes(tied, activations, job.options.get("activations"))
+        record=record,
+        parts=parts(graph, job.staged),
+        notes=notes(tied, activations, job.options.get("activations")),
+        usage=USAGE,
     )
+
+
+USAGE = Usage(
+    what="An ONNX model with its tokenizer and a script that generates text on a CPU: no torch, no transformers, no "
+    "network. onnxruntime-genai reads the folder too.",
+    verb="run it",
+    command=("python3", f"{FOLDER}/run.py", "Once upon a time"),
+    needs=(f"Python 3.11 to 3.13, and {', '.join(bundle.pins())}: `pip install -r requirements.txt`",),
+    more="`--help` lists how text is drawn. Where the tokenizer has a chat template the prompt is a user's message; "
+    "`--no-chat` goes on from the bare text.",
+)
 
 
 OWN = "as the artifact quantizes them"
@@ -322,7 +337,7 @@ def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
 
 
 def notes(tied: bool, activations: str, asked: str | None) -> list[str]:
-    out = ['run it: python run.py "Once upon a time" in the folder (pip install -r requirements.txt)']
+    out = []
     if tied:
         out.append("lm_head is the embedding; it is stored once")
     if activations == "int16" and asked is None:

@@ -104,7 +104,7 @@ def inference_service(serving: Serving) -> dict[str, Any]:
             "predictor": {
                 "model": {
                     "modelFormat": {"name": "huggingface"},
-                    "args": [f"--model_name={serving.label}", f"--model_dir={MOUNT}", *_flags(serving)],
+                    "args": [f"--model_name={serving.label}", f"--model_dir={MOUNT}", *flags(serving)],
                     "storageUri": f"pvc://models/{serving.label}",
                     "resources": _resources(serving),
                 }
@@ -122,7 +122,7 @@ def deployment(serving: Serving) -> dict[str, Any]:
             f"--model={MOUNT}/{serving.label}",
             f"--served-model-name={serving.label}",
             f"--port={PORT}",
-            *_flags(serving),
+            *flags(serving),
         ],
         "ports": [{"name": "http", "containerPort": PORT}],
         "resources": _resources(serving),
@@ -176,7 +176,7 @@ def _probe(*, seconds: int, failures: int) -> dict[str, Any]:
     }
 
 
-def _flags(serving: Serving) -> list[str]:
+def flags(serving: Serving) -> list[str]:
     """The engine's arguments as command line flags."""
     flags = []
     for key, value in serving.engine().items():

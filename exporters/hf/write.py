@@ -25,9 +25,21 @@ from compress.kv_cache import LAST_WRONG_VLLM
 from exporters.hf import modelopt, serve, vllm_rules
 from exporters.hf.layout import LAYOUT
 from exporters.reader import Artifact, Job, Written
+from exporters.readme import FOLDER, Usage
 from exporters.sizing.inventory import inventory, part_of
 
 __all__ = ["LAYOUT", "write"]
+
+TRANSFORMERS = """
+`serve/` starts the same server under Triton, KServe and Kubernetes. With transformers:
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(".")
+    model = AutoModelForCausalLM.from_pretrained(".", device_map="auto")
+    ids = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+    print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
+"""
 
 
 def write(job: Job) -> Written:
@@ -75,9 +87,26 @@ def write(job: Job) -> Written:
             f"the KV cache is {folder.plan.kv.label()}: it needs vLLM newer than {LAST_WRONG_VLLM} (older ones cut "
             "codes off, or mix up the scales of hybrid models), and leaves it Triton's attention only"
         )
-    many = "one sequence" if job.batch == 1 else f"{job.batch} sequences"
-    notes.append(f"the files in serve/ ask for max-num-seqs={job.batch}: {many} at once; --batch N plans for more")
-    return Written(record=record, parts=_parts(folder), notes=notes, hashes=hashes)
+    return Written(record=record, parts=_parts(folder), notes=notes, hashes=hashes, usage=_usage(folder, serving))
+
+
+def _usage(folder: Stored, serving: serve.Serving) -> Usage:
+    """How the folder is served, and how transformers opens it."""
+    packages = "torch, transformers, accelerate"
+    if folder.format is awq_gemm:
+        packages += ", gptqmodel (transformers reads AutoAWQ's layout with it)"
+    elif folder.format is not None:
+        packages += ", compressed-tensors"
+    vllm = serving.image.partition(":v")[2]
+    vllm = f"vLLM newer than {LAST_WRONG_VLLM}" if serving.kv else f"vLLM ({vllm} is the one that serve/ names)"
+    return Usage(
+        what=f"A Hugging Face folder ({'float' if folder.format is None else folder.format.NAME}) for vLLM, SGLang and "
+        "transformers.",
+        verb="serve it",
+        command=("vllm", "serve", FOLDER, f"--served-model-name={serving.label}", *serve.flags(serving)),
+        needs=(f"{vllm}; no server was run when this folder was made", f"with transformers: {packages}"),
+        more=TRANSFORMERS,
+    )
 
 
 def _kv_record(folder: Stored) -> dict[str, str] | None:

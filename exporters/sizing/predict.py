@@ -36,15 +36,22 @@ PREFILL_TOKENS = 2048
 BUILD_BYTES_PER_PARAMETER = (3.0, 4.0)
 # Bits a weight that this version can make for each format; others are sized, and said to be plans.
 MADE_BITS: dict[str, tuple[int, ...]] = {
-    "hf": (16, 8, 4), "edge": (16, 4), "onnx-trt": (16, 8, 4), "onnx": (16, 8, 4),
+    "hf": (16, 8, 4), "edge": (16, 4), "onnx-trt": (16, 8, 4), "tensorrt": (16, 8, 4), "onnx": (16, 8, 4),
 }  # fmt: skip
 # Numbers in the KV cache: what each format's reader takes. TensorRT's cache layer and Edge-LLM on Orin: 16 bits only;
 # vLLM's kv_cache_dtype takes 8; ONNX Runtime's CPU kernels compute in float32.
-KV_BITS: dict[str, tuple[int, ...]] = {"hf": (16, 8), "edge": (16,), "onnx-trt": (16,), "onnx": (32,)}
+KV_BITS: dict[str, tuple[int, ...]] = {
+    "hf": (16, 8), "edge": (16,), "onnx-trt": (16,), "tensorrt": (16,), "onnx": (32,)
+}  # fmt: skip
 # Weights that a token reads, at least, for speeds to be predicted: the smallest model with published runs reads 0.54 GB
 # (Qwen3-0.6B, INT4). Below, launching kernels costs more than reading, and no roofline holds.
 PREDICTED_FROM_BYTES = 500_000_000
-_ENGINES = ("edge", "onnx-trt")
+_ENGINES = ("edge", "onnx-trt", "tensorrt")
+# Formats whose server takes sequences as they come and shares its memory among them; elsewhere a batch is built in.
+SERVED = ("hf",)
+# Sequences that launch files ask for at most where nobody said how many: a cap of ours. Each sequence more makes all of
+# them wait longer for their next token.
+MOST_SEQUENCES = 256
 _STEP = 256
 
 
@@ -282,12 +289,23 @@ def _first_token(model: Model, plan: Plan, target: Target, streamed: int) -> Ran
 # ---- what would fit ------------------------------------------------------------------------------------
 
 
-def check(model: Model, plan: Plan, target: Target) -> Sizing:
-    """The plan's sizing. Raises DoesNotFit, with the breakdown and what would fit, when it is too big."""
+Takes = Callable[[Plan], bool]
+
+
+def anything(plan: Plan) -> bool:
+    """Where only bytes are asked for."""
+    return True
+
+
+def check(model: Model, plan: Plan, target: Target, takes: Takes = anything) -> Sizing:
+    """The plan's sizing. Raises DoesNotFit, with the breakdown and what would fit, when it is too big.
+
+    takes: whether the format's reader can hold the model as another plan has it (`exporters.answer.taker`).
+    """
     sizing = size(model, plan, target)
     if sizing.fits:
         return sizing
-    suggestions = what_fits(model, plan, target)
+    suggestions = what_fits(model, plan, target, takes)
     best = next((s.text for s in suggestions if s.made), None)
     way_out = f"this would fit: {best}" if best else "nothing that can be made today fits there"
     raise DoesNotFit(
@@ -298,9 +316,17 @@ def check(model: Model, plan: Plan, target: Target) -> Sizing:
     )
 
 
-def what_fits(model: Model, plan: Plan, target: Target) -> list[Suggestion]:
-    """Single changes that make it fit, then pairs of them if none does; every one has been sized and fits."""
-    found = list(_changes(model, plan, target))
+def most_sequences(model: Model, plan: Plan, target: Target, most: int = MOST_SEQUENCES) -> int:
+    """How many sequences of the plan's context fit at once, at most `most`; 0 when not even one does."""
+    return _largest(most, lambda n: size(model, replace(plan, batch=n), target).fits)
+
+
+def what_fits(model: Model, plan: Plan, target: Target, takes: Takes = anything) -> list[Suggestion]:
+    """Single changes that make it fit, then pairs of them if none does; every one has been sized and fits.
+
+    What `takes` refuses is not among them: nothing is suggested that `compress export` would not make.
+    """
+    found = [s for s in _changes(model, plan, target) if takes(s.sizing.plan)]
     if not any(s.made for s in found):
         for fewer in _fewer_bits(model, plan):
             smaller = replace(plan, num_bits=fewer)
@@ -311,8 +337,9 @@ def what_fits(model: Model, plan: Plan, target: Target) -> list[Suggestion]:
                     made=s.made and fewer in MADE_BITS[plan.format],
                 )
                 for s in _changes(model, smaller, target)
+                if takes(s.sizing.plan)
             ]
-    found += list(_elsewhere(model, plan, target))
+    found += [s for s in _elsewhere(model, plan, target) if takes(s.sizing.plan)]
     return sorted(found, key=lambda s: not s.made)
 
 
@@ -331,12 +358,17 @@ def _changes(model: Model, plan: Plan, target: Target) -> Iterator[Suggestion]:
     if batch and (sizing := sized(replace(plan, batch=batch))):
         yield Suggestion(text=f"--batch {batch}", sizing=sizing, made=True)
     if plan.kv_bits > 8 and (sizing := sized(replace(plan, kv_bits=8))):
-        made = 8 in KV_BITS[plan.format]
+        made = 8 in KV_BITS[plan.format] and _bits(model, plan) >= 8  # the command makes weights of 8 bits as well
         text = "a KV cache of 8 bits" + (" (compress int8 --kv-cache int8)" if made else "")
         yield Suggestion(text=text, sizing=sizing, made=made)
     kept = _largest(19, lambda n: bool(sized(replace(plan, keep=n / 20))))
     if kept and (sizing := sized(replace(plan, keep=kept / 20))):
-        yield Suggestion(text=f"pruning {100 - 5 * kept} % of the decoder's weights", sizing=sizing, made=False)
+        left = (model.num_parameters - model.linears * (1 - kept / 20)) / 1e6
+        made = _bits(model, plan) >= 16  # what is quantized is not pruned any more
+        text = f"pruning {100 - 5 * kept} % of the decoder's weights" + (
+            f" (compress prune --params {left:.0f}M)" if made else ""
+        )
+        yield Suggestion(text=text, sizing=sizing, made=made)
 
 
 def _elsewhere(model: Model, plan: Plan, target: Target) -> Iterator[Suggestion]:

@@ -18,6 +18,7 @@ from compress.plan import LayerPlan
 from compress.runtime.ort import open_session
 from exporters import reference
 from exporters.reader import Job, Written
+from exporters.readme import FOLDER, Usage
 from exporters.trt.graph import architecture, engine, run
 from exporters.trt.graph.build_engine import available_bytes
 from exporters.trt.graph.decoder import DIALECTS
@@ -69,7 +70,6 @@ def write(job: Job) -> Written:
     plan = engine.plan(arch, context=job.context, batch=job.batch, opset=opset, quantized=quantized)
     write_bytes_atomically(job.staged / engine.PLAN, json_bytes(plan))
     write_bytes_atomically(job.staged / engine.SCRIPT, engine.script())
-    write_bytes_atomically(job.staged / "README.md", engine.readme(plan, arch).encode())
     job.say("running it on ONNX Runtime's CPU provider: 16 tokens, then 32 one by one")
     verified = verify(job.artifact, job.staged, len(arch.layers))
     return Written(
@@ -84,6 +84,13 @@ def write(job: Job) -> Written:
         },
         parts=parts,
         notes=["no TensorRT engine was built or run: build_engine.py does that on the device"],
+        usage=Usage(
+            what=f"An ONNX graph of {arch.model_type} (opset {opset}) for TensorRT, its weights and tokenizer.",
+            verb="build its engine on the device",
+            command=("python3", f"{FOLDER}/{engine.SCRIPT}"),
+            needs=(f"TensorRT from {'.'.join(map(str, plan['minimum_tensorrt']))} on, with its Python package",),
+            more=engine.readme(plan, arch),
+        ),
     )
 
 

@@ -1,5 +1,6 @@
 """Two processes that share the calibration set make what one process makes."""
 
+import json
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from compress.block import BlockResult, LoadedBlock
 from compress.blocks import stream
 from compress.distributed import add_up, from_first, num_processes, parts, rank
+from compress.files import read_json
 from compress.linear import linears
 from compress.model import StreamedModel
 from compress.plan import LayerPlan, LayerScheme
@@ -83,10 +85,15 @@ def outcome(folder: str, effort: str, num_parts: int = 1, device: str = "cpu") -
 
 def several(folder: Path, tmp_path: Path, device: str = "cpu") -> list[dict[str, dict[str, torch.Tensor]]]:
     """What each process found, by effort."""
+    together([sys.executable, "-c", PROCESS, str(Path(__file__).parent), str(folder), str(tmp_path / "found"), device])
+    return [torch.load(tmp_path / f"found.{i}.pt") for i in range(WORLD)]
+
+
+def together(command: list[str], code: int = 0) -> list[str]:
+    """Run a command in two processes that meet, as torchrun starts them; what each wrote to stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), str(folder), str(tmp_path / "found"), device]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
     running = [
         subprocess.Popen(
@@ -94,10 +101,9 @@ def several(folder: Path, tmp_path: Path, device: str = "cpu") -> list[dict[str,
         )
         for i in range(WORLD)
     ]
-    for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-2000:]
-    return [torch.load(tmp_path / f"found.{i}.pt") for i in range(WORLD)]
+    told = [process.communicate(timeout=240)[1].decode() for process in running]
+    assert {process.returncode for process in running} == {code}, told
+    return told
 
 
 def test_two_processes_equal_one(build_model: Any, tmp_path: Path) -> None:
@@ -122,6 +128,28 @@ def test_two_processes_equal_one(build_model: Any, tmp_path: Path) -> None:
         norm = plain[key].diagonal().sqrt()
         assert float(((one["fast"][key] - plain[key]) / (norm[:, None] * norm)).abs().max()) < 1e-5
     torch.testing.assert_close(one["fast"]["0.errors"], plain["0.errors"], rtol=0.02, atol=0)
+
+
+def test_the_command_in_two_processes(build_model: Any, tmp_path: Path) -> None:
+    """One of them reads the text, keeps the journal and writes; a single process made the same rows and codes."""
+    folder, text = build_model(), tmp_path / "rows.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"Row {i} tells of ship number {7 * i}. " * 9}) + "\n" for i in range(150))
+    )
+    options = ["--calib", str(text), "--samples", "40", "--seq-len", "128", "--group-size", "32", "--device", "cpu"]
+    command = [sys.executable, "-m", "compress", "awq", str(folder), *options, "-o"]
+    told = together([*command, str(tmp_path / "two")])
+    assert [bool(said.strip()) for said in told] == [True, False]  # the second process is silent
+    subprocess.run([*command, str(tmp_path / "one")], check=True, capture_output=True)
+    one, two = (read_json(tmp_path / name / "compress.json")["lineage"][-1] for name in ("one", "two"))
+    assert one["calibration"] == two["calibration"] and one["plan"] == two["plan"]
+    errors = [[layer["error"] for layer in record["layers"]] for record in (one, two)]
+    torch.testing.assert_close(*(torch.tensor(e) for e in errors), rtol=0.02, atol=0)
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    said = sorted(
+        told[-1] for told in map(str.splitlines, together([*command, str(tmp_path / "x"), "--samples", "8"], 1))
+    )
+    assert "another process of this run has ended" in said[1] and "pass more --samples" in said[0]
 
 
 @given(st.lists(st.integers()), st.integers(1, 9))

@@ -55,7 +55,7 @@ def test_an_export_for_a_device_is_judged_by_the_artifact_whose_weights_it_holds
         judged_as(newest)
     (made / "model.safetensors").write_bytes(weights)
     made.rename(tmp_path / "elsewhere")
-    with pytest.raises(ArtifactError, match="is no longer there"):
+    with pytest.raises(ArtifactError, match="is no longer there to be judged in its place; put it back"):
         judged_as(newest)
 
 

@@ -37,6 +37,12 @@ class Server(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         time.sleep(3 * GAP)
+        if asked["model"] == "pinging":
+            for _ in range(60):
+                self.wfile.write(b": still here\n\n")
+                self.wfile.flush()
+                time.sleep(GAP)
+            return
         for _ in range(asked["max_tokens"] if asked["model"] != "short" else 1):
             self.wfile.write(b'data: {"choices": [{"text": "the "}]}\n\n')
             self.wfile.flush()
@@ -65,7 +71,12 @@ def test_times_are_those_of_the_stream(url: str) -> None:
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("broken", "answered 500"), ("silent", "no answer"), ("short", "held 1 pieces of text")],
+    [
+        ("broken", "answered 500"),
+        ("silent", "no answer"),
+        ("short", "held 1 pieces of text"),
+        ("pinging", "no text for 0.5 seconds"),
+    ],
 )
 def test_what_goes_wrong_is_one_sentence(url: str, model: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

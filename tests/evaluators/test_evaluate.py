@@ -14,13 +14,17 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
+from compress.quantize.int8_stage import Int8Request, quantize_int8
+from compress.runtime.ort import OnnxRunner
 from compress.scheme import Scheme
 from compress.tell import Heard
+from compress.workspace import resolve
 from evaluators import cache, evaluate, memory
 from evaluators.report import to_json, to_junit, to_markdown, to_text
 from evaluators.request import EvaluationRequest
 from evaluators.results import Report
+from evaluators.subject import hold_cache
 from evaluators.written import write_reports
 
 
@@ -266,3 +270,38 @@ def test_page_in_chromium(report: Report, tmp_path: Path) -> None:
     )  # fmt: skip
     found = re.search(r"<title>(\d+),(\d+)</title>", out.stdout)
     assert found is not None and int(found[2]) <= int(found[1])
+
+
+def test_a_model_is_judged_with_an_int8_cache(pair: tuple[Path, Path], other_text: Path, tmp_path: Path) -> None:
+    """The original against itself: only the cache differs, so all that is lost is the cache's, and little of it."""
+    original, quantized = pair
+    plain = evaluate.evaluate(ask(original, original, other_text))
+    found = evaluate.evaluate(ask(original, original, other_text, kv_cache="int8"))
+    values = {m.name: m.value for m in found.metrics}
+    assert 0 < values["kl_mean"] < 1e-2 and {m.name: m.value for m in plain.metrics}["kl_mean"] == 0
+    assert (plain.candidate.kv_cache, found.candidate.kv_cache) == (None, "int8_per_token_head")
+    assert found.reference.kv_cache is None and any("of the candidate were rounded to INT8" in n for n in found.notes)
+    request = Int8Request(
+        source=resolve(str(original)), out=tmp_path / "int8", calib=str(other_text), samples=2, seq_len=64,
+        effort="fast", scheme="w8a16", kv_cache="int8",
+    )  # fmt: skip
+    made = quantize_int8(request).out
+    text = tmp_path / "third.txt"
+    text.write_text(" ".join(sorted(other_text.read_text().split())))
+    by_itself, without, asked = (
+        evaluate.evaluate(ask(made, original, text, kv_cache=kv)) for kv in (None, "none", "int8")
+    )
+    assert by_itself.metrics == asked.metrics and by_itself.candidate == asked.candidate
+    assert without.candidate.kv_cache is None and without.metrics != asked.metrics
+    for report in (by_itself, without, asked):
+        assert memory.remember(made, report) is None
+    assert [r.get("kv_cache") for r in memory.recalled(made)].count("int8_per_token_head") == 1
+    assert len(memory.recalled(made)) == 2
+
+
+def test_a_graph_has_a_cache_of_its_own(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    with pytest.raises(UnsupportedError, match="--kv-cache int8: .* is a graph with a cache of its own"):
+        hold_cache(OnnxRunner.__new__(OnnxRunner), folder, "int8")
+    assert hold_cache(OnnxRunner.__new__(OnnxRunner), folder, None) is None

@@ -9,8 +9,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from compress.cli.main import main
+from compress.model import StreamedModel
 from compress.quantize.int8_stage import Int8Request, quantize_int8
 from compress.workspace import resolve
+from exporters import answer
+from exporters.sizing.inventory import read_model
+from exporters.sizing.predict import Plan, what_fits
+from exporters.sizing.targets import TARGETS
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 1024}
 SMOLLM2 = {**SMALL, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -69,6 +74,39 @@ def test_gemma3_on_orin(tmp_path: Path) -> None:
     onnx = compress("fit", folder, "--target", "orin", "--format", "onnx")
     assert onnx.exit_code == 1 and "not supported by onnx yet" in onnx.stdout
     assert advised(onnx.stdout)[-1][-2:] == ["--format", "onnx-trt"]
+
+
+# 2880 is a multiple of 64 and not of 128: Edge-LLM's INT4 product cannot hold it.
+WIDE = {
+    "hidden_size": 2880, "intermediate_size": 8640, "num_attention_heads": 45, "num_key_value_heads": 9, "head_dim": 64,
+    "num_hidden_layers": 40, "vocab_size": 512, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def test_nothing_is_suggested_that_export_refuses(tmp_path: Path) -> None:
+    """8 GB of float16 do not fit an Orin NX of 8 GB; weights of 4 bits would, and edge cannot hold them."""
+    folder = config("Llama", WIDE, tmp_path / "wide")
+    model, target = StreamedModel.outline(folder), TARGETS["orin-nx-8g"]
+    plan = Plan(format="edge", context=4096, num_bits=16)
+    sizes = read_model(folder)
+    assert any("awq --bits 4" in s.text for s in what_fits(sizes, plan, target)), "by bytes alone it would fit"
+    for form in ("edge", "onnx-trt"):
+        plan = Plan(format=form, context=4096, num_bits=16)
+        found = [s for s in what_fits(sizes, plan, target, answer.taker(model)) if s.made]
+        assert any("awq --bits 4" in s.text for s in found) == (form == "onnx-trt")
+        assert all(answer.taker(model)(s.sizing.plan) for s in found)
+    done = compress("fit", folder, "--target", "orin-nx-8g")
+    assert done.exit_code == 1 and "cannot be made" in done.stdout
+    assert advised(done.stdout)[-1][-2:] == ["--format", "onnx-trt"]
+
+
+def test_the_nearest_thing_fits_too(tmp_path: Path) -> None:
+    """What a reader takes and the machine has no room for is no way out."""
+    folder = config("Llama", {**WIDE, "num_hidden_layers": 120}, tmp_path / "deep")
+    model = StreamedModel.outline(folder)
+    assert "in the memory that is there" in answer.nearest(model, folder, TARGETS["orin-nx-8g"], 4096)
+    words = advised(answer.nearest(model, folder, TARGETS["orin"], 4096))[-1]
+    assert words[-4:] == ["--format", "edge", "--context", "4096"], "in float16, which edge takes in any width"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from compress.workspace import is_judgeable, is_model, resolve
 from exporters.answer import LAYOUTS
 from exporters.export import FORMATS, ExportOutcome, ExportRequest, export, load_format
 from exporters.reader import Layout
-from exporters.sizing.predict import DoesNotFit
+from exporters.sizing.predict import MOST_SEQUENCES, DoesNotFit
 from exporters.sizing.targets import TARGETS
 
 G32 = Scheme(group_size=32)
@@ -85,6 +86,10 @@ def test_hf_export_is_the_artifact_with_a_manifest(artifact: Path) -> None:
     outcome = run(artifact, "small-a100-hf", context=128, batch=4)
     made = contents(outcome.out)
     original = contents(artifact)
+    assert "# small, hf for a100" in (outcome.out / "README.md").read_text() and outcome.verb == "serve it"
+    assert shlex.split(outcome.command)[:3] == ["vllm", "serve", str(outcome.out)]
+    assert "--max-num-seqs=4" in outcome.command
+    assert any("max-num-seqs=4, as --batch says" in note for note in outcome.notes)
     for name in set(original) - {"compress.json"}:
         assert made[name] == original[name]
     manifest = read_manifest(outcome.out)
@@ -103,6 +108,16 @@ def test_hf_export_is_the_artifact_with_a_manifest(artifact: Path) -> None:
     parameters = sum(p.numel() for p in _dense(artifact))
     assert outcome.fp16_bytes == 2 * parameters and outcome.fp32_bytes == 4 * parameters
     assert record["ratio_to_fp16"] == pytest.approx(2 * parameters / outcome.total_bytes, abs=1e-4)
+
+
+def test_sequences_come_from_the_sizing(artifact: Path) -> None:
+    """As many as fit, and one more would not; never a silent 1."""
+    outcome = run(artifact, "unasked", context=128)
+    assert outcome.record["options"]["batch"] == MOST_SEQUENCES == outcome.sizing.plan.batch
+    (config,) = (outcome.out / "serve" / "triton").rglob("model.json")
+    assert json.loads(config.read_text())["max_num_seqs"] == MOST_SEQUENCES
+    (note,) = [n for n in outcome.notes if "max-num-seqs" in n]
+    assert f"max-num-seqs={MOST_SEQUENCES}: the most that is asked for unasked" in note and "--batch N" in note
 
 
 def _dense(artifact: Path) -> list[torch.Tensor]:

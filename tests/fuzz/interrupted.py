@@ -10,6 +10,7 @@ refused in one sentence; nothing of ours is left beside it. Prints every fault; 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import os
 import random
@@ -29,6 +30,7 @@ ROOT = HERE.parents[1]
 OPERATIONS = ("open", "replace", "rename", "unlink", "rmdir", "fsync", "mkdir", "utime", "pwrite", "link")
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2,
          "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
+LONGEST = 300  # seconds; what takes longer hangs, and its stack is printed
 Arguments = tuple[Any, ...]
 
 
@@ -69,6 +71,8 @@ def in_child(arguments: Arguments, before: Callable[[], None] = lambda: None, sa
         with open(said or os.devnull, "w") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
+        if said is not None:
+            faulthandler.dump_traceback_later(LONGEST, exit=True)
         before()
         try:
             main([str(a) for a in arguments], standalone_mode=True)
@@ -186,12 +190,14 @@ def kills(root: Path, rounds: int, seed: int) -> int:
     return faults
 
 
-def disk(root: Path, moments: int) -> int:
+def disk(root: Path, moments: int, only: str | None) -> int:
     """Each command on disks from nearly none to a little more than it needs, then again with room."""
     faults, count = 0, Counter[str]()
     evaluate = ("evaluate", root / "q", "--reference", root / "m", "--data", root / "other.txt", "--context", 16,
                 "--max-tokens", 64, "--device", "cpu")  # fmt: skip
     for name, arguments in {**commands(root), "evaluate": evaluate}.items():
+        if only not in (None, name):
+            continue
         place = root / "disk"
         place.mkdir(exist_ok=True)
 
@@ -258,6 +264,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=60, help="kills: how many rounds, the commands in turn")
     parser.add_argument("--moments", type=int, default=12, help="disk: sizes a command")
     parser.add_argument("--seed", type=int, default=0, help="number of the first round")
+    parser.add_argument("--only", help="disk: this command alone")
     args = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", PYTHONPATH=f"{ROOT}{os.pathsep}{HERE}")
     import torch
@@ -272,7 +279,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         make(root)
-        return 1 if (kills(root, args.rounds, args.seed) if args.what == "kills" else disk(root, args.moments)) else 0
+        return (
+            1
+            if (kills(root, args.rounds, args.seed) if args.what == "kills" else disk(root, args.moments, args.only))
+            else 0
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,12 @@ from compress.files import write_bytes_atomically
 FILES = ("run.py", "requirements.txt")
 
 
+def pins() -> list[str]:
+    """The packages that run.py needs, `name==version` each."""
+    lines = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if "==" in line]
+
+
 def copy_into(folder: Path) -> None:
     """Put the bundle's files into `folder`."""
     for name in FILES:

@@ -74,8 +74,7 @@ def script() -> bytes:
 
 
 def readme(plan: dict[str, Any], arch: Architecture) -> str:
-    """The export's README: how to build, and what goes in and out."""
-    minimum = ".".join(str(n) for n in plan["minimum_tensorrt"])
+    """Of the export's README: what the script makes, and what goes in and out."""
     cache = f"[B, {arch.num_kv_heads}, {plan['capacity']}, {arch.head_dim}]"
     longest = plan["profiles"]["prefill"]["input_ids"]["max"][1]
     in_place = (
@@ -83,14 +82,10 @@ def readme(plan: dict[str, Any], arch: Architecture) -> str:
         if plan["caches_in_place"]
         else "Bind `present.N.*` to a second set of buffers and swap the two sets after every call (two CUDA Graphs)."
     )
-    return f"""# {arch.model_type} for TensorRT
-
-    python3 build_engine.py                  # on the device, with TensorRT from {minimum} on
-    python3 build_engine.py --profiles any   # one profile for both: less memory, kernels chosen for one token
-
-gives `model.engine` and `model.engine.json`. ONNX opset {plan["opset"]}, strongly typed, float16 activations; weights
-in `{plan["data"]}`. The graph was run on ONNX Runtime's CPU provider and compared with the model
-(`compress.json`). No engine was built or run when this folder was made.
+    return f"""It gives `model.engine` and `model.engine.json`; `--profiles any` builds one profile for prompt and
+answer: less memory, kernels chosen for one token. ONNX opset {plan["opset"]}, strongly typed, float16
+activations; weights in `{plan["data"]}`. The graph was run on ONNX Runtime's CPU provider and compared with the
+model (`compress.json`). No engine was built or run when this folder was made.
 
 | input | type | shape | |
 |---|---|---|---|

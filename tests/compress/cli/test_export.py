@@ -1,6 +1,7 @@
 """`compress export`, `fit` and `targets` as a stranger uses them, and the commands that must chain."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,14 @@ def test_awq_then_export_chain_with_no_arguments(
     assert "verified: files equal to artifact" in exported.stdout
     assert "wrote artifacts/model-awq-w4g32-a100-hf/  hf for a100;" in exported.stdout
     assert "the same model in FP16" in exported.stdout and "files back" in exported.stderr
+    assert exported.stdout.splitlines()[-1].startswith(
+        "serve it: vllm serve artifacts/model-awq-w4g32-a100-hf --served"
+    )
     # the newest artifact, not the newest export
     again = compress("export", "--target", "orin", "--format", "hf", "--context", "64", "--json")
     result = json.loads(again.stdout)
     assert result["out"] == "artifacts/model-awq-w4g32-orin-hf" and result["requantized"] is None
-    assert result["record"]["options"] == {"context": 64, "batch": 1}
+    assert result["record"]["options"] == {"context": 64, "batch": 256}
     # evaluate takes the newest export and finds its original, from another depth of folders too
     assert compress("export", "--target", "a100", "-o", "deep/er/out", "--json").exit_code == 0
     text = tmp_path / "other.txt"
@@ -55,6 +59,30 @@ def test_awq_then_export_chain_with_no_arguments(
     assert "export from ../model-awq-w4g32" in shown.stdout and "awq from ../../model" in shown.stdout
     taken = compress("awq", "--group-size", "64", "--calib", str(calib_text), "--samples", "4", "--seq-len", "64")
     assert taken.exit_code == 0 and "from which the newest artifact" in taken.stderr
+
+
+def test_codes_that_were_made_for_the_export_are_judged_as_such(
+    compress: Any, build_model: Any, calib_text: Path, tmp_path: Path
+) -> None:
+    """Through the command that the export prints, in a folder whose name needs quotes."""
+    model = build_model("Qwen3", name="it's my model", hidden_size=128, head_dim=32, vocab_size=4096)
+    awq = ("awq", str(model), "--calib", str(calib_text), "--samples", "4", "--seq-len", "64", "--effort", "fast")
+    assert compress(*awq, "-o", "an artifact").exit_code == 0
+    made = compress("export", "an artifact", "--target", "orin", "--format", "onnx-trt", "--context", "64")
+    assert made.exit_code == 0, made.output
+    lines = made.stdout.splitlines()
+    (said,) = [line for line in lines if "Judge them: " in line]
+    judge = shlex.split(said.split("Judge them: ")[1])
+    assert judge[:2] == ["compress", "evaluate"] and judge[-2:] == ["--context", "64"]
+    assert shlex.split(lines[-1].split(": ", 1)[1]) == ["python3", f"{judge[2]}/build_engine.py"]
+    judged = compress(*judge[1:], "--max-tokens", "256", "--json")
+    assert judged.exit_code in (0, 3, 4), judged.output
+    report = json.loads(judged.stdout)
+    assert report["candidate"]["runtime"] == "onnxruntime"
+    assert report["judged"].startswith("the export's own, as its onnx-trt files hold them, made of ")
+    assert report["judged"].endswith(f"quantized again for orin, not the codes of {tmp_path / 'an artifact'}")
+    same = compress("export", "an artifact", "--target", "a100", "--json")
+    assert json.loads(same.stdout)["requantized"] is None
 
 
 def test_empty_workspace_exports_the_bundled_model(compress: Any) -> None:
@@ -90,7 +118,8 @@ def test_too_big_gives_the_breakdown_and_what_would_fit(compress: Any) -> None:
         (("export", "--target", "z80"), 1, "there is no such target; known are a100-40g, a100"),
         (("export", "nowhere", "--target", "a100"), 1, "nowhere: no such folder"),
         (("export", "--target", "lambda", "--format", "hf"), 1, "the readers of lambda take onnx"),
-        (("export", "--target", "a100", "--opset", "24"), 1, "only the format onnx-trt has dialects, not hf"),
+        (("export", "--target", "a100", "--opset", "24"), 1, "only the formats onnx-trt and tensorrt have dialects"),
+        (("export", "--target", "a100", "--profiles", "one"), 1, "only the format tensorrt builds engines, not hf"),
         (("export", "--target", "a100", "--opset", "22"), 2, "--opset"),
         (("export", "--target", "cpu", "--no-modelopt"), 1, "only the format hf has a ModelOpt folder, not onnx"),
         (("export", "--target", "a100", "--context", "9999"), 1, "was made for at most 2048 tokens"),

@@ -14,6 +14,7 @@ from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256
 from compress.formats import stored
 from compress.model import StreamedModel
+from compress.quantize import keep_inputs
 from compress.quantize.int8_stage import Int8Request, quantize_int8, request_from_record
 from compress.stage import Outcome
 from compress.tell import Tell
@@ -125,6 +126,36 @@ def test_transformers_computes_our_logits_with_its_activation_quantizers_on(
     assert (plain > 1e-7) == ("scheme" not in changes)
 
 
+def test_layers_that_lose_most_keep_their_inputs(
+    build_model: Any, quantize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second config group; siblings together; less error; transformers reads both groups and computes our logits."""
+    from transformers import AutoModelForCausalLM
+
+    from exporters.hf import vllm_int8
+
+    folder = build_model()
+    outcome = quantize(folder, keep_inputs=3)
+    kept = [name for group in outcome.record["kept_inputs"]["groups"] for name in group["layers"]]
+    assert outcome.record["kept_inputs"]["measured"] == 8 and 3 <= len(kept) <= 9
+    errors = {layer["layer"]: layer["inputs_error"] for layer in outcome.record["layers"]}
+    assert {name for name, error in errors.items() if error == 0} == set(kept)
+    config = json.loads((outcome.out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision" and len(config["config_groups"]) == 2
+    targets = {g["format"]: set(g["targets"]) for g in config["config_groups"].values()}
+    assert targets["pack-quantized"] == set(kept) and len(targets["int-quantized"]) == 14 - len(kept)
+    assert vllm_int8.check(stored(Checkpoint.open(outcome.out)), "8.0") == []  # fused layers have one scheme
+    model = AutoModelForCausalLM.from_pretrained(outcome.out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(IDS, use_cache=False).logits
+    monkeypatch.setattr(activations, "_by_token_symmetric", as_the_library_scales)
+    ours = logits(outcome.out)
+    error = float((ours - theirs).square().mean() / theirs.square().mean())
+    assert error < 1e-9 or error < 0.1 * activation_error(outcome.out, ours)
+    again = request_from_record(outcome.record, outcome.out, source=resolve(str(folder)), out=outcome.out / "x")
+    assert again.keep_inputs == 3 and again.label() == "w8a8-keep3"
+
+
 def as_the_library_scales(x_TI: torch.Tensor) -> activations.QuantizedInputs:
     """Without a zero point, compressed-tensors gives a token's largest value the code 127.5, and engines 127."""
     scale_T = x_TI.abs().amax(dim=1) / 127.5
@@ -151,18 +182,23 @@ def activation_error(folder: Path, ours: torch.Tensor) -> float:
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    build_model: Any, quantize: Any, calib_text: Path, tmp_path: Path
+    build_model: Any, quantize: Any, calib_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = build_model(num_hidden_layers=3)
-    options: dict[str, Any] = {"static": True, "effort": "balanced", "kv_cache": "int8"}
+    options: dict[str, Any] = {"static": True, "effort": "balanced", "kv_cache": "int8", "keep_inputs": 2}
     whole = contents(quantize(folder, "whole", **options).out)
 
     class Killed(Exception):
         pass
 
     class Stop(Tell):
+        measuring = False
+
+        def start(self, unit: str, *args: Any) -> None:
+            self.measuring = unit == "measuring block"
+
         def step(self, done: int | None = None, *args: Any, **kwargs: Any) -> None:
-            if done == 2:
+            if done == 2 and not self.measuring:
                 raise Killed
 
     request = Int8Request(
@@ -171,6 +207,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     with pytest.raises(Killed):
         quantize_int8(request, Stop())
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(keep_inputs, "measure", None)  # what was measured is kept with the run
     outcome = quantize_int8(request)
     assert outcome.resumed == 2 and contents(outcome.out) == whole
 
@@ -198,6 +235,8 @@ def test_a_recorded_recipe_runs_again_also_changed(build_model: Any, quantize: A
         ({"group_size": 128}, "--scheme w8a8 has one scale a row"),
         ({"scheme": "w8a16", "static": True}, "--static is about inputs"),
         ({"scheme": "w8a16", "sym_activations": False}, "--asym-activations is about inputs"),
+        ({"scheme": "w8a16", "keep_inputs": None}, "--keep-inputs is what --scheme w8a16 does of every layer"),
+        ({"keep_inputs": 8}, "--keep-inputs 8 keeps the inputs of all 8 groups"),
         ({"kv_cache": "int4"}, "--kv-cache int4 is not computed"),
         ({"smoothing": 1.5}, "--smoothing 1.5 is outside 0..1"),
     ],

@@ -20,6 +20,11 @@ def test_stored_or_refused(power: int, dtype: torch.dtype) -> None:
         assert float((stored.double() - value.double()).norm() / value.double().norm()) < 2**-6
 
 
+def test_float8() -> None:
+    value = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    assert bool((to_stored(value, "w", torch.float16) == 1).all())
+
+
 def test_zeros_and_a_few_small_values_pass() -> None:
     value = torch.zeros(8, 8)
     assert not to_stored(value, "bias", torch.float16).any()

@@ -87,6 +87,6 @@ def test_what_cannot_be_decoded_is_refused(reference_model: Path, tmp_path: Path
         TorchDecoder.open(reference_model, capacity=positions + 1)
     with pytest.raises(ArtifactError, match="neither safetensors nor an .onnx graph"):
         open_decoder(tmp_path, capacity=8)
-    (tmp_path / "model.engine").touch()
-    with pytest.raises(ArtifactError, match="holds a TensorRT engine"):
+    (tmp_path / "other.engine").touch()
+    with pytest.raises(ArtifactError, match="holds a TensorRT engine that is not called model.engine"):
         open_decoder(tmp_path, capacity=8)

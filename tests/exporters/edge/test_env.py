@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.errors import ConfigError
+from compress.errors import CompressError, ConfigError
 from compress.files import json_bytes
 from compress.lock import locked
 from exporters.edge import env as edge_env
@@ -107,3 +107,17 @@ def test_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(edge_env, "DISK_BYTES", {"cpu": 10**18, "cuda": 10**18})
     with pytest.raises(ConfigError, match=r"GB free, and .* needs about 1000000000.0; .*XDG_CACHE_HOME"):
         edge_env.check_disk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        ("Traceback\nOSError: [Errno 28] No space left on device", "the disk is full"),
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "memory does not suffice"),
+    ],
+    ids=["disk", "memory"],
+)
+def test_a_program_that_ran_out_of_room_is_not_called_unsupported(output: str, says: str) -> None:
+    with pytest.raises(CompressError, match=says):
+        edge_env.refuse_full(output)
+    edge_env.refuse_full("ValueError: unknown architecture")

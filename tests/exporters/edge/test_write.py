@@ -296,3 +296,12 @@ def test_silent_corruptions_of_the_exporter_are_caught(
         found = edge_graph.logits(folder, wanted.ids_T, prefill=wanted.prefill)
         with pytest.raises(ArtifactError, match="its logits differ from the artifact's"):
             reference.compare(found, wanted, tolerance=edge.TOLERANCE, what="gemma")
+
+
+@pytest.mark.parametrize("name", edge.DEVICES)
+def test_the_readme_names_what_the_device_needs(name: str) -> None:
+    device = edge.DEVICES[name]
+    usage = edge._usage(device)
+    assert usage.line() == "bash ./build_engine.sh"
+    assert f"compute capability {device.sm}" in usage.needs[0] and device.jetpack in usage.needs[0]
+    assert "--engineDir engine --inputFile smoke_input.json" in usage.more

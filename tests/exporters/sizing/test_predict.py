@@ -14,7 +14,7 @@ from compress.errors import ArtifactError, UnsupportedError
 from compress.scheme import Scheme
 from exporters.sizing import predict as sizing
 from exporters.sizing.inventory import Model, dimensions, read_model
-from exporters.sizing.predict import DoesNotFit, Plan, check, native_kv_bits, size, what_fits
+from exporters.sizing.predict import DoesNotFit, Plan, check, most_sequences, native_kv_bits, size, what_fits
 from exporters.sizing.targets import TARGETS
 
 # Public config.json figures of Qwen3 and Llama-3-8B.
@@ -205,7 +205,7 @@ def test_every_suggestion_fits_when_checked(name: str, target: str, context: int
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(sorted(CONFIGS)),
-    form=st.sampled_from(["hf", "edge", "onnx-trt", "onnx"]),
+    form=st.sampled_from(["hf", "edge", "onnx-trt", "tensorrt", "onnx"]),
     context=st.integers(1, 100_000),
     batch=st.integers(1, 64),
 )
@@ -273,3 +273,15 @@ def test_what_cannot_be_sized(tmp_path: Path) -> None:
         read_model(tmp_path)
     with pytest.raises(ArtifactError, match="no such folder"):
         read_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("context", [131072, 8192, 512])
+def test_as_many_sequences_as_fit_and_not_one_more(context: int) -> None:
+    """Llama-3-8B, INT4, on an A100 of 80 GB: the cache takes 128 KiB a token (32 layers, K and V, 8 x 128, float16)."""
+    model, plan = model_of("Llama-3-8B"), Plan(format="hf", context=context, num_bits=4)
+    found = most_sequences(model, plan, TARGETS["a100"])
+    left = TARGETS["a100"].usable_bytes - size(model, replace(plan, batch=1), TARGETS["a100"]).run_peak
+    by_hand = 1 + left // (131072 * context)
+    assert found == min(by_hand, sizing.MOST_SEQUENCES)
+    assert size(model, replace(plan, batch=found), TARGETS["a100"]).fits
+    assert (found == sizing.MOST_SEQUENCES) == (context == 512)

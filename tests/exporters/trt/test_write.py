@@ -51,7 +51,7 @@ def test_folder_of_a_quantized_artifact(quantized: Any, tmp_path: Path) -> None:
     tell = Heard()
     written = write(quantized(True), folder, tell=tell)
     assert {p.name for p in folder.iterdir()} == {
-        GRAPH, DATA, "build.json", "build_engine.py", "README.md", "generation_config.json", "tokenizer.json",
+        GRAPH, DATA, "build.json", "build_engine.py", "generation_config.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
     assert (written.record["precision"], written.record["opset"]) == ("int4", 24)

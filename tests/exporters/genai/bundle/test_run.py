@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.model import StreamedModel
-from exporters.genai.bundle import FILES
+from exporters.genai.bundle import FILES, pins
 
 pytest.importorskip("onnxruntime", reason="ONNXRUNTIME ABSENT: the bundle was not tested")
 
@@ -180,6 +180,16 @@ def test_waiting_threads_sleep(folder: Path, tmp_path: Path) -> None:
         assert run.available_cores(tmp_path) == wanted
 
 
+def test_the_command_of_the_readme_runs(folder: Path, bare: dict[str, str]) -> None:
+    """As it is typed: through a shell, in the export's folder."""
+    from exporters.genai.write import USAGE
+
+    env = bare | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(USAGE.line(), shell=True, cwd=folder, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and done.stdout.strip() and "tokens/s" in done.stderr
+    assert all(pin in USAGE.needs[0] for pin in pins())
+
+
 def test_sampling_is_repeatable(folder: Path, bare: dict[str, str]) -> None:
     draw = ("--max-new-tokens", "12", "--ids", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.95")
     first, again, other = (call(folder, bare, PROMPT, *draw, "--seed", s).stdout for s in ("1", "1", "2"))
@@ -295,7 +305,6 @@ def test_pins_are_the_tested_versions() -> None:
     """What the bundle asks for is what the project is tested with."""
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     tested = dict(line.split(";")[0].strip().split("==") for line in reversed(constraints) if "==" in line)
-    pins = [line for line in (Path(run.HERE) / "requirements.txt").read_text().splitlines() if "==" in line]
-    assert {p.split("==")[0] for p in pins} == {"onnxruntime", "numpy", "tokenizers", "jinja2"}
-    assert all(tested[name] == version for name, version in (p.split("==") for p in pins))
+    assert {p.split("==")[0] for p in pins()} == {"onnxruntime", "numpy", "tokenizers", "jinja2"}
+    assert all(tested[name] == version for name, version in (p.split("==") for p in pins()))
     assert FILES == ("run.py", "requirements.txt")

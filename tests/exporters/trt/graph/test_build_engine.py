@@ -51,7 +51,8 @@ def test_reference_model_compiles_for_an_a100(
             folder, folder / "model.engine", profiles=profiles, bindings="tensorrt_rtx", sm=80
         )
         assert (folder / "model.engine").stat().st_size == built[label]["engine_bytes"]
-        assert json.loads((folder / "model.engine.json").read_text()) == built[label]
+        seconds = built[label].pop("seconds")
+        assert seconds > 0 and json.loads((folder / "model.engine.json").read_text()) == built[label]
     assert built["int4"]["int4_unfused"] == [] and built["int4"]["int4_fused"] == 24
     assert built["float16"]["int4_fused"] == 0
     # 18.9 MB of linears become 4.9 MB, in each of two profiles at most; the float16 plan holds them twice
@@ -85,10 +86,10 @@ def test_script_of_an_export_runs_alone(reference_model: Path, tmp_path: Path) -
     """As on a device: the copied script in a process of its own, with nothing of ours to import."""
     compiler()
     folder = export(reference_model, tmp_path / "out", 24, context=64)
-    command = [sys.executable, "-I", "build_engine.py", "--bindings", "tensorrt_rtx", "--sm", "80", "--profiles", "any"]
+    command = [sys.executable, "-I", "build_engine.py", "--bindings", "tensorrt_rtx", "--sm", "86", "--profiles", "any"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     report = json.loads(run.stdout)
-    assert report["compute_capability"] == "8.0, compiled without running"
+    assert (report["sm"], report["built_on"], report["library"]) == ("8.6", None, "tensorrt_rtx")
     assert (folder / "model.engine").stat().st_size == report["engine_bytes"]
 
 
@@ -139,6 +140,24 @@ def test_layer_report_tells_fused_from_unfused() -> None:
     none8 = {"int8_fused": 0, "int8_unfused": [], "int8_by_int8": 0}
     assert report == {"layers": 3, "int4_fused": 2, "int4_unfused": ["l.o_proj"], **none8}
     assert build_engine.layer_report([], ["l.o_proj"], [])["int4_fused"] is None
+    # two profiles: fused in one of them only is not fused
+    assert build_engine.layer_report([fused, alone, product], ["l.up_proj"], [], 2)["int4_unfused"] == ["l.up_proj"]
+    assert build_engine.layer_report([fused, fused], ["l.up_proj"], [], 2)["int4_fused"] == 1
+
+
+def test_layer_report_reads_the_inspector_s_json_too() -> None:
+    layer = {
+        "Name": "a",
+        "Inputs": [{"Name": "x", "Format/Datatype": "Row major INT8"}],
+        "Constants": [{"Name": "w", "Format/Datatype": "Row major INT4"}],
+        "Metadata": "[ONNX Layer: l.o_proj/dequantized]\x1e[ONNX Layer: l.o_proj]",
+    }
+    eight = {**layer, "Constants": [{"Name": "w", "Datatype": "Int8"}], "Metadata": "[ONNX Layer: l.k_proj]"}
+    half = {**layer, "Constants": [{"Name": "w", "Datatype": "Half"}], "Metadata": "[ONNX Layer: l.up_proj]"}
+    lines = [json.dumps(x) for x in (layer, eight, half)]
+    report = build_engine.layer_report(lines, ["l.o_proj", "l.up_proj"], ["l.k_proj", "l.up_proj"])
+    assert (report["int4_fused"], report["int4_unfused"]) == (1, ["l.up_proj"])
+    assert (report["int8_fused"], report["int8_unfused"], report["int8_by_int8"]) == (1, ["l.up_proj"], 1)
 
 
 def test_layer_report_tells_int8_inputs_from_others() -> None:
