@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ KIND = "evaluation"
 
 def brief(report: Report) -> dict[str, Any]:
     """What a manifest keeps of a report: enough to compare candidates by, nothing that changes with time."""
-    kept = ("perplexity", "kl_mean", "top1_agreement", "perplexity_recovery")
+    kept = ("perplexity", "kl_mean", "kl_99.9", "top1_agreement", "perplexity_recovery")
     return {
         "kind": KIND,
         "reference_sha256": report.reference.sha256,
@@ -32,6 +33,7 @@ def brief(report: Report) -> dict[str, Any]:
         "bits_per_weight": report.candidate.bits_per_weight,
         "weight_bytes": report.candidate.weight_bytes,
         "metrics": {m.name: m.value for m in report.metrics if m.name in kept or m.name.endswith("_acc")},
+        "recovery": {v.metric: asdict(v.recovery) for v in report.verdicts},
         "gate": dict(report.gate) if report.gate else None,
         "outcome": report.outcome,
         **({"kv_cache": report.candidate.kv_cache} if report.candidate.kv_cache else {}),

@@ -11,6 +11,7 @@ import click
 
 from compress import advice
 from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
+from compress.cli.help import Command
 from compress.cli.progress import Shown
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class GroupSize(click.ParamType):  # type: ignore[type-arg]
         self.fail(f"{value!r} is neither auto nor a number from 8 on; choose auto, 128, 64 or 32", param, ctx)
 
 
-@click.command("awq")
+@click.command("awq", cls=Command)
 @click.argument("model", required=False)
 @click.option("--bits", type=int, default=4, show_default=True, help="Bits a weight, 4 or 8.")
 @click.option(

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
+
 if TYPE_CHECKING:
     from evaluators.latency import Settings, Subject
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
 @click.argument("models", nargs=-1)
 @click.option("--prompt-len", type=click.IntRange(1), default=128, show_default=True, help="Tokens of the prompt.")
 @click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens made after it.")

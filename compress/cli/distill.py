@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
 from compress.cli.lessons import lessons
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from compress.workspace import Source
 
 
-@click.command("distill")
+@click.command("distill", cls=Command)
 @click.option("--teacher", metavar="MODEL", help="Whom to learn from [default: the student's original].")
 @click.option("--student", metavar="MODEL", help="Who learns [default: the newest pruned artifact].")
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="How often each row is read.")
@@ -63,7 +64,8 @@ if TYPE_CHECKING:
     "--checkpointing", is_flag=True, help="Recompute blocks in the backward pass: less memory, a third slower."
 )
 @click.option("--compile/--no-compile", default=None, help="Compile blocks and losses [default: on a GPU].")
-@click.option("--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True)
+@click.option("--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+              help="Minutes from one checkpoint to the next.")  # fmt: skip
 @click.option("--checkpoint-steps", type=click.IntRange(0), default=0, help="And every so many updates.")
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for training.csv with speeds, and loss.svg.")
 @click.option("--tensorboard", is_flag=True, help="TensorBoard files in the --report folder too.")

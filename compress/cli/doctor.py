@@ -6,8 +6,10 @@ import json
 
 import click
 
+from compress.cli.help import Command
 
-@click.command("doctor")
+
+@click.command("doctor", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON object.")
 def command(as_json: bool) -> None:
     """Check the machine and the installation; each lack comes with the command that mends it.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
 from compress.cli.progress import Shown
 from compress.errors import ConfigError, GateFailed, reason
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from evaluators.results import Report
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=Command)
 @click.argument("candidate", required=False)
 @click.option("--reference", metavar="MODEL", help="What to compare with [default: the original in the manifest].")
 @click.option(
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Judge the interval's bounds, or (naively) the point alone.",
 )
-@click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True)
+@click.option(
+    "--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True, help="Of each of the bounds."
+)
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a window.")
 @click.option("--stride", type=click.IntRange(1), help="Tokens from window to window [default: the context].")
 @click.option("--min-context", type=click.IntRange(1), help="Score from this position of a window on.")
@@ -62,7 +65,13 @@ if TYPE_CHECKING:
     help="Folder for report.json, junit.xml, summary.md, index.html.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda[:N]; auto: a GPU if there is one.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Arithmetic of both models.",
+)
 @click.option(
     "--cache", "cache_folder", type=click.Path(path_type=Path), help="Where the reference's results are kept."
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
 from compress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ CONTEXTS = (2048, 8192, 32768)
 BITS = (16, 8, 4)
 
 
-@click.command("fit")
+@click.command("fit", cls=Command)
 @click.argument("model", required=False)
 @click.option("--target", required=True, metavar="TARGET", help="The machine; `compress targets` lists them.")
 @click.option("--format", metavar="FORMAT", help="The reader's format [default: the target's first].")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from compress.cli.help import Command
 from compress.cli.holdings import Item, children
 from compress.errors import CompressError, ConfigError
 
@@ -24,7 +25,7 @@ class Candidate:
     bytes: int
 
 
-@click.command("gc")
+@click.command("gc", cls=Command)
 @click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--yes", is_flag=True, help="Remove what is listed; without, nothing is touched.")
 @click.option("--json", "as_json", is_flag=True, help="Print as one JSON object.")

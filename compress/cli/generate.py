@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from compress.cli.help import Command
 
-@click.command("generate")
+
+@click.command("generate", cls=Command)
 @click.argument("model")
 @click.argument("prompt")
 @click.option(

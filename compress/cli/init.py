@@ -9,10 +9,11 @@ from pathlib import Path
 
 import click
 
+from compress.cli.help import Command
 from compress.errors import ConfigError, reason
 
 
-@click.command("init")
+@click.command("init", cls=Command)
 @click.argument("ready", required=False)
 @click.option("--model", metavar="MODEL", help="A folder or hub id [default: the bundled model].")
 @click.option("--calib", metavar="TEXT", help="Calibration text: a file, hf:DATASET[:split[:column]] or `self`.")
@@ -31,8 +32,6 @@ def command(
 ) -> None:
     """Write a recipe to change and run, from the ready one called READY.
 
-    \b
-      compress init orin-awq --model org/name --calib notes.txt --data held_out.txt
 
     On a terminal, what is not given is asked for. Without a terminal READY must be given.
     """

@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
+from compress.cli.help import Command
 from compress.errors import ArtifactError, UnsupportedError
 
 MANIFEST = "compress.json"
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("model", required=False)
 @click.option("--verify", is_flag=True, help="Read every file and compare it with the hash in compress.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print as one JSON object.")

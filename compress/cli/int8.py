@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
+from compress.cli.help import Command
 from compress.cli.progress import Shown
 
 
@@ -32,7 +33,7 @@ def _kept(_: click.Context, option: click.Parameter, value: str) -> int | None:
     return int(value)
 
 
-@click.command("int8")
+@click.command("int8", cls=Command)
 @click.argument("model", required=False)
 @click.option(
     "--scheme",

@@ -8,15 +8,13 @@ from typing import Any
 
 import click
 
+from compress.cli.help import Command
 
-@click.command("log")
+
+@click.command("log", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print as one JSON object.")
 def command(as_json: bool) -> None:
-    """Show who was made from whom in ./artifacts, as a tree below each original model.
-
-    \b
-      compress log
-    """
+    """Show who was made from whom in ./artifacts, as a tree below each original model."""
     from compress.cli.holdings import Item, children, items, tree, verdict
     from compress.workspace import WORKSPACE
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -14,13 +12,9 @@ from rich.table import Column
 from rich.text import Text
 
 from compress.cli.console import Console
+from compress.cli.listening import hear
+from compress.cli.peak import peak_memory_bytes as peak_memory_bytes
 from compress.tell import Tell
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far (`ru_maxrss`; kibibytes on Linux, bytes on macOS)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def seconds_text(seconds: float) -> str:
@@ -118,15 +112,18 @@ class Shown(Tell):
         self._progress, self.pace = None, None
 
     def say(self, text: str) -> None:
+        hear("say", text=text)
         self._line(text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+        hear("note", text=text)
         if not self.quiet:
             self._line(f"note: {text}")
 
     def start(self, what: str, total: int) -> None:
         self.end()
+        hear("start", what=what, total=total)
         self._what, self._said, self.started = what, -1e9, self.clock()
         self.pace = Pace(total, self.clock)
         if self.live:
@@ -145,6 +142,7 @@ class Shown(Tell):
         pace = self.pace
         if pace is None:
             return
+        hear("step", what=self._what, done=done, doing=doing, found=found, resumed=resumed)
         if done is not None:
             pace.step(done, resumed=resumed)
         text = "read back" if resumed else doing or (self.describe(found) if found is not None else "")

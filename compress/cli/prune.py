@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 from compress.files import write_bytes_atomically
@@ -27,7 +28,7 @@ AMOUNTS = ("depth", "intermediate", "heads", "kv_heads", "hidden")
 _AMOUNT = "whole number, or share below 1"
 
 
-@click.command("prune")
+@click.command("prune", cls=Command)
 @click.argument("model", required=False)
 @click.option("--depth", metavar="N|SHARE", help=f"Decoder blocks to remove: {_AMOUNT}.")
 @click.option("--intermediate", metavar="N|SHARE", help="Neurons of every MLP to remove.")

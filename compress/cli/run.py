@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.help import Command
 from compress.cli.progress import seconds_text
 from compress.errors import CompressError, ConfigError, GateFailed
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
 
 
-@click.command("run")
+@click.command("run", cls=Command)
 @click.argument("recipe")
 @click.option("--model", metavar="MODEL", help="A folder or hub id, over the recipe's [default: the bundled model].")
 @click.option(
@@ -39,8 +40,6 @@ def command(
 ) -> None:
     """Run the stages of RECIPE, a TOML file or the name of a ready one, in its order.
 
-    \b
-      compress run a100-awq --model MODEL --set evaluate.data=held_out.txt --dry-run
 
     All steps are checked before the first one starts. What they make lies in ./artifacts as RECIPE-STEP; a step with
     the same options and inputs as before is not run again, and a killed one goes on. The exit code is the gate's: 0

@@ -6,14 +6,14 @@ import json
 
 import click
 
+from compress.cli.help import Command
 
-@click.command("status")
+
+@click.command("status", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print as one JSON object.")
 def command(as_json: bool) -> None:
     """List the artifacts of ./artifacts: what they are, size in MB, scores and verdicts, and what could go.
 
-    \b
-      compress status
 
     Recovery is the original's perplexity over the artifact's, KL in nats a token; both of the last evaluation.
     """

@@ -6,8 +6,10 @@ import json
 
 import click
 
+from compress.cli.help import Command
 
-@click.command("targets")
+
+@click.command("targets", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print every figure with its source as one JSON object.")
 def command(as_json: bool) -> None:
     """List the targets: memory, bandwidth, arithmetic, software, and the formats that their readers take.

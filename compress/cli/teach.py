@@ -10,13 +10,14 @@ from typing import Any
 
 import click
 
+from compress.cli.help import Command
 from compress.cli.lessons import lessons
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 from compress.tell import SILENT
 
 
-@click.command("teach")
+@click.command("teach", cls=Command)
 @click.option("--teacher", metavar="MODEL", help="Who teaches [default: the newest artifact's original].")
 @click.option(
     "--top-k", type=click.IntRange(1, 8), default=4, show_default=True, help="Likeliest tokens, kept exactly."

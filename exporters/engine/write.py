@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError, ConfigError
-from compress.files import write_bytes_atomically
 from exporters.engine.choose import RTX_SUPPORTED, Builder, OnDevice, choose, compiles_for, sm_here
-from exporters.engine.readme import readme
+from exporters.engine.readme import usage
 from exporters.reader import Job, Written
 from exporters.trt import write as onnx_trt
 from exporters.trt.graph.build_engine import COPIES, available_bytes
@@ -57,11 +56,10 @@ def write(job: Job) -> Written:
         job.say(f"building the engine with {chosen.library} for SM {job.target.sm}: profiles {', '.join(names)}")
         stamp = build(folder, chosen, names)
         refuse_unfused(stamp, chosen)
-        left = {GRAPH, DATA, PLAN, SCRIPT, "README.md"}
+        left = {GRAPH, DATA, PLAN, SCRIPT}
         for path in sorted(folder.iterdir()):
             if path.name not in left:
                 shutil.move(path, job.staged / path.name)
-    write_bytes_atomically(job.staged / "README.md", readme(stamp, job.target.title).encode())
     fused = {key: stamp[key] for key in FUSED}
     verified = {**written.record["verified"], **fused}
     return Written(
@@ -69,6 +67,7 @@ def write(job: Job) -> Written:
         parts={"engine": int(stamp["engine_bytes"])},
         notes=notes_of(stamp),
         hashes={ENGINE: stamp["sha256"]},
+        usage=usage(stamp),
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,12 +13,12 @@ from compress.cli.main import main
 SHORT = ("--prompt-len", "8", "--new-tokens", "4", "--rounds", "5")
 
 
-def test_a_folder_against_itself(reference_model: Path, tmp_path: Path) -> None:
+def test_a_folder_against_itself(reference_model: Path, tmp_path: Path, valid_json: Any) -> None:
     out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     args = ["bench", str(reference_model), str(reference_model), *SHORT, "-o", str(out), "--plot", str(plot)]
     done = CliRunner().invoke(main, args)
     assert done.exit_code == 0, done.output
-    found = json.loads(out.read_text())
+    found = valid_json("bench", out.read_text())
     assert [r["completed"] for r in found["results"]] == [5, 5] and plot.stat().st_size > 1000
     ratio = found["results"][1]["against_first"]
     assert ratio["low"] < ratio["ratio"] < ratio["high"]

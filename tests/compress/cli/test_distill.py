@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -40,11 +41,16 @@ def test_trains_and_says_what_it_made(tmp_path: Path, student: Path, monkeypatch
     assert found["record"]["steps"] == 5 and found["out"] == "artifacts/model-distilled"
 
 
-def test_teaches_and_learns_from_it(tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teaches_and_learns_from_it(
+    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch, valid_json: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
-    made = call("teach", "--teacher", str(student), "--data", TEXT, "--tokens", "640", "--seq-len", "16")
+    asked = ("teach", "--teacher", str(student), "--data", TEXT, "--tokens", "640", "--seq-len", "16")
+    made = call(*asked)
     assert made.exit_code == 0, made.output
     assert "wrote artifacts/model-taught/  640 tokens, 44 bytes each" in made.output
+    told = valid_json("teach", call(*asked, "-o", "other", "--json").stdout)
+    assert (told["tokens"], told["token_bytes"]) == (640, 44)
     learned = call(
         "distill", "--teacher", str(student), "--student", str(student), "--cache", "artifacts/model-taught",
         "--tokens", "640", "--batch", "8", "-o", "out",

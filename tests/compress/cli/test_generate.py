@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from click.testing import CliRunner
 
 from compress.cli.main import main
 
 
-def test_text_goes_to_stdout_and_figures_to_stderr(reference_model: Path) -> None:
+def test_text_goes_to_stdout_and_figures_to_stderr(reference_model: Path, valid_json: Any) -> None:
     args = ["generate", str(reference_model), "The ship sailed", "--max-new-tokens", "12"]
     done = CliRunner().invoke(main, args)
     assert done.exit_code == 0 and len(done.stdout.split()) > 3
     assert "torch" in done.stderr and "4 + 12 tokens" in done.stderr and "tokens/s" in done.stderr
-    found = json.loads(CliRunner().invoke(main, [*args, "--json"]).stdout)
+    found = valid_json("generate", CliRunner().invoke(main, [*args, "--json"]).stdout)
     assert found["text"].strip() == done.stdout.strip() and found["new_tokens"] == 12 and found["graph_replays"] == 0
     piped = CliRunner().invoke(main, [*args[:2], "-", *args[3:]], input="The ship sailed")
     assert piped.stdout == done.stdout

@@ -1,6 +1,5 @@
 """`compress status`, `log` and `gc`: what they say of a workspace, and what is never removed."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -63,11 +62,11 @@ def test_an_empty_workspace_says_how_to_fill_it(compress: Any) -> None:
     assert compress("gc", "--yes").stdout == "0 removed, 0.0 MB\n"
 
 
-def test_what_there_is(compress: Any, workspace: None) -> None:
+def test_what_there_is(compress: Any, workspace: None, valid_json: Any) -> None:
     shown = compress("status").stdout
     assert "99.71%" in shown and "PASS at 98.0%" in shown and "w4g128 fast" in shown and "orin edge" in shown
     assert "6 artifacts" in shown and "3 leftovers" in shown
-    told = json.loads(compress("status", "--json").stdout)
+    told = valid_json("status", compress("status", "--json").stdout)
     assert [a["path"] for a in told["artifacts"]][-1] == "m-int8", "the newest last"
     assert {c["path"] for c in told["could_go"]} == {
         "artifacts/for-export/old-sym", "artifacts/forgotten.reports",
@@ -85,12 +84,15 @@ def test_what_there_is(compress: Any, workspace: None) -> None:
         "└─ for-export/old-sym",
     ]
     assert "│  ├─ m-awq  awq, w4g128 fast, 1.0 MB" in lines[2] and lines[4].startswith("│     └─ m-orin  export")
-    roots = json.loads(compress("log", "--json").stdout)["roots"]
+    roots = valid_json("log", compress("log", "--json").stdout)["roots"]
     assert [c["path"] for c in roots[0]["children"]] == ["m-awq", "for-export/m-awq-sym"]
 
 
-def test_gc_touches_nothing_without_yes_and_only_what_nothing_needs_with_it(compress: Any, workspace: None) -> None:
+def test_gc_touches_nothing_without_yes_and_only_what_nothing_needs_with_it(
+    compress: Any, workspace: None, valid_json: Any
+) -> None:
     before = sorted(map(str, Path("artifacts").rglob("*")))
+    assert len(valid_json("gc", compress("gc", "--json").stdout)["could_go"]) == 3
     assert "3 could go" in compress("gc").stdout and sorted(map(str, Path("artifacts").rglob("*"))) == before
     Path("artifacts/for-export/old-sym/notes.txt").write_text("mine")
     told = compress("gc", "--yes").stdout

@@ -52,17 +52,20 @@ def test_every_ready_recipe_is_run_here() -> None:
 
 
 @pytest.mark.slow
-def test_ready_recipes(compress: Any, calib_text: Path) -> None:
+def test_ready_recipes(compress: Any, calib_text: Path, valid_json: Any) -> None:
     """All in one workspace: `cpu-offline` and `lambda` share the quantized model that `a100-awq` made."""
     for name in SMALL:
-        _runs(name, calib_text)
+        _runs(name, calib_text, valid_json)
 
 
-def _runs(name: str, calib_text: Path) -> None:
+def _runs(name: str, calib_text: Path, valid_json: Any) -> None:
     args = ["run", name, *settings(name, calib_text), "--json"]
     result = CliRunner().invoke(main, args, catch_exceptions=False)
     assert result.exit_code in (3, 4), (name, "1024 tokens are too few to pass by", result.stderr)
-    told = json.loads(result.stdout)
+    told = valid_json("run", result.stdout)
+    for step in told["steps"]:
+        if step["state"] == "made":
+            valid_json(step["stage"], json.dumps(step["result"]))
     assert told["exit_code"] == result.exit_code and told["verdict"] in ("FAIL", "INCONCLUSIVE")
     by_step = {s["step"]: s for s in told["steps"]}
     assert all(Path(s["out"]).is_dir() for s in told["steps"])
@@ -121,11 +124,11 @@ def test_what_any_step_would_refuse_is_said_before_the_first(compress: Any, text
     assert "compress-plan" not in result.stderr and not Path("artifacts").exists()
 
 
-def test_a_changed_option_makes_its_step_again_and_what_follows(compress: Any) -> None:
+def test_a_changed_option_makes_its_step_again_and_what_follows(compress: Any, valid_json: Any) -> None:
     Path("r.toml").write_text("[awq]\n[export]\ntarget = 'a100'\n")
     plan = compress("run", "r.toml", *FEW, "--dry-run", "--json")
     assert plan.exit_code == 0 and not Path("artifacts").exists()
-    rows = json.loads(plan.stdout)["plan"]
+    rows = valid_json("run", plan.stdout)["plan"]
     assert [r["state"] for r in rows] == ["to do", "to do"] and rows[1]["memory_bytes"] > 10**9
     assert rows[0]["command"].startswith("compress awq ") and "--samples 2" in rows[0]["command"]
     assert compress("run", "r.toml", *FEW).exit_code == 0

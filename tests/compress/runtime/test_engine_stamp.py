@@ -14,6 +14,7 @@ from compress.errors import ArtifactError, ConfigError
 from compress.runtime import engine_stamp
 from compress.runtime.engine_stamp import Stamp
 from compress.runtime.open import open_decoder
+from compress.tell import Heard
 
 IDS = {
     "prefill": {"min": [1, 1], "opt": [2, 32], "max": [2, 64]},
@@ -104,6 +105,21 @@ def test_an_engine_without_a_stamp(tmp_path: Path) -> None:
     (tmp_path / engine_stamp.ENGINE).write_bytes(b"abc")
     with pytest.raises(ArtifactError, match="has no model.engine.json beside it"):
         open_decoder(tmp_path, capacity=8)
+
+
+def test_beside_its_graph_the_graph_is_run_where_there_is_no_gpu(reference_model: Path, tmp_path: Path) -> None:
+    """What build_engine.py leaves on a device, opened elsewhere."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA DEVICE is here")
+    pytest.importorskip("onnxruntime")
+    from exporters.trt.graph.write import write_graph
+
+    write_graph(reference_model, written(tmp_path), opset=24, capacity=64)
+    heard = Heard()
+    assert open_decoder(tmp_path, capacity=8, tell=heard).runtime == "onnxruntime"
+    assert "the graph beside it runs on the CPU instead" in heard.notes[0]
 
 
 def test_without_a_gpu_it_is_one_sentence(tmp_path: Path) -> None:
