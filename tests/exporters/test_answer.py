@@ -58,7 +58,7 @@ def test_smollm2_on_orin(tmp_path: Path) -> None:
     assert rows and all("yes" not in row for row in rows)
     assert "groups of 128 only, which do not divide the 576 inputs" in done.stdout
     commands = advised(done.stdout)
-    assert commands[0] == ["awq", str(folder)]
+    assert commands[0] == ["awq", str(folder), "--sym"]
     assert commands[1][-2:] == ["--format", "onnx-trt"]
     other = compress("fit", folder, "--target", "orin", "--format", "onnx-trt")
     assert other.exit_code == 0 and "cannot be made" not in other.stdout
