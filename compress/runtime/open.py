@@ -34,6 +34,9 @@ def open_decoder(
     has_weights = next(folder.glob("*.safetensors"), None) is not None
     has_graph = next(folder.glob("*.onnx"), None) is not None
     has_engine = (folder / ENGINE).exists()
+    if runtime == "auto" and has_engine and has_graph and not torch.cuda.is_available():
+        tell.note(f"{folder / ENGINE} needs the GPU that it was built for; the graph beside it runs on the CPU instead")
+        has_engine = False
     if runtime == "tensorrt" or (runtime == "auto" and has_engine and not has_weights):
         from compress.runtime.tensorrt_decoder import TensorrtDecoder
 

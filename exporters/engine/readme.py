@@ -1,13 +1,35 @@
-"""The README of an engine's folder: what it is, what runs it, what goes in and out."""
+"""How an engine is run, for the README of its folder: what it is, what loads it, what goes in and out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from exporters.readme import FOLDER, Usage
 
-def readme(stamp: Mapping[str, Any], machine: str) -> str:
+
+def usage(stamp: Mapping[str, Any]) -> Usage:
     """stamp: `model.engine.json`, as `build_engine.py` writes it."""
+    library, version, sm = stamp["library"], stamp["version"], stamp["sm"]
+    built_on = stamp["built_on"]
+    where = "compiled on a machine without one" if built_on is None else f"built on {built_on['gpu']}"
+    counts = [(stamp[f"int{bits}_fused"], bits) for bits in (4, 8)]
+    fused = "".join(f" Its {n} INT{bits} products are computed from INT{bits} weights." for n, bits in counts if n)
+    return Usage(
+        what=f"A TensorRT engine for GPUs of SM {sm}, {where}. It was built, not run.{fused}",
+        verb="run it on its device",
+        command=("compress", "generate", FOLDER, "Once upon a time"),
+        needs=(
+            f"a GPU of SM {sm}; `model.engine.json` says so, and is checked",
+            f"{library} {version}, no other version: `pip install {library.replace('_', '-')}=={version}`",
+            "this toolkit, with a CUDA build of torch",
+        ),
+        more=_contract(stamp),
+    )
+
+
+def _contract(stamp: Mapping[str, Any]) -> str:
+    """What it prints, the profiles, inputs and outputs."""
     profiles = "\n".join(_row(name, stamp["shapes"][name]) for name in stamp["profiles"])
     first = stamp["shapes"][stamp["profiles"][0]]
     cache = next(shapes["max"] for name, shapes in first.items() if name.startswith("past_"))
@@ -16,19 +38,8 @@ def readme(stamp: Mapping[str, Any], machine: str) -> str:
         if stamp["caches_in_place"]
         else "Bind `present.N.*` to a second set of buffers and swap the two sets after every call."
     )
-    built_on = stamp["built_on"]
-    where = "compiled on a machine without it" if built_on is None else f"built on {built_on['gpu']}"
-    counts = [(stamp[f"int{bits}_fused"], bits) for bits in (4, 8)]
-    fused = "".join(f"; {n} INT{bits} products, all from INT{bits} weights" for n, bits in counts if n)
-    return f"""# TensorRT engine for {machine}
-
-`model.engine` was built with {stamp["library"]} {stamp["version"]} for SM {stamp["sm"]} ({where}){fused}. **It was
-built, not run.** It loads with this version on this kind of card only; `model.engine.json` says so, and is checked:
-
-    compress generate . "Once upon a time"    # on the device, with {stamp["library"]} {stamp["version"]} installed
-
-prints a text, and how many CUDA graph replays made it. Compare it with that of the artifact (`parent` in
-`compress.json`): float16 rounds differently, so the two begin alike and may part later.
+    return f"""It prints a text, and how many CUDA graph replays made it. Compare it with that of the artifact
+(`parent` in `compress.json`): float16 rounds differently, so the two begin alike and may part later.
 
 | profile | new tokens a call | sequences |
 |---|---|---|

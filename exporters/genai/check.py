@@ -19,6 +19,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
 from compress.formats import Stored, second_reader
 from exporters.genai.graph import Graph, attribute, unpack
+from exporters.genai.head import NODE as HEAD_NODE
 
 _NODE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)/MatMul(NBits|Integer)?")
 _ROOM = {"attn": "self_attn", "mlp": "mlp"}
@@ -33,9 +34,10 @@ class Packed:
     zeros: np.ndarray
 
 
-def compare_weights(graph: Graph, folder: Stored) -> dict[str, int]:
+def compare_weights(graph: Graph, folder: Stored, *, head: bool = False) -> dict[str, int]:
     """Check that every linear of the artifact's blocks is in the graph, once, with exactly the artifact's values.
 
+    head: the output matrix is quantized too, and compared elsewhere (`exporters.genai.head`).
     Returns how many layers were compared: `quantized` and `dense`. Raises ArtifactError at the first difference, for a
     layer that the graph lacks, and for a node that belongs to no layer of the artifact.
     """
@@ -44,6 +46,8 @@ def compare_weights(graph: Graph, folder: Stored) -> dict[str, int]:
     seen: dict[str, int] = {}
     for node in graph.nodes:
         if node.op_type not in ("MatMulNBits", "MatMulInteger") and not _is_product(node):
+            continue
+        if head and node.name == HEAD_NODE:
             continue
         sources = node_sources(folder, node.name)
         found = node_weights(graph, node)

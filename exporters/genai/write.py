@@ -12,6 +12,8 @@ artifact quantizes are quantized in the graph by the same rule. What weights alo
               closer than the float16 arithmetic of GPU readers, and about twice as fast as float32 on large layers;
               the default of INT8 weights, which float32 would widen to four times their bytes when they are loaded
     int8      one int8 number, as llama.cpp does it: fastest, and about 1e-2 away
+
+The option `head` is for the last two: `int8` stores the output matrix in 8 bits (`exporters.genai.head`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from exporters import reference
 from exporters.genai import builder as genai_builder
 from exporters.genai import bundle
 from exporters.genai import graph as genai_graph
+from exporters.genai import head as genai_head
 from exporters.genai import int8 as genai_int8
 from exporters.genai.bundle.run import Decoder
 from exporters.genai.check import block_linears, block_products, compare_weights, node_sources
@@ -45,6 +48,8 @@ from exporters.readme import FOLDER, Usage
 # Of the logits, relative (Frobenius), against the artifact's float32 forward. Float32 sums in another order differ by
 # about 1e-6; a rotary table, norm or weight that is wrong by one part in a thousand shows above 1e-4.
 TOLERANCES = {"float32": 1e-4, "int16": 1e-3, "int8": 5e-2}
+# With an output matrix in 8 bits: rounding to steps of 1/127 of a block's largest value moves Gaussian ones by 5e-3.
+HEAD_TOLERANCE = 2e-2
 # With inputs that the artifact quantizes: so many times what that changes (`reference.input_noise`). 0.04 to 0.6 were
 # measured, two independent roundings give 1.4. That no scale is wrong and no quantizer missing `check` has seen before.
 OF_NOISE = 1.5
@@ -61,20 +66,26 @@ def write(job: Job) -> Written:
         graph = build_graph(folder, job.artifact, Path(scratch), built, activations)
         genai_graph.fix_head_size(graph, int(read_json(built / "genai_config.json")["model"]["decoder"]["head_size"]))
         tied = rewrite(graph, folder)
+        if narrow := narrows_head(job, activations):
+            genai_head.narrow(graph)
         if activations == "int16":
             genai_graph.split_activations(graph)
-        compared = compare_weights(graph, folder)
+        compared = compare_weights(graph, folder, head=narrow)
+        if narrow:
+            genai_head.compare(graph, output_matrix(folder.checkpoint))
         graph.save(job.staged, importlib.metadata.version(genai_builder.PACKAGE))
         carry_over(built, job)
     bundle.copy_into(job.staged)
     job.say("onnx: running prefill and decoding in ONNX Runtime")
     expected = reference.of_artifact(job.artifact)
     found = decoded(job.staged, expected)
-    verified = reference.compare(found, expected, tolerance=tolerance(folder, activations, expected), what="onnx")
+    allowed = max(tolerance(folder, activations, expected), HEAD_TOLERANCE if narrow else 0.0)
+    verified = reference.compare(found, expected, tolerance=allowed, what="onnx")
     record = {
         "format": "onnx",
         "provider": "cpu",
         "activations": activations,
+        **({"head": "int8"} if narrow else {}),
         "versions": {p: importlib.metadata.version(p) for p in (genai_builder.PACKAGE, "onnxruntime", "onnx")},
         "opset": {i.domain or "ai.onnx": i.version for i in graph.model.opset_import},
         "verified": {
@@ -88,7 +99,7 @@ def write(job: Job) -> Written:
     return Written(
         record=record,
         parts=parts(graph, job.staged),
-        notes=notes(tied, activations, job.options.get("activations")),
+        notes=notes(tied, activations, job.options.get("activations"), narrow),
         usage=USAGE,
     )
 
@@ -137,6 +148,25 @@ def check(folder: Stored, job: Job) -> str:
             f"{', '.join(str(n) for n in sorted(LAYOUT.group_sizes or ()))}"
         )
     return asked or "float32"
+
+
+def narrows_head(job: Job, activations: str) -> bool:
+    """Whether the output matrix is stored in 8 bits. ConfigError where its inputs stay floats: no kernel takes both."""
+    asked = job.options.get("head", "float")
+    if asked not in ("float", "int8"):
+        raise ConfigError(f"head {asked!r}: choose float or int8")
+    if asked == "int8" and activations not in ("int16", "int8"):
+        raise ConfigError(
+            f"--head int8: ONNX Runtime multiplies 8 bits by integers, and the activations here are {activations}; "
+            "pass --activations int16 or int8 with an artifact of quantized weights"
+        )
+    return bool(asked == "int8")
+
+
+def output_matrix(checkpoint: Checkpoint) -> np.ndarray:
+    """The artifact's `[V, H]`: its lm_head, or its embedding where the two are one."""
+    name = "lm_head.weight" if "lm_head.weight" in checkpoint else "model.embed_tokens.weight"
+    return as_numpy(checkpoint.tensor(name))
 
 
 def _check_int8(folder: Stored, asked: str | None) -> str:
@@ -328,7 +358,8 @@ def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
     linears = {i for n in graph.nodes if n.op_type == "MatMulNBits" for i in n.input[1:]}
     weights = {n.input[1].removesuffix("/float32") for n in graph.nodes if n.op_type in ("MatMul", "MatMulInteger")}
     linears |= {f"{name}{leaf}" for name in weights for leaf in ("", *genai_int8.LEAVES)}
-    names = {genai_graph.EMBEDDING: "embedding", genai_graph.LM_HEAD: "lm_head"}
+    names = dict.fromkeys((genai_graph.LM_HEAD, genai_head.CODES, genai_head.SCALES), "lm_head")
+    names[genai_graph.EMBEDDING] = "embedding"
     for name in graph.tensors:
         part = names.get(name) or ("decoder linears" if name in linears else "other")
         sizes[part] += graph.array(name).nbytes
@@ -336,9 +367,11 @@ def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
     return sizes
 
 
-def notes(tied: bool, activations: str, asked: str | None) -> list[str]:
+def notes(tied: bool, activations: str, asked: str | None, narrow: bool) -> list[str]:
     out = []
-    if tied:
+    if narrow:
+        out.append("lm_head is in 8 bits, as you asked; the embedding stays as it is")
+    elif tied:
         out.append("lm_head is the embedding; it is stored once")
     if activations == "int16" and asked is None:
         out.append(

@@ -52,21 +52,13 @@ def child_export(given: dict[str, Any]) -> dict[str, Any]:
     from compress.files import read_json
     from exporters.genai import write as onnx_genai
     from exporters.reader import Job
-    from exporters.sizing.targets import Target
+    from exporters.sizing.targets import TARGETS
 
     source, out = Path(given["source"]), Path(given["out"])
     out.mkdir()
-    written = onnx_genai.write(
-        Job(
-            artifact=source,
-            target=Target(name="cpu", memory_bytes=8 << 30, usable=1.0),
-            context=int(read_json(source / "config.json")["max_position_embeddings"]),
-            batch=1,
-            staged=out,
-            options=given["options"],
-            say=log,
-        )
-    )
+    context = int(read_json(source / "config.json")["max_position_embeddings"])
+    job = Job(artifact=source, target=TARGETS["cpu"], context=context, batch=1, staged=out, options=given["options"])
+    written = onnx_genai.write(job)
     return {"parts": written.parts, "verified": written.record["verified"]}
 
 
@@ -223,7 +215,7 @@ def run_bundle(folder: Path, tokens: int, threads: int) -> dict[str, Any]:
     """The folder's own run.py, as a user would call it."""
     command = [
         sys.executable, str(folder / "run.py"), PROMPT, "--max-new-tokens", str(tokens), "--threads", str(threads),
-        "--ids", "--json",
+        "--ids", "--json", "--no-chat",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment(threads), cwd=folder)
     if done.returncode:
@@ -248,6 +240,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         ("ours, INT4, float32 activations", options.artifact, {}),
         ("ours, INT4, int16 activations", options.artifact, {"activations": "int16"}),
         ("ours, INT4, int8 activations", options.artifact, {"activations": "int8"}),
+        ("ours, INT4, int16 activations, int8 lm_head", options.artifact, {"activations": "int16", "head": "int8"}),
+        ("ours, INT4, int8 activations and lm_head", options.artifact, {"activations": "int8", "head": "int8"}),
         ("ours, dense (float16 stored, float32 computed)", model, {}),
     ):
         folder = work / name.replace(" ", "-").replace(",", "")

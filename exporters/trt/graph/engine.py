@@ -83,8 +83,9 @@ def readme(plan: dict[str, Any], arch: Architecture) -> str:
         else "Bind `present.N.*` to a second set of buffers and swap the two sets after every call (two CUDA Graphs)."
     )
     return f"""It gives `model.engine` and `model.engine.json`; `--profiles any` builds one profile for prompt and
-answer: less memory, kernels chosen for one token. ONNX opset {plan["opset"]}, strongly typed, float16
-activations; weights in `{plan["data"]}`. The graph was run on ONNX Runtime's CPU provider and compared with the
+answer: less memory, kernels chosen for one token. `compress generate .` then runs
+the engine. ONNX opset {plan["opset"]}, strongly typed, float16 activations; weights in `{plan["data"]}`.
+The graph was run on ONNX Runtime's CPU provider and compared with the
 model (`compress.json`). No engine was built or run when this folder was made.
 
 | input | type | shape | |

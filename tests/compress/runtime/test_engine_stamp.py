@@ -14,6 +14,7 @@ from compress.errors import ArtifactError, ConfigError
 from compress.runtime import engine_stamp
 from compress.runtime.engine_stamp import Stamp
 from compress.runtime.open import open_decoder
+from compress.tell import Heard
 
 IDS = {
     "prefill": {"min": [1, 1], "opt": [2, 32], "max": [2, 64]},
@@ -93,6 +94,7 @@ def written(folder: Path, **changes: Any) -> Path:
         ({"stamp": 2}, "stamp 2 is not 1"),
         ({"sm": None}, "not a stamp that build_engine.py wrote .*'sm'"),
         ({"shapes": {}}, "not a stamp that build_engine.py wrote"),
+        ({"library": "antigravity"}, "library is 'antigravity'"),
     ],
 )
 def test_stamps_that_do_not_hold(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -100,10 +102,44 @@ def test_stamps_that_do_not_hold(changes: dict[str, Any], said: str, tmp_path: P
         engine_stamp.read(written(tmp_path, **changes))
 
 
+@given(
+    key=st.sampled_from(["library", "version", "sm", "capacity", "profiles", "shapes", "caches", "engine_bytes"]),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers(-3, 300) | st.text(max_size=4),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["any", "min", "x"]), inner),
+        max_leaves=6,
+    ),
+)
+def test_whatever_a_field_holds_it_is_read_or_refused(
+    key: str, value: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = written(tmp_path_factory.mktemp("stamp"), **{key: value})
+    try:
+        found = engine_stamp.read(folder)
+    except (ArtifactError, ConfigError):
+        return
+    assert found.package.startswith("tensorrt") and found.pieces(5) and found.batches("decode")
+
+
 def test_an_engine_without_a_stamp(tmp_path: Path) -> None:
     (tmp_path / engine_stamp.ENGINE).write_bytes(b"abc")
     with pytest.raises(ArtifactError, match="has no model.engine.json beside it"):
         open_decoder(tmp_path, capacity=8)
+
+
+def test_beside_its_graph_the_graph_is_run_where_there_is_no_gpu(reference_model: Path, tmp_path: Path) -> None:
+    """What build_engine.py leaves on a device, opened elsewhere."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA DEVICE is here")
+    pytest.importorskip("onnxruntime")
+    from exporters.trt.graph.write import write_graph
+
+    write_graph(reference_model, written(tmp_path), opset=24, capacity=64)
+    heard = Heard()
+    assert open_decoder(tmp_path, capacity=8, tell=heard).runtime == "onnxruntime"
+    assert "the graph beside it runs on the CPU instead" in heard.notes[0]
 
 
 def test_without_a_gpu_it_is_one_sentence(tmp_path: Path) -> None:

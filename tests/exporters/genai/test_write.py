@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from compress.checkpoint import Checkpoint
@@ -25,6 +27,7 @@ pytest.importorskip("onnxruntime_genai", reason="ONNXRUNTIME-GENAI ABSENT: the o
 
 from exporters import reference  # noqa: E402
 from exporters.genai import graph as genai_graph
+from exporters.genai import head as genai_head
 from exporters.genai import write as onnx_genai
 from exporters.genai.check import compare_weights, node_weights  # noqa: E402
 
@@ -107,7 +110,7 @@ def test_layers_left_dense(build_model: Any, quantize: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_dense(build_model: Any, tmp_path: Path) -> None:
+def test_dense(build_model: Any, cold_builder: None, tmp_path: Path) -> None:
     """An unquantized folder keeps its own width on disk and is computed in float32."""
     model = build_model("Llama", dtype="bfloat16", tie_word_embeddings=True)
     written = export(model, tmp_path / "out")
@@ -139,6 +142,43 @@ def test_int8_activations_are_asked_for_and_seen(llama: Path, tmp_path: Path) ->
     assert (
         error["relative_error"] < written.record["verified"]["relative_error"] / 50
     )  # 7 more bits are a factor of 128
+
+
+@pytest.mark.slow
+def test_output_matrix_in_8_bits(llama: Path, tmp_path: Path) -> None:
+    """Asked for, seen in the numbers and the bytes, and compared value by value; the embedding stays."""
+    plain = export(llama, tmp_path / "plain", activations="int16")
+    narrow = export(llama, tmp_path / "narrow", activations="int16", head="int8")
+    assert narrow.record["head"] == "int8" and "head" not in plain.record
+    assert narrow.parts["embedding"] == plain.parts["embedding"]
+    table = stored(Checkpoint.open(llama)).checkpoint.tensor("model.embed_tokens.weight")
+    assert narrow.parts["lm_head"] == table.numel() * 9 // 8  # a byte a weight, four for 32
+    errors = [w.record["verified"]["relative_error"] for w in (plain, narrow)]
+    assert errors[0] < 1e-3 < errors[1] < onnx_genai.HEAD_TOLERANCE
+    graph = genai_graph.Graph(tmp_path / "narrow")
+    weight_VH = onnx_genai.output_matrix(Checkpoint.open(llama))
+    genai_head.compare(graph, weight_VH)
+    codes = np.array(graph.array(genai_head.CODES))
+    codes[7, 1, 3] ^= 2
+    graph.set(genai_head.CODES, codes)
+    with pytest.raises(ArtifactError, match="row 7, column 35 of the output matrix is more than half a step"):
+        genai_head.compare(graph, weight_VH)
+    with pytest.raises(ConfigError, match="--head int8: .* the activations here are float32"):
+        export(llama, tmp_path / "refused", head="int8")
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1, 3, 5]))
+def test_codes_of_an_output_matrix(seed: int, rows: int) -> None:
+    """Within half a step, the largest of a block exact, zeros exact; one value at a time."""
+    rng = np.random.default_rng(seed)
+    w_RH = rng.standard_normal((rows, 64)).astype(np.float32) * rng.choice([1e-6, 1.0, 1e4])
+    w_RH[0, :32] = 0
+    codes, scales = genai_head.quantize(w_RH)
+    for row, column in np.ndindex(w_RH.shape):
+        step = float(scales[row, column // 32])
+        code = int(codes[row, column // 32, column % 32]) - 128
+        assert abs(code * step - float(w_RH[row, column])) <= 0.5001 * step
+    assert (np.abs(codes.astype(int) - 128).max(axis=2)[:, 1:] == 127).all()
 
 
 # ---- one asymmetric INT4 Llama, exported once ---------------------------------------------------------------
