@@ -141,7 +141,7 @@ def test_int8_that_a_reader_does_not_take_is_refused_with_the_command_that_works
     changes: dict[str, Any], target: list[str], words: list[str], build_model: Any, calib_text: Path, tmp_path: Path
 ) -> None:
     """`fit` says the same of the artifact, and a target whose reader takes it has no complaint."""
-    folder, made = build_model(), tmp_path / "made"
+    folder, made = build_model(hidden_size=128, intermediate_size=256, head_dim=32), tmp_path / "made"
     options: dict[str, Any] = {"calib": str(calib_text), "samples": 2, "seq_len": 64, "effort": "fast", **changes}
     quantize_int8(Int8Request(source=resolve(str(folder)), out=made, **options))
     done = compress("export", made, "--target", *target, "-o", tmp_path / "out")
