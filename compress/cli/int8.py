@@ -11,6 +11,7 @@ import click
 
 from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
 from compress.cli.help import Command
+from compress.cli.next import judge
 from compress.cli.progress import Shown
 
 
@@ -157,7 +158,7 @@ def _print_summary(outcome: Any, seconds: float, label: str) -> None:
         to.print(f"INT8 KV cache, error of the worst block's output: {said}")
     print_found(to, outcome)
     print_written(to, outcome, seconds, label, record["left_dense"])
-    to.print(f"next: compress evaluate {outcome.out}   or, for less error: {_advice(record)}", soft_wrap=True)
+    to.print(f"next: {judge(outcome.out)}   or, for less error: {_advice(record)}", soft_wrap=True)
 
 
 def _advice(record: Mapping[str, Any]) -> str:

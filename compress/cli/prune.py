@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.cli.help import Command
+from compress.cli.next import judge
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 from compress.files import write_bytes_atomically
@@ -260,4 +261,4 @@ def _print(outcome: Outcome, seconds: float) -> None:
     print(f"wrote {outcome.out}/  {outcome.out_bytes / 1e6:.1f} MB (was {outcome.source_bytes / 1e6:.1f} MB); verified "
           f"{outcome.verified} tensors; {seconds_text(seconds)}, "
           f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB")  # fmt: skip
-    print(f"next: compress evaluate {outcome.out}")
+    print(f"next: {judge(outcome.out)}")

@@ -248,7 +248,10 @@ def asked_shape(
     if depth is not None:
         gone = round(amount(depth, "--depth").of(old.blocks))
         if gone >= old.blocks:
-            raise ConfigError(f"--depth {depth} would remove {gone} of {old.blocks} blocks; at least one must stay")
+            raise ConfigError(
+                f"--depth {depth} would remove {gone} of {old.blocks} blocks, and at least one must stay; --depth "
+                f"{old.blocks - 1} is the most"
+            )
         new = replace(new, blocks=old.blocks - gone)
     if intermediate is not None:
         new = replace(new, intermediate=_narrower("intermediate", old.intermediate, intermediate))

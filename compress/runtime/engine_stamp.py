@@ -72,8 +72,8 @@ class Stamp:
         """ConfigError for more tokens or other batches than the engine was built for."""
         if capacity > self.capacity:
             raise ConfigError(
-                f"{self.folder}: {capacity} tokens are asked for and its caches hold {self.capacity}; ask for fewer, "
-                "or export again with a larger --context"
+                f"{self.folder}: {capacity} tokens are asked for and its caches hold {self.capacity}; ask for fewer "
+                "(--max-new-tokens), or export again with a larger --context"
             )
         low = max(self.batches("prefill")[0], self.batches("decode")[0])
         high = min(self.batches("prefill")[1], self.batches("decode")[1])
