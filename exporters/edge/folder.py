@@ -70,7 +70,8 @@ def check_model(checkpoint: Checkpoint, context: int) -> None:
     folder = stored(checkpoint)
     if "lm_head" in folder:
         raise UnsupportedError(f"{path}: its lm_head is quantized, and edge takes it in float16; quantize without it")
-    if folder.format is compressed_tensors and all(LAYOUT.takes_int8(scheme) for scheme in folder.plan.groups()):
+    schemes = folder.plan.groups()
+    if folder.format is compressed_tensors and schemes and all(LAYOUT.takes_int8(scheme) for scheme in schemes):
         return int8.check_config(path, config)
     if folder.format not in (None, awq_gemm):
         raise UnsupportedError(
