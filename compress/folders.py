@@ -87,5 +87,15 @@ def _other_format(folder: Path) -> CompressError | None:
     if graphs:
         return UnsupportedError(
             f"{folder} holds {graphs[0]}, a graph for a device and not weights; pass the folder it was exported from"
+            f"{_exported_from(folder)}"
         )
     return None
+
+
+def _exported_from(folder: Path) -> str:
+    """`, PATH` of the artifact that a graph was made of, where a manifest lies beside it and the artifact is there."""
+    try:
+        path = Path(folder, read_json(folder / "compress.json")["lineage"][0]["parent"]["path"]).resolve()
+    except (CompressError, KeyError, IndexError, TypeError, ValueError, OSError):
+        return ""
+    return f", {path}" if path.is_dir() else ""

@@ -21,7 +21,15 @@ from torch import Tensor
 
 import compress
 from compress import distributed, output
-from compress.artifact import MANIFEST, carried_files, links_elsewhere, manifest_of, path_from, read_manifest
+from compress.artifact import (
+    MANIFEST,
+    carried_files,
+    links_elsewhere,
+    manifest_of,
+    parent_path,
+    path_from,
+    read_manifest,
+)
 from compress.assemble import Cut, assemble, nothing_cut, write_rest
 from compress.background import meanwhile
 from compress.block import BlockDone, BlockResult, LoadedBlock
@@ -414,11 +422,24 @@ def names_of(model: StreamedModel) -> tuple[list[str], list[str]]:
     return outside, inside
 
 
+def _of(quantized: Path) -> str:
+    """Where the model lies that an artifact's codes were made from: `, PATH`, or nothing where that is not known."""
+    manifest = read_manifest(quantized)
+    found = next((r for r in manifest.lineage if r["stage"] in ("awq", "int8")), None) if manifest else None
+    if found is None:
+        return ""
+    try:
+        return f", {parent_path(found['parent'], quantized)}"
+    except ArtifactError:
+        return ""
+
+
 def refuse_quantized(model: StreamedModel) -> None:
     """UnsupportedError for a model whose weights are integers already."""
     path = model.checkpoint.path
     if "quantization_config" in model.checkpoint.config:
-        raise UnsupportedError(f"{path} is quantized already; pass the full-precision model it was made from")
+        origin = _of(path)
+        raise UnsupportedError(f"{path} is quantized already; pass the full-precision model it was made from{origin}")
     if any(t.dtype.startswith(("I", "U")) and n.endswith(".weight") for n, t in model.checkpoint.tensors.items()):
         raise UnsupportedError(f"{path} holds integer weights; pass the full-precision model they were made from")
 

@@ -7,30 +7,11 @@ from html import escape
 from typing import Any
 
 from evaluators import plots
+from evaluators.html import document, section, table
 from evaluators.report import LABELS, headline, interval, number
 from evaluators.results import Report
 
-_CSS = """
-:root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--faint:#c9ced6;--soft:#5b6470;--card:#f6f7f9;
---pass:#0b6e4f;--fail:#b3261e;--inconclusive:#8a5a00}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9ee;--paper:#14171c;--faint:#3c434d;--soft:#9aa4b1;--card:#1c2027;
---pass:#4cc79a;--fail:#ff8a80;--inconclusive:#f2b84b}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1320px;padding:24px 16px 64px;background:var(--paper);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-h1{font-size:1.6rem;margin:0 0 .2em}h2{font-size:1.05rem;margin:0 0 .5em}
-.PASS{color:var(--pass)}.FAIL{color:var(--fail)}.INCONCLUSIVE{color:var(--inconclusive)}
-p{margin:.3em 0}.soft{color:var(--soft)}code{overflow-wrap:anywhere;font-size:.92em}
-.grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));margin:16px 0}
-section{background:var(--card);border-radius:10px;padding:16px;min-width:0;break-inside:avoid}
-svg{display:block;width:100%;height:auto;color:var(--ink)}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:4px 10px 4px 0;text-align:right;border-bottom:1px solid var(--faint);white-space:nowrap}
-th:first-child,td:first-child{text-align:left;white-space:normal;min-width:9em}
-td.text{text-align:left;white-space:normal}th{font-weight:600;color:var(--soft)}
-@media print{body{max-width:none}section{border:1px solid var(--faint)}}
-"""
-
+_MISSING = "Not available in this evaluation."
 _HOW = {
     "recovery": (
         "Recovery against the gate",
@@ -86,7 +67,7 @@ def to_html(report: Report, others: Sequence[dict[str, Any]] = ()) -> bytes:
         *sections,
         "</div>",
         '<div class="grid">',
-        _table(
+        table(
             "Measures",
             ("measure", "reference", "candidate", "95 % interval", "unit", "n"),
             [
@@ -101,7 +82,7 @@ def to_html(report: Report, others: Sequence[dict[str, Any]] = ()) -> bytes:
                 for m in report.metrics
             ],
         ),
-        _table(
+        table(
             "Blocks",
             ("block", "SNR, dB", "MSE"),
             [(b.name, "no error" if b.snr_db is None else f"{b.snr_db:.2f}", number(b.mse)) for b in report.blocks],
@@ -110,12 +91,7 @@ def to_html(report: Report, others: Sequence[dict[str, Any]] = ()) -> bytes:
         *(f'<p class="soft">Note: {escape(n)}</p>' for n in report.notes),
         f'<p class="soft">{escape(", ".join(f"{k} {v}" for k, v in report.versions.items()))}</p>',
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_CSS}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
-    return page.encode()
+    return document(title, body)
 
 
 def _said(report: Report) -> str:
@@ -128,18 +104,4 @@ def _said(report: Report) -> str:
 
 
 def _section(name: str, svg: str | None) -> str:
-    title, how = _HOW[name]
-    if svg is None:
-        return f'<section id="{name}"><h2>{title}</h2><p class="soft">Not available in this evaluation.</p></section>'
-    return f'<section id="{name}"><h2>{title}</h2>{svg}<p class="soft">{escape(how)}</p></section>'
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return f'<section><h2>{title}</h2><p class="soft">Not available in this evaluation.</p></section>'
-    cells = "".join(f"<th>{escape(h)}</th>" for h in head)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return (
-        f'<section><h2>{title}</h2><div class="scroll"><table><thead><tr>{cells}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div></section>"
-    )
+    return section(name, *_HOW[name], svg, _MISSING)

@@ -1,43 +1,19 @@
-"""The plots of a report as SVG text that takes its colours from the page around it, light or dark.
-
-Everything is drawn in two stand-in colours that become `currentColor` and a CSS variable, and in blue and orange, which
-colour-blind readers can tell apart (Okabe and Ito). Same report, same bytes: no dates, fixed salt for ids.
-"""
+"""The plots of a report, as SVG text."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evaluators.results import Report
+from evaluators.svg import BLUE, FAINT, INK, ORANGE, RED, STYLE, new_figure, to_svg
 
-_INK, _FAINT = "#010203", "#040506"
-REFERENCE, CANDIDATE, GATE = "#56b4e9", "#e69f00", "#d55e00"
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.grid": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+REFERENCE, CANDIDATE, GATE = BLUE, ORANGE, RED
 
 
 def recovery(report: Report) -> str | None:
@@ -45,19 +21,19 @@ def recovery(report: Report) -> str | None:
     shown = [v for v in reversed(report.verdicts) if math.isfinite(v.recovery.value)]
     if not shown:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(1.2 + 0.5 * len(shown))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(1.2 + 0.5 * len(shown))
         for y, v in enumerate(shown):
             r = v.recovery
             axes.plot([100 * r.lower, 100 * r.upper], [y, y], color=CANDIDATE, linewidth=3, solid_capstyle="butt")
             axes.plot(100 * r.value, y, "o", color=CANDIDATE, markersize=8)
         axes.axvline(100 * shown[0].threshold, color=GATE, linestyle="--", label="gate")
-        axes.axvline(100, color=_INK, linewidth=0.8)
+        axes.axvline(100, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(shown)), [v.metric for v in shown])
         axes.set_ylim(-0.6, len(shown) - 0.4)
         axes.set_xlabel("recovery of the reference, %")
         axes.grid(axis="y", visible=False)
-        return _svg(figure, "recovery", "Recovery of each gated metric with its bounds against the gate")
+        return to_svg(figure, "recovery", "Recovery of each gated metric with its bounds against the gate")
 
 
 def depth(report: Report) -> str | None:
@@ -65,8 +41,8 @@ def depth(report: Report) -> str | None:
     shown = [b for b in report.blocks if b.snr_db is not None]
     if not shown:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(3.2)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(3.2)
         decibels = [b.snr_db for b in shown if b.snr_db is not None]
         axes.plot([b.index for b in shown], decibels, "o-", color=CANDIDATE)
         axes.set_xlabel("block")
@@ -77,7 +53,7 @@ def depth(report: Report) -> str | None:
         right.set_ylabel("MSE (squares)")
         right.grid(visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return _svg(figure, "depth", "Signal-to-noise ratio and mean squared error of hidden states by block")
+        return to_svg(figure, "depth", "Signal-to-noise ratio and mean squared error of hidden states by block")
 
 
 def divergence(report: Report) -> str | None:
@@ -86,8 +62,8 @@ def divergence(report: Report) -> str | None:
     if histogram is None:
         return None
     value = {m.name: m.value for m in report.metrics}
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(3.2)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(3.2)
         axes.stairs(histogram.counts, histogram.edges, fill=True, color=REFERENCE)
         marks = (("median", "kl_median", ":"), ("mean", "kl_mean", "-"), ("99 %", "kl_99", "--"))
         for label, name, style in marks:
@@ -97,7 +73,7 @@ def divergence(report: Report) -> str | None:
         axes.set_xlabel("KL divergence from the reference, nats per token")
         axes.set_ylabel("tokens")
         axes.legend(loc="upper left")
-        return _svg(figure, "divergence", "Histogram of the KL divergence over tokens")
+        return to_svg(figure, "divergence", "Histogram of the KL divergence over tokens")
 
 
 def entropy(report: Report) -> str | None:
@@ -105,13 +81,13 @@ def entropy(report: Report) -> str | None:
     shown = [b for b in report.internals if b.entropy_reference and b.entropy_candidate]
     if not shown:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(3.2)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(3.2)
         for b in shown:
             heads = len(b.entropy_reference)
             xs = [b.index + 0.7 * ((h + 0.5) / heads - 0.5) for h in range(heads)]
             for x, before, after in zip(xs, b.entropy_reference, b.entropy_candidate, strict=True):
-                axes.plot([x, x], [before, after], color=_FAINT, linewidth=1)
+                axes.plot([x, x], [before, after], color=FAINT, linewidth=1)
             size = 5 if len(shown) * heads < 300 else 2
             axes.plot(xs, b.entropy_reference, "o", color=REFERENCE, markersize=size)
             axes.plot(xs, b.entropy_candidate, "_", color=CANDIDATE, markersize=size + 3, markeredgewidth=2)
@@ -121,7 +97,7 @@ def entropy(report: Report) -> str | None:
         axes.set_xlabel("block; within it, one mark a head")
         axes.set_ylabel("attention entropy, nats")
         _legend_above(axes)
-        return _svg(figure, "entropy", "Attention entropy of each head in reference and candidate, by block")
+        return to_svg(figure, "entropy", "Attention entropy of each head in reference and candidate, by block")
 
 
 def activations(report: Report) -> str | None:
@@ -129,8 +105,8 @@ def activations(report: Report) -> str | None:
     shown = [b for b in report.internals if b.activations_reference and b.activations_candidate]
     if not shown:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(3.2)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(3.2)
         for offset, color, label, values in (
             (-0.15, REFERENCE, "reference", [b.activations_reference for b in shown]),
             (0.15, CANDIDATE, "candidate", [b.activations_candidate for b in shown]),
@@ -147,7 +123,7 @@ def activations(report: Report) -> str | None:
         axes.set_xlabel("block")
         axes.set_ylabel("|activation|")
         _legend_above(axes)
-        return _svg(figure, "activations", "Quantiles of MLP activations in reference and candidate, by block")
+        return to_svg(figure, "activations", "Quantiles of MLP activations in reference and candidate, by block")
 
 
 def frontier(report: Report, others: Sequence[dict[str, Any]]) -> str | None:
@@ -158,37 +134,18 @@ def frontier(report: Report, others: Sequence[dict[str, Any]]) -> str | None:
     points = [
         (report.reference.bits_per_weight, ppl.reference, "reference", REFERENCE, "o"),
         (report.candidate.bits_per_weight, ppl.value, "this candidate", CANDIDATE, "D"),
-        *((o["bits_per_weight"], o["metrics"]["perplexity"], o["path"], _INK, ".") for o in others),
+        *((o["bits_per_weight"], o["metrics"]["perplexity"], o["path"], INK, ".") for o in others),
     ]
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(3.2)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(3.2)
         for x, y, label, color, marker in points:
             axes.plot(x, y, marker, color=color, markersize=9)
             axes.annotate(label, (x, y), textcoords="offset points", xytext=(7, 6))
         axes.margins(0.25)
         axes.set_xlabel("bits a weight, all tensors of the file")
         axes.set_ylabel("perplexity")
-        return _svg(figure, "frontier", "Bits a weight against perplexity")
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.2, height), layout="constrained")
-    return figure, figure.add_subplot()
+        return to_svg(figure, "frontier", "Bits a weight against perplexity")
 
 
 def _legend_above(axes: Axes) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
-
-
-def _svg(figure: Figure, name: str, label: str) -> str:
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)  # several drawings share one page
-    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    for size in ("width", "height"):  # the page decides
-        text = re.sub(rf'(<svg[^>]*?) {size}="[^"]+"', r"\1", text, count=1)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

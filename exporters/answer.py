@@ -87,25 +87,48 @@ def check(model: StreamedModel, format: str, context: int, scheme: Scheme | None
         edge.check_rows(path, config, shapes)
 
 
-def refuse_int8(path: Path, plan: LayerPlan, layout: Layout, format: str) -> None:
-    """Raise UnsupportedError, with the command that makes what it takes, for INT8 that the format's reader does not."""
+def refuse_int8(
+    path: Path, plan: LayerPlan, layout: Layout, format: str, target: Target | None = None, context: int = SHORTER
+) -> None:
+    """Raise UnsupportedError, with the command that makes what it takes, for INT8 that the format's reader does not.
+
+    target: where the export is for, so that nothing is advised which does not work there.
+    """
     for scheme, layers in plan.groups().items():
         if is_int8(scheme) and not layout.takes_int8(scheme):
+            way = None if target is None else _instead(path, format, target, context, scheme, layout)
             raise UnsupportedError(
-                f"{path}: {layers[0]} is {scheme.label()}, which readers of {format} do not take; this makes what they "
-                f"take: {_remade(path, scheme, layout)}"
+                f"{path}: {layers[0]} is {scheme.label()}, which readers of {format} do not take; "
+                f"{way or f'this makes what they take: {_remade(path, scheme, layout)}'}"
             )
+
+
+def _instead(path: Path, format: str, target: Target, context: int, scheme: LayerScheme, layout: Layout) -> str | None:
+    """What works on the target instead, where the format could not hold the original in 4 bits either."""
+    original = _original(path)
+    if not isinstance(original, Path) or _words(scheme, layout)[0] != "awq":
+        return None
+    try:
+        model = StreamedModel.outline(original)
+        reason = refusal(model, format, context, codes_for(model, format))
+    except CompressError:
+        return None
+    return reason and f"{reason}; {nearest(model, original, target, context, codes=True)}"
 
 
 def _remade(path: Path, scheme: LayerScheme, layout: Layout) -> str:
     """The command that makes the nearest thing to `scheme` that the layout takes, of the artifact's own original."""
+    first, *options = _words(scheme, layout)
+    return advice.command(first, _original(path), *options)
+
+
+def _words(scheme: LayerScheme, layout: Layout) -> list[str]:
     static = ["--static"] if all("static" in label for label in layout.w8a8) else []
     integers = ["int8", *static] if layout.w8a8 else None
     floats = ["int8", "--scheme", "w8a16"] if layout.w8_group_sizes is None or layout.w8_group_sizes else None
     int4 = ["awq", "--bits", "4", *(["--sym"] if layout.symmetric else [])]
     wanted = (integers, floats) if scheme.input is not None else (floats, integers)
-    words = next((words for words in wanted if words is not None), int4)
-    return advice.command(words[0], _original(path), *words[1:])
+    return next((words for words in wanted if words is not None), int4)
 
 
 def _original(path: Path) -> Path | str:
@@ -205,4 +228,5 @@ def nearest(model: StreamedModel, said: Path | str, target: Target, context: int
     export = ("export", "--target", target.name, "--format", way.format, *asked)
     if way.scheme is None or model.stored.layers:
         return f"this works: {advice.command(*export[:1], said, *export[1:])}"
-    return f"this works: {advice.command('awq', said)} and then {advice.command(*export)}"
+    codes_too = ("--sym",) if way.scheme.symmetric else ()  # so that what is judged is what ships
+    return f"this works: {advice.command('awq', said, *codes_too)} and then {advice.command(*export)}"

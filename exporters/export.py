@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import compress
-from compress.artifact import links_elsewhere, manifest_of, path_from, read_manifest, write_manifest
+from compress.artifact import links_elsewhere, manifest_of, parent_path, path_from, read_manifest, write_manifest
 from compress.disk import check_free_space
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import write_bytes_atomically
@@ -176,9 +176,11 @@ def fitted(request: ExportRequest, name: str, module: Format, artifact: Artifact
     Read from config.json and headers. Raises for what the format cannot hold and the target has no room for.
     """
     target = request.target
-    answer.refuse_int8(artifact.path, artifact.folder.plan, module.LAYOUT, name)
-    with suppress(UnsupportedError):  # the format says itself what it cannot hold
-        refuse_model(artifact.streamed, request, name, module, context_for(artifact.model, target, request.context))
+    context = context_for(artifact.model, target, request.context)
+    answer.refuse_int8(artifact.path, artifact.folder.plan, module.LAYOUT, name, target, context)
+    # transformers' folders may hold anything; a graph is of a decoder, and what is none is named for what it is
+    with suppress(UnsupportedError) if name == "hf" or module.__name__ != FORMATS[name] else nullcontext():
+        refuse_model(artifact.streamed, request, name, module, context)
     plan = _plan(request, name, artifact)
     takes: Takes = anything
     with suppress(UnsupportedError):
@@ -326,7 +328,9 @@ def refuse_model(model: StreamedModel, request: ExportRequest, name: str, module
 def refuse_exports(artifact: Path) -> None:
     manifest = read_manifest(artifact)
     if manifest is not None and manifest.record["stage"] == "export":
-        origin = manifest.record["parent"]["path"]
+        origin = manifest.record.get("requantized_from") or manifest.record["parent"]["path"]
+        with suppress(ArtifactError):  # gone: as it was called
+            origin = parent_path({"path": origin}, artifact)
         raise ConfigError(f"{artifact} is an export already; pass the artifact that it was made from, {origin}")
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress import calibration, tokens
+from compress import advice, calibration, tokens
 from compress.artifact import parent_path, read_manifest
 from compress.checkpoint import Checkpoint
 from compress.devices import pick_device
@@ -35,7 +35,7 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, tell: Tel
     if manifest is None:
         raise ArtifactError(
             f"{artifact}: {reader} needs {wanted.label()} codes, and it has no compress.json that says how to make "
-            f"them; quantize its original: compress awq MODEL {flags}"
+            f"them; quantize its original: `compress awq MODEL {flags}`"
         )
     record = manifest.record
     try:
@@ -43,7 +43,7 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, tell: Tel
     except ArtifactError:
         raise ArtifactError(
             f"{artifact}: {reader} needs {wanted.label()} codes, and its parent {record['parent']['path']} is gone; "
-            f"fetch that model and run: compress awq MODEL {flags}"
+            f"fetch that model and run `compress awq MODEL {flags}`"
         ) from None
     source = Source(path=parent, name=parent.name, said=str(parent), is_reference=from_reference(parent))
     home = artifact.parent if os.access(artifact.parent, os.W_OK) else out.parent
@@ -61,7 +61,7 @@ def requantize(artifact: Path, wanted: Scheme, reader: str, out: Path, tell: Tel
     if Checkpoint.open(parent).content_sha256() != record["parent"]["sha256"]:
         raise ArtifactError(
             f"{parent} has changed since {artifact} was made from it; put the model back, or quantize it anew: "
-            f"compress awq {parent} {flags}"
+            f"{advice.command('awq', parent, *flags.split())}"
         )
     _check_text(request, record, artifact)
     request = replace(request, device=_device(request.device, tell))
@@ -117,8 +117,8 @@ def _check_text(request: AwqRequest, record: Mapping[str, Any], artifact: Path) 
     if text.sha256 != record["calibration"]["sha256"]:
         raise ArtifactError(
             f"{request.calib} is not the text that {artifact} was calibrated on; put that back, or quantize "
-            f"{request.source.path} anew: compress awq {request.source.path} --calib {request.calib} "
-            f"{_flags(request.scheme)}"
+            f"{request.source.path} anew: "
+            f"{advice.command('awq', request.source.path, '--calib', request.calib, *_flags(request.scheme).split())}"
         )
 
 

@@ -1,7 +1,10 @@
 """What many tests need: the network off, the bundled model, tiny models, and data that is not part of the project."""
 
 import os
-from collections.abc import Callable, Iterable
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +82,14 @@ def tokenizer_files(reference_model: Path) -> dict[str, bytes]:
 Build = Callable[..., Path]
 
 
-@pytest.fixture
-def build_model(tmp_path: Path, tokenizer_files: dict[str, bytes]) -> Build:
-    """Saves a small randomly initialised model of a family, with the reference tokenizer; returns its folder.
+@pytest.fixture(scope="session")
+def save_model(tokenizer_files: dict[str, bytes]) -> Build:
+    """Saves a small randomly initialised model of a family, with the reference tokenizer, to a folder; returns it.
 
     Norms and biases are perturbed: at their initial 1 and 0 a wrong fold would go unseen.
     """
 
-    def build(family: str = "Llama", name: str = "model", dtype: str = "float32", **changes: Any) -> Path:
+    def save(folder: Path, family: str = "Llama", dtype: str = "float32", **changes: Any) -> Path:
         import torch
         import transformers
 
@@ -101,23 +104,131 @@ def build_model(tmp_path: Path, tokenizer_files: dict[str, bytes]) -> Build:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
                 else:
                     parameter.mul_(3)  # activations large enough for a wrong fold to show
-        folder = tmp_path / name
         model.to(getattr(torch, dtype)).save_pretrained(folder)
         for file, content in tokenizer_files.items():
             (folder / file).write_bytes(content)
         return folder
 
-    return build
+    return save
 
 
 @pytest.fixture
-def calib_text(tmp_path: Path) -> Path:
+def build_model(tmp_path: Path, save_model: Build) -> Build:
+    """`save_model` to a folder of this test called `name`."""
+
+    def build(family: str = "Llama", name: str = "model", **changes: Any) -> Path:
+        return save_model(tmp_path / name, family, **changes)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def save_text() -> Callable[[Path], Path]:
+    """Writes calibration text of a few thousand tokens to a file; returns it."""
+
+    def save(path: Path) -> Path:
+        words = "the old house stood by the river and nobody had lived there for many years since the war".split()
+        lines = [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(14)) for i in range(120)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return path
+
+    return save
+
+
+@pytest.fixture
+def calib_text(tmp_path: Path, save_text: Callable[[Path], Path]) -> Path:
     """Calibration text of a few thousand tokens."""
-    path = tmp_path / "calib.txt"
-    words = "the old house stood by the river and nobody had lived there for many years since the war".split()
-    lines = [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(14)) for i in range(120)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return save_text(tmp_path / "calib.txt")
+
+
+@pytest.fixture(scope="session")
+def small_workspace(
+    save_model: Build, save_text: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`model`, `calib.txt` and `artifacts/small`, an asymmetric AWQ artifact of it with one layer skipped.
+
+    Made once and never changed: who changes something, or writes beside it, copies the folder (`in_workspace`).
+    """
+    from compress.quantize.awq_stage import AwqRequest, quantize_awq
+    from compress.scheme import Scheme
+    from compress.workspace import resolve
+
+    root = tmp_path_factory.mktemp("workspace")
+    request = AwqRequest(
+        source=resolve(str(save_model(root / "model"))), out=root / "artifacts" / "small",
+        scheme=Scheme(group_size=32), calib=str(save_text(root / "calib.txt")), samples=8, seq_len=64,
+        skip=("layers.0.mlp.down_proj",),
+    )  # fmt: skip
+    quantize_awq(request)
+    return root
+
+
+@pytest.fixture
+def in_workspace(small_workspace: Path, tmp_path: Path) -> Path:
+    """A copy of `small_workspace` that is this test's own: its `tmp_path`."""
+    shutil.copytree(small_workspace, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+FORKS = """
+import os, sys, traceback
+{code}
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Forks:
+    """A process that has imported what `work` needs and computed nothing; each run of `work` is a fork of it."""
+
+    def __init__(self, code: str, words: Iterable[object]) -> None:
+        import torch
+
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command = [sys.executable, "-c", FORKS.replace("{code}", code), *map(str, words)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+        )
+        assert self._line() == "ready"
+
+    def start(self) -> int:
+        """The process id of a new run."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return int(self._line())
+
+    def code(self) -> int:
+        """How the run ended; negative for a signal."""
+        return int(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture
+def forks() -> Iterator[Callable[..., Forks]]:
+    """`forks(code, word, ...)`: Python code that defines `work()` and prints nothing; words are its `sys.argv[1:]`."""
+    made: list[Forks] = []
+
+    def make(code: str, *words: object) -> Forks:
+        made.append(Forks(code, words))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.process.communicate()  # end of its input, which ends it
 
 
 @pytest.fixture

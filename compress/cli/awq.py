@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress import advice
 from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
 from compress.cli.help import Command
+from compress.cli.next import judge
 from compress.cli.progress import Shown
 
 if TYPE_CHECKING:
@@ -129,9 +129,7 @@ def _print_summary(outcome: Any, seconds: float) -> None:
             f"tuning lowered the blocks' held-out output error to {gain:.2f} of what it was; kept in "
             f"{sum(t['kept'] for t in tuned)} of {len(tuned)} blocks"
         )
-    out.print(
-        f"next: {advice.command('evaluate', outcome.out)}   or, for less error: {_advice(record)}", soft_wrap=True
-    )
+    out.print(f"next: {judge(outcome.out)}   or, for less error: {_advice(record)}", soft_wrap=True)
 
 
 # Layers that the closing table shows; the manifest has all.

@@ -12,6 +12,7 @@ import click
 
 from compress.cli.help import Command
 from compress.cli.lessons import lessons
+from compress.cli.next import judge
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 from compress.tell import SILENT
@@ -268,4 +269,4 @@ def _print_summary(outcome: DistillOutcome, run: _Run, notes: list[str], seconds
     size = sum(p.stat().st_size for p in outcome.out.glob("*.safetensors"))
     print(f"wrote {outcome.out}/  {size / 1e6:.1f} MB; verified {outcome.verified} tensors by reading them back")
     print(f"{seconds_text(seconds)}, peak memory {peak_memory_bytes() / 2**20:.0f} MiB")
-    print(f"next: compress evaluate {outcome.out} --reference {run.request.teacher.path}")
+    print(f"next: {judge(outcome.out, '--reference', run.request.teacher.path)}")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress import advice
 from compress.cli.help import Command
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
@@ -18,10 +17,6 @@ from compress.errors import ConfigError
 if TYPE_CHECKING:
     from exporters.export import ExportOutcome
     from exporters.sizing.predict import DoesNotFit, Sizing
-
-
-# Tokens of a window where `compress evaluate` is not told.
-EVALUATED_CONTEXT = 512
 
 
 @click.command("export", cls=Command)
@@ -216,14 +211,10 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
 
 
 def _judge(outcome: ExportOutcome) -> str:
-    """The command that judges an export: on text that fits any model, in windows that its caches hold."""
-    from compress.workspace import from_reference
+    """The command that judges an export's own weights."""
+    from compress.cli.next import judge
 
-    context = outcome.record["options"]["context"]
-    words: list[object] = ["evaluate", outcome.out, "--gate", "0.98"]
-    words += [] if from_reference(outcome.out) else ["--data", "self"]
-    words += ["--context", context] if context < EVALUATED_CONTEXT else []
-    return advice.command(*words)
+    return judge(outcome.out, "--gate", "0.98", context=outcome.record["options"]["context"])
 
 
 def _print_sizing(console: Any, sizing: Sizing, target: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from compress import advice
 from compress.cli.help import Command
 from compress.errors import ConfigError, reason
 
@@ -64,7 +65,7 @@ def command(
         write_bytes_atomically(place, text.encode())
     except OSError as e:
         raise ConfigError(f"{place} cannot be written ({reason(e)}); pass another place with -o") from None
-    click.echo(f"wrote {place}\nnext: compress run {place} --dry-run")
+    click.echo(f"wrote {place}\nnext: {advice.command('run', place, '--dry-run')}")
 
 
 def filled(text: str, values: dict[str, str | None], gate: float | None) -> str:

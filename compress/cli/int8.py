@@ -11,6 +11,7 @@ import click
 
 from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
 from compress.cli.help import Command
+from compress.cli.next import judge
 from compress.cli.progress import Shown
 
 
@@ -80,10 +81,11 @@ def _kept(_: click.Context, option: click.Parameter, value: str) -> int | None:
 )
 @click.option(
     "--effort",
-    type=click.Choice(["fast", "balanced"]),
-    default="balanced",
+    type=click.Choice(["auto", "fast", "balanced"]),
+    default="auto",
     show_default=True,
-    help="fast: smoothing and fitted ranges; balanced: with error feedback.",
+    help="fast: smoothing and fitted ranges; balanced: with error feedback, which halves the error of weights; auto: "
+    "fast for w8a8, where inputs lose more than that, else balanced.",
 )
 @calibrated()
 @click.option(
@@ -156,16 +158,17 @@ def _print_summary(outcome: Any, seconds: float, label: str) -> None:
         to.print(f"INT8 KV cache, error of the worst block's output: {said}")
     print_found(to, outcome)
     print_written(to, outcome, seconds, label, record["left_dense"])
-    to.print(f"next: compress evaluate {outcome.out}   or, for less error: {_advice(record)}", soft_wrap=True)
+    to.print(f"next: {judge(outcome.out)}   or, for less error: {_advice(record)}", soft_wrap=True)
 
 
 def _advice(record: Mapping[str, Any]) -> str:
     options = record["options"]
-    if options["effort"] != "balanced":
-        return "--effort balanced"
+    if options["scheme"] == "w8a16":
+        if options["effort"] != "balanced":
+            return "--effort balanced"
+        return "--group-size 128" if options["group_size"] == -1 else "--skip the worst layers"
     if options["static"]:
         return "leave --static out, if your reader quantizes by token"
-    if options["scheme"] == "w8a8":
-        more = "--keep-inputs auto, " if options["keep_inputs"] == 0 else ""
-        return f"{more}--scheme w8a16, or --skip the worst layers"
-    return "--group-size 128" if options["group_size"] == -1 else "--skip the worst layers"
+    ways = ["--asym-activations, which vLLM computes"] if options["sym_activations"] else []
+    ways += ["--keep-inputs auto"] if options["keep_inputs"] == 0 else []
+    return ", ".join([*ways, "or --scheme w8a16" if ways else "--scheme w8a16"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.cli.help import Command
+from compress.cli.next import judge
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
+from compress.files import write_bytes_atomically
 
 if TYPE_CHECKING:
+    from compress.model import StreamedModel
     from compress.prune.decide import Asked
     from compress.stage import Outcome
     from exporters.sizing.predict import Sizing
@@ -54,12 +58,13 @@ _AMOUNT = "whole number, or share below 1"
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to make [default: artifacts/NAME-prune-...]."
 )
+@click.option("--report", type=click.Path(path_type=Path), help="Page to write: what blocks, heads and neurons cost.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run that was killed.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model's folder ships.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def command(
-    model: str | None, out: Path | None, as_json: bool, dry_run: bool, device: str, dtype: str,
+    model: str | None, out: Path | None, as_json: bool, dry_run: bool, report: Path | None, device: str, dtype: str,
     params: str | None, num_bytes: str | None, target: str | None, context: int, max_kl: float | None, **rest: Any,
 ) -> None:  # fmt: skip
     """Remove blocks, neurons, heads or hidden channels of MODEL, and refit what is left.
@@ -77,6 +82,8 @@ def command(
         amounts, params=params, num_bytes=num_bytes, target=target, context=context, max_kl=max_kl,
         candidates=rest.pop("candidates"), sizes_only=dry_run,
     )  # fmt: skip
+    if report is not None:
+        check_page(report, source.path)
     print(f"model: {source.said}", file=sys.stderr)
     if dry_run:
         _dry_run(source.path, asked, target, context, rest["trust_remote_code"], as_json)
@@ -95,6 +102,22 @@ def command(
         print(json.dumps(_as_json(outcome, seconds), indent=2))
     else:
         _print(outcome, seconds)
+    if report is not None:
+        from compress.cli.prune_page import to_html
+
+        write_bytes_atomically(report, to_html(outcome.record, f"{source.name}, pruned"))
+        print(f"wrote {report}", file=sys.stderr)
+
+
+def check_page(page: Path, model: Path) -> None:
+    """ConfigError, before any work, when the page cannot be written there."""
+    from compress.output import check_apart
+
+    if page.suffix != ".html" or page.is_dir():
+        raise ConfigError(f"--report {page}: name the page to write, such as prune.html")
+    check_apart(page, {"the model": model}, "--report")
+    if not os.access(page.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--report {page}: {page.parent} is no folder that can be written; choose another place")
 
 
 def asked_of(
@@ -150,11 +173,12 @@ def _dry_run(folder: Path, asked: Asked, target: str | None, context: int, trust
     from compress.prune.prune_stage import refuse
     from compress.prune.shape import Counter, shape_of
 
-    if asked.has_goal:
-        raise ConfigError("--dry-run says what amounts leave, and a goal is found by measuring; run it without")
     model = StreamedModel.open(folder, trust_remote_code=trust)
     refuse(model)
     asked.check(model)
+    if asked.has_goal:
+        _dry_goal(model, asked, target, context, as_json)
+        return
     counter, old, new = Counter(model), shape_of(model), asked.shape(model)
     found: dict[str, Any] = {
         "before": {**old.to_json(), "parameters": counter.parameters(old)},
@@ -172,6 +196,34 @@ def _dry_run(folder: Path, asked: Asked, target: str | None, context: int, trust
           "which ones go is measured by the run")  # fmt: skip
     if target:
         print(json.dumps(found["target"], indent=2))
+
+
+def _dry_goal(model: StreamedModel, asked: Asked, target: str | None, context: int, as_json: bool) -> None:
+    """The shapes that meet a goal, largest first; which of them is made, the run measures."""
+    from compress.prune.decide import allowed_choices, bytes_per_number, candidates_of
+    from compress.prune.shape import Counter, shape_of
+
+    counter, old = Counter(model), shape_of(model)
+    shapes = sorted(candidates_of(asked, model, allowed_choices(model)), key=counter.parameters, reverse=True)
+    found: list[dict[str, Any]] = []
+    for shape in shapes[: asked.candidates]:
+        numbers = counter.parameters(shape)
+        weights = round(numbers * bytes_per_number(model))
+        one: dict[str, Any] = {**shape.to_json(), "parameters": numbers, "bytes": weights}
+        if target:
+            one["target"] = _sized(counter.config(shape), target, context).to_json()
+        found.append(one)
+    if as_json:
+        print(json.dumps({"goal": asked.goal_text(), "meet_it": len(shapes), "largest": found}, indent=2))
+        return
+    print(
+        f"{len(shapes)} shapes are smaller than {old.label()} ({counter.parameters(old) / 1e6:.1f} M parameters) and "
+        f"meet {asked.goal_text()}; the run judges {min(len(shapes), asked.candidates)} of them. The largest:"
+    )
+    for shape, one in zip(shapes, found, strict=False):
+        speed = one["target"]["predicted"]["decode_tokens_per_s"] if target else None
+        fast = f", {speed[0]:g} to {speed[1]:g} tokens/s" if speed else ""
+        print(f"  {shape.label()}: {one['parameters'] / 1e6:.1f} M parameters, {one['bytes'] / 1e6:.1f} MB{fast}")
 
 
 def _as_json(outcome: Outcome, seconds: float) -> dict[str, Any]:
@@ -209,4 +261,4 @@ def _print(outcome: Outcome, seconds: float) -> None:
     print(f"wrote {outcome.out}/  {outcome.out_bytes / 1e6:.1f} MB (was {outcome.source_bytes / 1e6:.1f} MB); verified "
           f"{outcome.verified} tensors; {seconds_text(seconds)}, "
           f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB")  # fmt: skip
-    print(f"next: compress evaluate {outcome.out}")
+    print(f"next: {judge(outcome.out)}")

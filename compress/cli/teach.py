@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from compress import advice
 from compress.cli.help import Command
 from compress.cli.lessons import lessons
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
@@ -83,4 +84,4 @@ def command(
         f"wrote {outcome.out}/  {outcome.tokens:,} tokens, {outcome.token_bytes} bytes each; {seconds_text(seconds)}, "
         f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB"
     )
-    print(f"next: compress distill --teacher {source.path} --cache {outcome.out}")
+    print(f"next: {advice.command('distill', '--teacher', source.path, '--cache', outcome.out)}")

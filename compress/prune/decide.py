@@ -80,6 +80,7 @@ class Asked:
         old = shape_of(model)
         if explicit:
             shape = self.shape(model)
+            Counter(model).check(shape)
             structure = find_whole_structure(model) if needs_structure(old, shape) else None
             kept = range(shape.blocks)
             plan_cut(model, shape, kept, structure, _first_channels(old, shape))
@@ -101,21 +102,18 @@ class Asked:
         if (self.params or self.bytes or self.target) and meets(old):
             raise ConfigError(f"{model.checkpoint.path} meets {self.goal_text()} as it is; nothing need go")
         allowed = allowed_choices(model)
-        small = Shape(
-            blocks=allowed["blocks"][-1].blocks,
-            intermediate=allowed["intermediate"][-1].intermediate,
-            heads=allowed["heads"][-1].heads,
-            kv_heads=min(shape.kv_heads for shape in allowed["heads"]),
-            hidden=allowed["hidden"][-1].hidden,
-        )
-        nearest = min(
-            (replace(small, heads=s.heads, kv_heads=s.kv_heads) for s in allowed["heads"]),
-            key=Counter(model).parameters,
-        )
+        counter = Counter(model)
+        small = replace(old, blocks=allowed["blocks"][-1].blocks, intermediate=allowed["intermediate"][-1].intermediate)
+        both = [
+            replace(small, heads=h.heads, kv_heads=h.kv_heads, hidden=w.hidden)
+            for h in allowed["heads"]
+            for w in allowed["hidden"]
+        ]
+        nearest = min((shape for shape in both if counter.builds(shape)), key=counter.parameters)
         if not meets(nearest):
             raise ConfigError(
                 f"no shape meets {self.goal_text()}: the smallest that is tried, {nearest.label()}, has "
-                f"{Counter(model).parameters(nearest) / 1e6:.3g} M parameters; ask for that, or quantize as well"
+                f"{counter.parameters(nearest) / 1e6:.3g} M parameters; ask for that, or quantize as well"
             )
 
     def meets(self, model: StreamedModel) -> Callable[[Shape], bool]:
@@ -124,6 +122,8 @@ class Asked:
         width = bytes_per_number(model)
 
         def small(shape: Shape) -> bool:
+            if not counter.builds(shape):
+                return False
             numbers = counter.parameters(shape)
             if self.params is not None and numbers > self.params:
                 return False
@@ -174,13 +174,14 @@ def find_whole_structure(model: StreamedModel) -> Structure:
 
 def allowed_choices(model: StreamedModel) -> dict[str, list[Shape]]:
     """What a search may choose from, by axis: a cut that this family does not take is left out."""
-    old = shape_of(model)
+    old, counter = shape_of(model), Counter(model)
     structure = find_whole_structure(model)
     out: dict[str, list[Shape]] = {}
     for axis, shapes in choices(old).items():
         out[axis] = shapes[:1]
         for shape in shapes[1:]:
             try:
+                counter.check(shape)
                 plan_cut(model, replace(shape, blocks=1), [0], structure, _first_channels(old, shape))
             except UnsupportedError:
                 continue
@@ -307,7 +308,7 @@ def _searched(
     old = shape_of(model)
     counter = Counter(model)
     costs = _single_costs(measured, allowed)
-    shapes = _candidates(asked, model, allowed)
+    shapes = candidates_of(asked, model, allowed)
     if asked.max_kl is not None and not (asked.params or asked.bytes or asked.target):
         wanted = asked.max_kl
         near = [s for s in shapes if costs.predicted(s) <= 1.5 * wanted] or shapes
@@ -340,7 +341,8 @@ def _searched(
     }
 
 
-def _candidates(asked: Asked, model: StreamedModel, allowed: Mapping[str, Sequence[Shape]]) -> list[Shape]:
+def candidates_of(asked: Asked, model: StreamedModel, allowed: Mapping[str, Sequence[Shape]]) -> list[Shape]:
+    """The shapes that meet a goal, of which the most promising are judged."""
     meets = asked.meets(model)
     if asked.params or asked.bytes or asked.target:
         return grid(shape_of(model), meets, allowed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress import distributed, stage
-from compress.artifact import read_manifest
+from compress.artifact import parent_path, read_manifest
 from compress.assemble import Cut as RestCut
 from compress.block import BlockDone, BlockResult, LoadedBlock
 from compress.blocks import batch_rows
@@ -122,7 +122,7 @@ def refuse(model: StreamedModel) -> None:
     stage.refuse_quantized(model)
     manifest = read_manifest(model.checkpoint.path)
     if manifest is not None and manifest.record["stage"] == "prune":
-        parent = manifest.record["parent"]["path"]
+        parent = parent_path(manifest.record["parent"], model.checkpoint.path)
         raise UnsupportedError(
             f"{model.checkpoint.path} is pruned already; prune what it was made from ({parent}) by more, or distill it "
             "first"

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from compress.errors import ConfigError, UnsupportedError
+from compress.errors import ConfigError, UnsupportedError, reason
 from compress.model import StreamedModel
 
 # Names of config.json's figures, in the order in which they are looked for.
@@ -158,6 +158,27 @@ class Counter:
         """The config.json of a shape, whichever blocks stay."""
         return config_of(self.model, shape, range(shape.blocks))
 
+    def check(self, shape: Shape) -> None:
+        """UnsupportedError for a shape that transformers builds no model of this family from."""
+        try:
+            self.parts(shape)
+        except UnsupportedError:
+            raise
+        except Exception as e:  # a config's own validation raises what it likes
+            kind = self.model.checkpoint.config.get("model_type")
+            raise UnsupportedError(
+                f"{self.model.checkpoint.path}: transformers builds no {kind} of {shape.label()} ({reason(e)}); "
+                "remove another number of heads, or of hidden channels"
+            ) from e
+
+    def builds(self, shape: Shape) -> bool:
+        """Whether transformers builds a model of that shape."""
+        try:
+            self.check(shape)
+        except UnsupportedError:
+            return False
+        return True
+
     def parts(self, shape: Shape) -> tuple[int, int]:
         """Parameters around the blocks, and of one block."""
         widths = replace(shape, blocks=1)
@@ -227,7 +248,10 @@ def asked_shape(
     if depth is not None:
         gone = round(amount(depth, "--depth").of(old.blocks))
         if gone >= old.blocks:
-            raise ConfigError(f"--depth {depth} would remove {gone} of {old.blocks} blocks; at least one must stay")
+            raise ConfigError(
+                f"--depth {depth} would remove {gone} of {old.blocks} blocks, and at least one must stay; --depth "
+                f"{old.blocks - 1} is the most"
+            )
         new = replace(new, blocks=old.blocks - gone)
     if intermediate is not None:
         new = replace(new, intermediate=_narrower("intermediate", old.intermediate, intermediate))

@@ -48,7 +48,8 @@ class Int8Request(CalibratedRequest):
     layer instead of one a token. sym_activations: without zero points. keep_inputs: how many groups of layers keep
     their inputs as floats, those that lose most by rounding them; None: those that lose several times what is usual
     (`keep_inputs`). kv_cache: `int8` or None. smoothing: a strength of SmoothQuant's formula for every group, 0 for
-    none, None to search. allow_damage: see `Int8Options`; it decides no byte of a model that is not damaged.
+    none, None to search. effort: see `int8_block`; `auto` is what the scheme gains by (METHODS.md). allow_damage: see
+    `Int8Options`; it decides no byte of a model that is not damaged.
     """
 
     scheme: str = "w8a8"
@@ -59,10 +60,12 @@ class Int8Request(CalibratedRequest):
     kv_cache: str | None = None
     smoothing: float | None = None
     skip: tuple[str, ...] = ()
-    effort: str = "balanced"
+    effort: str = "auto"
     allow_damage: bool = False
 
     def __post_init__(self) -> None:
+        if self.effort == "auto":
+            object.__setattr__(self, "effort", "fast" if self.scheme == "w8a8" else "balanced")
         if self.scheme not in SCHEMES:
             raise ConfigError(f"--scheme {self.scheme} is not one of {', '.join(SCHEMES)}; choose one of these")
         if self.scheme == "w8a8" and self.group_size != -1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from compress.errors import ArtifactError, ConfigError
 from compress.files import read_json
@@ -16,6 +16,11 @@ from compress.files import read_json
 ENGINE = "model.engine"
 STAMP = "model.engine.json"
 VERSION = 1
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+_FIELDS: Mapping[str, type] = {
+    "library": str, "version": str, "sm": str, "capacity": int, "profiles": list, "shapes": dict, "caches": dict,
+    "caches_in_place": bool, "engine_bytes": int, "onnx_data_bytes": int,
+}  # fmt: skip
 Role = Literal["prefill", "decode"]
 Shapes = Mapping[str, Mapping[str, list[int]]]
 
@@ -67,8 +72,8 @@ class Stamp:
         """ConfigError for more tokens or other batches than the engine was built for."""
         if capacity > self.capacity:
             raise ConfigError(
-                f"{self.folder}: {capacity} tokens are asked for and its caches hold {self.capacity}; ask for fewer, "
-                "or export again with a larger --context"
+                f"{self.folder}: {capacity} tokens are asked for and its caches hold {self.capacity}; ask for fewer "
+                "(--max-new-tokens), or export again with a larger --context"
             )
         low = max(self.batches("prefill")[0], self.batches("decode")[0])
         high = min(self.batches("prefill")[1], self.batches("decode")[1])
@@ -109,19 +114,8 @@ def read(folder: Path) -> Stamp:
         )
     found = read_json(path)
     try:
-        stamp = Stamp(
-            folder=folder,
-            profiles=tuple(found["profiles"]),
-            weight_bytes=int(found["onnx_data_bytes"]),
-            **{
-                key: found[key]
-                for key in (
-                    "library", "version", "sm", "capacity", "shapes", "caches", "caches_in_place", "engine_bytes"
-                )
-            },
-        )  # fmt: skip
-        stamp.refuse_request(1, stamp.batches("decode")[1])
-    except (KeyError, TypeError, ValueError, IndexError) as e:
+        stamp = _stamp(folder, found)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise ArtifactError(f"{path}: not a stamp that build_engine.py wrote ({e!r}); build the engine again") from e
     if found.get("stamp") != VERSION:
         raise ArtifactError(f"{path}: stamp {found.get('stamp')} is not {VERSION}; build the engine again")
@@ -130,4 +124,26 @@ def read(folder: Path) -> Stamp:
         raise ArtifactError(
             f"{folder / ENGINE} has {size} bytes, and its stamp says {stamp.engine_bytes}; build the engine again"
         )
+    return stamp
+
+
+def _stamp(folder: Path, found: Mapping[str, Any]) -> Stamp:
+    """The stamp of a JSON object. Raises what Python raises where it is none, also for a library that is not ours."""
+    for key, kind in _FIELDS.items():
+        if type(found[key]) is not kind:
+            raise TypeError(f"{key} is {found[key]!r}")
+    if found["library"] not in LIBRARIES:  # it will be imported
+        raise ValueError(f"library is {found['library']!r}")
+    fields = {key: found[key] for key in _FIELDS if key not in ("profiles", "onnx_data_bytes")}
+    stamp = Stamp(
+        folder=folder, profiles=tuple(found["profiles"]), weight_bytes=int(found["onnx_data_bytes"]), **fields
+    )
+    for name in stamp.profiles:
+        for shapes in stamp.shapes[name].values():
+            if not all(type(n) is int and n > 0 for label in ("min", "max") for n in shapes[label]):
+                raise ValueError(f"shapes of {name} are not counts")
+    if not all(name in stamp.shapes[stamp.profiles[0]] for name in stamp.caches):
+        raise ValueError("caches without shapes")
+    if stamp.longest > stamp.capacity or stamp.batches("decode")[0] > stamp.batches("prefill")[1]:
+        raise ValueError("profiles that do not go together")
     return stamp

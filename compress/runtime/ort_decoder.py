@@ -26,8 +26,8 @@ class OrtDecoder:
     def __init__(self, runner: OnnxRunner, *, capacity: int, batch: int = 1) -> None:
         if runner.capacity is not None and capacity > runner.capacity:
             raise ConfigError(
-                f"{runner.path}: {capacity} tokens are asked for and its caches hold {runner.capacity}; ask for fewer, "
-                "or export again with a larger --context"
+                f"{runner.path}: {capacity} tokens are asked for and its caches hold {runner.capacity}; ask for fewer "
+                "(--max-new-tokens), or export again with a larger --context"
             )
         self.runner = runner
         self.capacity = runner.capacity or capacity

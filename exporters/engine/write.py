@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError, ConfigError
+from exporters.engine import timings
 from exporters.engine.choose import RTX_SUPPORTED, Builder, OnDevice, choose, compiles_for, sm_here
 from exporters.engine.readme import usage
 from exporters.reader import Job, Written
@@ -32,7 +33,6 @@ from exporters.trt.layout import LAYOUT as LAYOUT
 
 ENGINE = "model.engine"
 STAMP = "model.engine.json"
-TIMING = "model.timing"
 # A larger engine holds weights twice, or is so small a model that its kernels count.
 MOST_OVER_WEIGHTS = 1.05
 PROFILES = {"two": ["prefill", "decode"], "one": ["any"]}
@@ -54,7 +54,11 @@ def write(job: Job) -> Written:
         written = onnx_trt.write(replace(job, staged=folder))
         names = PROFILES[job.options.get("profiles", "two")]
         job.say(f"building the engine with {chosen.library} for SM {job.target.sm}: profiles {', '.join(names)}")
+        kept = timings.kept_file(str(job.target.sm)) if chosen.sm is None else None
+        if kept is not None:
+            timings.lend(folder, kept)
         stamp = build(folder, chosen, names)
+        unkept = None if kept is None else timings.keep(folder, kept)
         refuse_unfused(stamp, chosen)
         left = {GRAPH, DATA, PLAN, SCRIPT}
         for path in sorted(folder.iterdir()):
@@ -65,7 +69,7 @@ def write(job: Job) -> Written:
     return Written(
         record={**written.record, "engine": recorded(stamp), "verified": verified},
         parts={"engine": int(stamp["engine_bytes"])},
-        notes=notes_of(stamp),
+        notes=[*notes_of(stamp), *filter(None, [unkept])],
         hashes={ENGINE: stamp["sha256"]},
         usage=usage(stamp),
     )

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
-from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.quantize.int8_stage import Int8Request, quantize_int8
 from compress.runtime.ort import OnnxRunner
 from compress.scheme import Scheme
@@ -35,22 +34,16 @@ def steps(heard: Heard, what: str) -> list[str]:
 
 
 @pytest.fixture
-def pair(build_model: Any, tmp_path: Path, calib_text: Path) -> tuple[Path, Path]:
+def pair(in_workspace: Path) -> tuple[Path, Path]:
     """A tiny model and its quantized artifact."""
-    original = build_model()
-    request = AwqRequest(
-        source=resolve(str(original)), out=tmp_path / "quantized", scheme=Scheme(group_size=32),
-        calib=str(calib_text), samples=8, seq_len=64,
-    )  # fmt: skip
-    quantize_awq(request)
-    return original, tmp_path / "quantized"
+    return in_workspace / "model", in_workspace / "artifacts" / "small"
 
 
-@pytest.fixture
-def other_text(tmp_path: Path, calib_text: Path) -> Path:
+@pytest.fixture(scope="module")
+def other_text(small_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The words of the calibration text in another order, so that no passage of it is among them."""
-    path = tmp_path / "other.txt"
-    words = calib_text.read_text(encoding="utf-8").split()
+    path = tmp_path_factory.mktemp("text") / "other.txt"
+    words = (small_workspace / "calib.txt").read_text(encoding="utf-8").split()
     random.Random(0).shuffle(words)
     path.write_text("\n".join(" ".join(words[i : i + 14]) for i in range(0, len(words), 14)), encoding="utf-8")
     return path
@@ -61,13 +54,13 @@ def ask(candidate: Path, reference: Path, data: Path, **options: Any) -> Evaluat
     return EvaluationRequest(candidate=candidate, reference=reference, data=str(data), **chosen)
 
 
-@pytest.fixture
-def report(pair: tuple[Path, Path], other_text: Path, tmp_path: Path) -> Report:
+@pytest.fixture(scope="module")
+def report(small_workspace: Path, other_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     rows = [{"query": f"Question: {i}", "choices": ["yes", "no <b>"], "gold": i % 2} for i in range(12)]
-    task = tmp_path / "task.jsonl"
+    task = tmp_path_factory.mktemp("tasks") / "task.jsonl"
     task.write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
-    request = ask(pair[1], pair[0], other_text, tasks=(f"odd<&|name={task}",), limit=10)
-    return evaluate.evaluate(request)
+    candidate, reference = small_workspace / "artifacts" / "small", small_workspace / "model"
+    return evaluate.evaluate(ask(candidate, reference, other_text, tasks=(f"odd<&|name={task}",), limit=10))
 
 
 def test_itself_passes_with_exactly_one(pair: tuple[Path, Path], other_text: Path) -> None:
@@ -95,7 +88,7 @@ def test_round_to_nearest_of_the_reference_model_fails(reference_model: Path, tm
             tensors[key] = numerics.round_to_nearest(tensors[key], Scheme())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     data = calibration_data.default_evaluation()
-    found = evaluate.evaluate(ask(folder, reference_model, data, context=256, max_tokens=256 * 60, min_context=1))
+    found = evaluate.evaluate(ask(folder, reference_model, data, context=256, max_tokens=256 * 24, min_context=1))
     assert found.outcome == "FAIL" and found.verdicts[0].recovery.upper < 0.98
     assert found.blocks[0].snr_db is not None and found.blocks[-1].snr_db is not None
     assert found.blocks[0].snr_db > found.blocks[-1].snr_db
@@ -191,7 +184,7 @@ def test_evaluations_lie_beside_the_artifact_one_a_text(pair: tuple[Path, Path],
     memory.remember(pair[0], report)
     assert not memory.reports_folder(pair[0]).exists(), "a folder that no stage made is no artifact"
     near, notes = memory.others(replace(report, candidate=replace(report.candidate, path="elsewhere")), pair[1].parent)
-    assert [o["path"] for o in near] == ["quantized"] and not notes
+    assert [o["path"] for o in near] == ["small"] and not notes
 
 
 def test_json_has_no_nan_and_every_field(report: Report) -> None:

@@ -53,6 +53,8 @@ def test_figures_follow_their_definitions() -> None:
     assert found["mean_tpot_ms"] == pytest.approx(20.0) and found["mean_ttft_ms"] == pytest.approx(100.0)
     assert found["output_throughput"] == pytest.approx(6 / 0.12)
     assert found["total_token_throughput"] == pytest.approx(2 * 24 / (0.2 + 0.12))
+    assert found["request_throughput"] == pytest.approx(2 / (0.2 + 0.12))
+    assert found["itls"] == rounds and found["ttfts"] == [0.1, 0.1] and found["output_lens"] == [4, 4]
     assert found["bytes_a_token"] == 1000 + 22 * 10
     assert found["share_of_bandwidth"] == pytest.approx(1220 / 0.015 / 1e6)
 

@@ -5,8 +5,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256, read_json
 from compress.formats import awq_gemm, stored
-from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.scheme import Scheme
 from compress.tell import SILENT, Heard
 from compress.workspace import is_judgeable, is_model, resolve
@@ -64,13 +61,9 @@ def symmetric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
 
 
 @pytest.fixture
-def artifact(build_model: Any, calib_text: Path, tmp_path: Path) -> Path:
+def artifact(in_workspace: Path) -> Path:
     """A small asymmetric AWQ artifact in a workspace."""
-    request = AwqRequest(
-        source=resolve(str(build_model())), out=tmp_path / "artifacts" / "small", scheme=G32, calib=str(calib_text),
-        samples=4, seq_len=64, skip=("layers.0.mlp.down_proj",),
-    )  # fmt: skip
-    return quantize_awq(request).out
+    return in_workspace / "artifacts" / "small"
 
 
 def run(artifact: Path, out: str, target: str = "a100", **changes: Any) -> ExportOutcome:
@@ -276,24 +269,29 @@ def test_a_failed_write_leaves_nothing(artifact: Path, symmetric: dict[str, str]
 
 
 KILLED = """
-import sys
 from pathlib import Path
-from compress.tell import SILENT, Heard
 from compress.workspace import resolve
 from exporters.export import ExportRequest, FORMATS, export
 from exporters.sizing.targets import TARGETS
-artifact, out = map(Path, sys.argv[1:])
-request = ExportRequest(source=resolve(str(artifact)), target=TARGETS["orin"], out=out, options={"die": True})
-export(request, formats={**FORMATS, "edge": "symmetric_reader"})
+import transformers, compress.quantize.awq_stage
+transformers.AutoTokenizer, transformers.LlamaForCausalLM
+artifact, out, modules = sys.argv[1:]
+sys.path.insert(0, modules)
+def work():
+    request = ExportRequest(
+        source=resolve(artifact), target=TARGETS["orin"], out=Path(out), options={"die": True}
+    )
+    export(request, formats={**FORMATS, "edge": "symmetric_reader"})
 """
 
 
-def test_a_kill_in_the_middle_leaves_no_out(artifact: Path, symmetric: dict[str, str], tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_leaves_no_out(
+    artifact: Path, symmetric: dict[str, str], forks: Any, tmp_path: Path
+) -> None:
     out = artifact.parent / "out"
-    path = os.pathsep.join([str(tmp_path / "modules"), *sys.path])
-    command = [sys.executable, "-c", KILLED, str(artifact), str(out)]
-    code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120).returncode
-    assert code == -9
+    runs = forks(KILLED, artifact, out, tmp_path / "modules")
+    runs.start()
+    assert runs.code() == -9
     (scratch,) = artifact.parent.glob(".out.*.partial")
     assert not out.exists() and (scratch / "final" / "half").exists()
     assert not is_model(scratch)
@@ -301,8 +299,8 @@ def test_a_kill_in_the_middle_leaves_no_out(artifact: Path, symmetric: dict[str,
     assert any(str(scratch) in note for note in made.notes), "an export with other options is not this one's to remove"
     assert not (made.out / "half").exists()
     shutil.rmtree(made.out)
-    code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=120).returncode
-    assert code == -9 and [*artifact.parent.glob(".out.*.partial")] == [scratch], "the same command finds it again"
+    runs.start()
+    assert runs.code() == -9 and [*artifact.parent.glob(".out.*.partial")] == [scratch], "the command finds it again"
 
 
 # ---- refusals ----------------------------------------------------------------------------------------

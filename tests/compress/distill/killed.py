@@ -3,7 +3,8 @@
     python killed.py JSON
 
 JSON: `{"processes": 1 or 2, "kills": [[step, ...], ...], "outs": [...], "request": {...}}`: for each out, one run that
-is killed at each of its steps in turn, then one that ends. Everything is imported once; each run is a fork.
+is killed at each of its steps in turn, then one that ends. Everything is imported once, what runs import when they come
+to it included; each run is a fork.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import accelerate  # noqa: F401
 import torch
+import torch._dynamo
+import torch.distributed.fsdp
+import transformers
 
 from compress.distill.data import Mix
 from compress.distill.request import DistillRequest
@@ -66,6 +71,9 @@ def launch(asked: dict[str, Any], out: str, kill: int | None, port: int) -> list
 def main() -> None:
     asked = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    assert all(
+        (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.AutoTokenizer)
+    )  # imports
     codes = []
     for number, (out, kills) in enumerate(zip(asked["outs"], asked["kills"], strict=True)):
         found = []

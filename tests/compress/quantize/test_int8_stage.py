@@ -225,6 +225,15 @@ def test_a_recorded_recipe_runs_again_also_changed(build_model: Any, quantize: A
         request_from_record({**made.record, "stage": "awq"}, made.out, source=source, out=tmp_path / "x")
 
 
+def test_effort_is_what_the_scheme_gains_by(tmp_path: Path) -> None:
+    """And what is recorded is what was done, so that a later default changes no recipe."""
+    source = resolve(None, quantizable=True, accept=lambda path: False)
+    for scheme, effort in (("w8a8", "fast"), ("w8a16", "balanced")):
+        request = Int8Request(source=source, out=tmp_path, scheme=scheme)
+        assert request.effort == effort == request.options()["effort"]
+    assert Int8Request(source=source, out=tmp_path, effort="balanced").effort == "balanced"
+
+
 # ---- refusals ------------------------------------------------------------------------------------------
 
 

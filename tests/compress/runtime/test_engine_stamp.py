@@ -94,11 +94,31 @@ def written(folder: Path, **changes: Any) -> Path:
         ({"stamp": 2}, "stamp 2 is not 1"),
         ({"sm": None}, "not a stamp that build_engine.py wrote .*'sm'"),
         ({"shapes": {}}, "not a stamp that build_engine.py wrote"),
+        ({"library": "antigravity"}, "library is 'antigravity'"),
     ],
 )
 def test_stamps_that_do_not_hold(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=said):
         engine_stamp.read(written(tmp_path, **changes))
+
+
+@given(
+    key=st.sampled_from(["library", "version", "sm", "capacity", "profiles", "shapes", "caches", "engine_bytes"]),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers(-3, 300) | st.text(max_size=4),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["any", "min", "x"]), inner),
+        max_leaves=6,
+    ),
+)
+def test_whatever_a_field_holds_it_is_read_or_refused(
+    key: str, value: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = written(tmp_path_factory.mktemp("stamp"), **{key: value})
+    try:
+        found = engine_stamp.read(folder)
+    except (ArtifactError, ConfigError):
+        return
+    assert found.package.startswith("tensorrt") and found.pieces(5) and found.batches("decode")
 
 
 def test_an_engine_without_a_stamp(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_layers_left_dense(build_model: Any, quantize: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_dense(build_model: Any, tmp_path: Path) -> None:
+def test_dense(build_model: Any, cold_builder: None, tmp_path: Path) -> None:
     """An unquantized folder keeps its own width on disk and is computed in float32."""
     model = build_model("Llama", dtype="bfloat16", tie_word_embeddings=True)
     written = export(model, tmp_path / "out")
