@@ -14,15 +14,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.activations import fake_quantize
+from compress.plan import ActivationScheme
 from compress.runtime.cuda_graph import CudaGraph
 from compress.runtime.kernels import decode, weight_only
 from compress.runtime.kernels.decode import Heads
 from compress.runtime.kernels.weight_only import Packed
 
+# The input quantizer that the kernels have.
+BY_TOKEN = ActivationScheme()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerWeights:
-    """One block. Norms are float32; qkv is stacked, gate_up interleaved (`weight_only`); biases float16 or None."""
+    """One block. Norms are float32; qkv is stacked, gate_up interleaved (`weight_only`); biases float16 or None.
+
+    rounded: those of qkv, o, gate_up and down whose inputs are INT8, by token and symmetric.
+    """
 
     input_norm: Tensor
     qkv: Packed
@@ -34,6 +42,7 @@ class LayerWeights:
     post_norm: Tensor
     gate_up: Packed
     down: Packed
+    rounded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,14 +112,14 @@ class GpuDecoder:
         w, heads = self.weights, self.weights.heads
         keys, values = self.keys[index], self.values[index]
         decode.add_norm(self.hidden_BH, added, layer.input_norm, w.eps, self.normed_BH)
-        qkv = weight_only.matmul(self.normed_BH, layer.qkv, layer.qkv_bias)
+        qkv = weight_only.matmul(_rounded(self.normed_BH, layer, "qkv"), layer.qkv, layer.qkv_bias)
         norms = (layer.q_norm, layer.k_norm)
         decode.rotate(qkv, self.q, keys, values, (w.cosines, w.sines), norms, self.position_B, heads, w.eps)
         decode.attend(self.q, keys, values, self.position_B, self.partial, self.attended, heads)
-        out = weight_only.matmul(self.attended, layer.o, layer.o_bias)
+        out = weight_only.matmul(_rounded(self.attended, layer, "o"), layer.o, layer.o_bias)
         decode.add_norm(self.hidden_BH, out, layer.post_norm, w.eps, self.normed_BH)
-        gated = weight_only.matmul(self.normed_BH, layer.gate_up, gated=True)
-        return weight_only.matmul(gated, layer.down)
+        gated = weight_only.matmul(_rounded(self.normed_BH, layer, "gate_up"), layer.gate_up, gated=True)
+        return weight_only.matmul(_rounded(gated, layer, "down"), layer.down)
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Logits `[B, V]` (a buffer, overwritten by the next step) after one more token each."""
@@ -164,22 +173,35 @@ class GpuDecoder:
         cosines, sines = w.cosines[at][None, None], w.sines[at][None, None]
         for index, layer in enumerate(w.layers):
             x = _norm(hidden, layer.input_norm, w.eps).half()
-            q, k, v = _heads(_many(x, layer.qkv, layer.qkv_bias), heads)
+            q, k, v = _heads(_many(_rounded_all(x, layer, "qkv"), layer.qkv, layer.qkv_bias), heads)
             q = _turned(q if layer.q_norm is None else _norm(q, layer.q_norm, w.eps), cosines, sines)
             k = _turned(k if layer.k_norm is None else _norm(k, layer.k_norm, w.eps), cosines, sines)
             self.keys[index][:, :, :length] = k
             self.values[index][:, :, :length] = v
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=heads.scale, enable_gqa=True)
-            hidden += _many(out.transpose(1, 2).reshape(batch, length, -1), layer.o, layer.o_bias)
+            out = _rounded_all(out.transpose(1, 2).reshape(batch, length, -1), layer, "o")
+            hidden += _many(out, layer.o, layer.o_bias)
             x = _norm(hidden, layer.post_norm, w.eps).half()
-            both = _many(x, layer.gate_up).unflatten(-1, (-1, 2, 8))
+            both = _many(_rounded_all(x, layer, "gate_up"), layer.gate_up).unflatten(-1, (-1, 2, 8))
             gated = (F.silu(both[..., 0, :].float()) * both[..., 1, :]).half().flatten(-2)
-            hidden += _many(gated, layer.down)
+            hidden += _many(_rounded_all(gated, layer, "down"), layer.down)
         last = _norm(hidden[:, -1], w.norm, w.eps).half()
         self.logits_BV.copy_(_many(last[:, None], w.head)[:, 0])
         self.position_B.fill_(length)
         self.ids_B.copy_(self.logits_BV.argmax(-1))
         return self.logits_BV
+
+
+def _rounded(x_BK: Tensor, layer: LayerWeights, part: str) -> Tensor:
+    """What a product of a step reads: x, in place where its inputs are INT8."""
+    if part in layer.rounded:
+        decode.round_rows(x_BK)
+    return x_BK
+
+
+def _rounded_all(x: Tensor, layer: LayerWeights, part: str) -> Tensor:
+    """The same of a prompt, in torch."""
+    return fake_quantize(x, BY_TOKEN) if part in layer.rounded else x
 
 
 def _many(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:

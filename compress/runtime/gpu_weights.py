@@ -9,16 +9,18 @@ Shapes: H hidden size, A query heads, C key heads, D size of a head, V vocabular
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress import activations
 from compress.dense import read_dense
 from compress.errors import ArtifactError, UnsupportedError
 from compress.model import StreamedModel
-from compress.runtime.gpu_decoder import GpuDecoder, LayerWeights, Weights
+from compress.runtime.gpu_decoder import BY_TOKEN, GpuDecoder, LayerWeights, Weights
 from compress.runtime.kernels import weight_only
 from compress.runtime.kernels.decode import Heads
 from compress.runtime.kernels.weight_only import Packed
@@ -27,6 +29,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROOF_TOKENS = 24
 # float16 activations against the streamed model's float32; a wrong weight or rotation is off by more than 0.1.
 TOLERANCE = 2e-2
+# Two roundings of the same inputs that are independent of each other differ by 1.4 times what one of them changes.
+OF_NOISE = 1.5
 
 
 def open_decoder(
@@ -60,12 +64,18 @@ def _refuse(model: StreamedModel, capacity: int) -> None:
         reason = f"it was made for {positions} tokens and {capacity} are asked for"
     elif _head_size(config) % 64:
         reason = f"its heads have {_head_size(config)} values, not a multiple of 64"
-    elif any(model.stored.scheme(layer).input is not None for layer in model.stored.layers):
-        reason = "its activations are quantized"
+    elif (other := _other_inputs(model)) is not None:
+        reason = f"its activations are {other}, and the kernels have {BY_TOKEN.label()} only"
     elif model.kv is not None:
         reason = "its KV cache is INT8"
     if reason:
         raise UnsupportedError(f"{path}: the GPU decoder does not run it, because {reason}; use --runtime torch")
+
+
+def _other_inputs(model: StreamedModel) -> str | None:
+    """An input quantizer that the kernels do not have, if any."""
+    inputs = [model.stored.scheme(layer).input for layer in model.stored.layers]
+    return next((i.label() for i in inputs if i is not None and i != BY_TOKEN), None)
 
 
 def _head_size(config: Any) -> int:
@@ -117,18 +127,37 @@ def _layer(model: StreamedModel, prefix: str, device: torch.device) -> LayerWeig
     first, second = norm("input_layernorm"), norm("post_attention_layernorm")
     assert first is not None and second is not None
     qkv = [f"self_attn.{c}_proj" for c in "qkv"]
+    parts = {
+        "qkv": [f"{prefix}.{n}" for n in qkv],
+        "o": [f"{attention}.o_proj"],
+        "gate_up": [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
+        "down": [f"{mlp}.down_proj"],
+    }
     return LayerWeights(
         input_norm=first,
-        qkv=_packed(model, [f"{prefix}.{n}" for n in qkv], device),
+        qkv=_packed(model, parts["qkv"], device),
         qkv_bias=bias(qkv),
         q_norm=norm("self_attn.q_norm"),
         k_norm=norm("self_attn.k_norm"),
-        o=_packed(model, [f"{attention}.o_proj"], device),
+        o=_packed(model, parts["o"], device),
         o_bias=bias(["self_attn.o_proj"]),
         post_norm=second,
-        gate_up=_packed(model, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], device, gated=True),
-        down=_packed(model, [f"{mlp}.down_proj"], device),
+        gate_up=_packed(model, parts["gate_up"], device, gated=True),
+        down=_packed(model, parts["down"], device),
+        rounded=frozenset(part for part, names in parts.items() if _rounds(model, names)),
     )
+
+
+def _rounds(model: StreamedModel, names: Sequence[str]) -> bool:
+    """Whether the layers of one input quantize it. UnsupportedError where some do and some do not."""
+    sources = [model.source_name(f"{name}.weight", suffix=".weight") for name in names]
+    found = {model.stored.scheme(s).input is not None if s in model.stored else False for s in sources}
+    if len(found) > 1:
+        raise UnsupportedError(
+            f"{model.checkpoint.path}: of {', '.join(names)}, which read one input, some quantize it and some do not; "
+            "use --runtime torch"
+        )
+    return found.pop()
 
 
 def _packed(model: StreamedModel, names: Sequence[str], device: torch.device, *, gated: bool = False) -> Packed:
@@ -172,24 +201,55 @@ def _tables(model: StreamedModel, capacity: int, size: int, device: torch.device
 
 
 def _prove(model: StreamedModel, weights: Weights) -> None:
-    """Run a few tokens through the streamed model and through the kernels, the second half token by token."""
+    """Run a few tokens through the streamed model and through the kernels, the second half token by token.
+
+    Where inputs are INT8, the weights are proven without rounding any, then the rounding: float16 moves values over the
+    middle between two codes, so that the two may differ by as much as rounding itself changes (`OF_NOISE`).
+    """
     length = min(PROOF_TOKENS, len(weights.cosines))
     ids = torch.arange(length)[None] * 7919 % model.vocab_size
+    wanted = _streamed(model, ids, plain=False)
+    if not any(layer.rounded for layer in weights.layers):
+        _compare(model, _decoded(weights, ids), wanted, TOLERANCE)
+        return
+    plain = _streamed(model, ids, plain=True)
+    whole = replace(weights, layers=[replace(layer, rounded=frozenset()) for layer in weights.layers])
+    _compare(model, _decoded(whole, ids), plain, TOLERANCE)
+    noise = float((wanted - plain).norm() / plain.norm())
+    try:
+        _compare(model, _decoded(weights, ids), wanted, max(TOLERANCE, OF_NOISE * noise))
+    except ArtifactError as e:  # the weights are right: transformers' forward runs them
+        raise UnsupportedError(str(e)) from e
+
+
+@torch.no_grad()
+def _streamed(model: StreamedModel, ids: Tensor, *, plain: bool) -> Tensor:
+    """The streamed model's last logits `[V]`; plain: without quantizing any inputs."""
     hidden = model.embed(ids)
-    with torch.no_grad():
-        for index in range(model.num_blocks):
-            model.load_block(index)
-            hidden = model.run_block(index, hidden)
-            model.release_block(index)
-        wanted = model.head(hidden[:, -1:])[0, 0].float()
+    for index in range(model.num_blocks):
+        block = model.load_block(index)
+        for module in block.modules() if plain else ():
+            activations.uninstall(module)
+        hidden = model.run_block(index, hidden)
+        model.release_block(index)
+    return model.head(hidden[:, -1:])[0, 0].float()
+
+
+def _decoded(weights: Weights, ids: Tensor) -> Tensor:
+    """The kernels' last logits `[V]`: half of the ids at once, then one by one."""
+    length = ids.shape[1]
     decoder = GpuDecoder(weights, capacity=length, graphs=False)
     ids = ids.to(weights.embedding.device)
     decoder.prefill(ids[:, : length // 2])
     for t in range(length // 2, length):
         found = decoder.step(ids[:, t])[0].float().cpu()
+    return found
+
+
+def _compare(model: StreamedModel, found: Tensor, wanted: Tensor, tolerance: float) -> None:
     error = float((found - wanted).norm() / wanted.norm())
-    if not error < TOLERANCE:
+    if not error < tolerance:
         raise ArtifactError(
             f"{model.checkpoint.path}: the GPU decoder's logits differ from the model's by {error:.2g} of their size, "
-            f"and float16 explains {TOLERANCE}; use --runtime torch"
+            f"and float16 explains {tolerance:.2g}; use --runtime torch"
         )

@@ -49,6 +49,35 @@ __device__ __forceinline__ float block_sum(float v) {
     return parts[32];
 }
 
+__device__ __forceinline__ float block_max(float v) {
+    __shared__ float parts[33];
+#pragma unroll
+    for (int d = 16; d; d >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, d));
+    if (!(threadIdx.x & 31)) parts[threadIdx.x >> 5] = v;
+    __syncthreads();
+    if (!threadIdx.x) {
+        float w = parts[0];
+        for (int i = 1; i < (blockDim.x >> 5); i++) w = fmaxf(w, parts[i]);
+        parts[32] = w;
+    }
+    __syncthreads();
+    return parts[32];
+}
+
+// Each row to INT8 and back, in place: q = round(x * (127 / largest)), ties to even, x = q * (largest / 127). What a linear with INT8
+// inputs computes from (`compress.activations`, by token, symmetric). One block of whole warps a row.
+extern "C" __global__ void round_rows(half_bits* __restrict__ x, int size) {
+    wait_for_earlier_kernels();
+    half_bits* row = x + (long long)blockIdx.x * size;
+    float largest = 0.f;
+    for (int i = threadIdx.x; i < size; i += blockDim.x) largest = fmaxf(largest, fabsf(to_float(row[i])));
+    largest = block_max(largest);
+    const float inverse = largest > 0.f ? 127.f / largest : 0.f, step = largest / 127.f;
+    for (int i = threadIdx.x; i < size; i += blockDim.x) {
+        row[i] = to_half(fminf(fmaxf(rintf(to_float(row[i]) * inverse), -128.f), 127.f) * step);
+    }
+}
+
 // hidden += added (if any); out = hidden / rms(hidden) * weight. One block a row; size is a multiple of 4. The parameters' eps comes
 // as the bits of a float.
 extern "C" __global__ void add_norm(float* __restrict__ hidden, const half_bits* __restrict__ added,

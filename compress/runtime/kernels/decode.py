@@ -57,6 +57,13 @@ def add_norm(hidden_BH: Tensor, added_BH: Tensor | None, weight_H: Tensor, eps: 
     kernel.launch(rows, threads, (hidden_BH, added_BH, weight_H, out_BH, size, _bits(eps)))
 
 
+def round_rows(x_BK: Tensor) -> None:
+    """x (float16, contiguous) to INT8 by rows and back, in place: `compress.activations`, by token, symmetric."""
+    rows, size = x_BK.shape
+    threads = min(1024, max(32, -(-size // 8 // 32) * 32))
+    _kernel("round_rows", x_BK.device).launch(rows, threads, (x_BK, size))
+
+
 def embed(embedding_VH: Tensor, ids_B: Tensor, hidden_BH: Tensor) -> None:
     """hidden (float32) = rows `ids_B` (int64) of the embedding (float16)."""
     _kernel("embed", ids_B.device).launch(len(ids_B), 256, (embedding_VH, ids_B, hidden_BH, hidden_BH.shape[1]))

@@ -62,7 +62,7 @@ def test_awq_then_export_chain_with_no_arguments(
 
 
 def test_codes_that_were_made_for_the_export_are_judged_as_such(
-    compress: Any, build_model: Any, calib_text: Path, tmp_path: Path
+    compress: Any, build_model: Any, calib_text: Path, tmp_path: Path, valid_json: Any
 ) -> None:
     """Through the command that the export prints, in a folder whose name needs quotes."""
     model = build_model("Qwen3", name="it's my model", hidden_size=128, head_dim=32, vocab_size=4096)
@@ -77,12 +77,12 @@ def test_codes_that_were_made_for_the_export_are_judged_as_such(
     assert shlex.split(lines[-1].split(": ", 1)[1]) == ["python3", f"{judge[2]}/build_engine.py"]
     judged = compress(*judge[1:], "--max-tokens", "256", "--json")
     assert judged.exit_code in (0, 3, 4), judged.output
-    report = json.loads(judged.stdout)
+    report = valid_json("evaluate", judged.stdout)
     assert report["candidate"]["runtime"] == "onnxruntime"
     assert report["judged"].startswith("the export's own, as its onnx-trt files hold them, made of ")
     assert report["judged"].endswith(f"quantized again for orin, not the codes of {tmp_path / 'an artifact'}")
     same = compress("export", "an artifact", "--target", "a100", "--json")
-    assert json.loads(same.stdout)["requantized"] is None
+    assert valid_json("export", same.stdout)["requantized"] is None
 
 
 def test_empty_workspace_exports_the_bundled_model(compress: Any) -> None:
@@ -161,6 +161,25 @@ def test_fit_with_no_model_takes_the_original(compress: Any) -> None:
     shown = compress("fit", "--target", "orin", "--context", "1024")
     assert shown.exit_code == 0 and "the bundled reference model" in shown.stderr
     assert "1024" in shown.stdout and "8192" not in shown.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_formats_of_a_target_stand_on_one_line(columns: int) -> None:
+    """On a terminal of 80 columns too: the titles are left to --json there, and it says so."""
+    from rich.console import Console
+
+    from compress.cli.targets import table_for
+    from exporters.sizing.targets import TARGETS
+
+    console = Console(width=columns, force_terminal=True, color_system=None)
+    with console.capture() as captured:
+        console.print(table_for(columns))
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= columns
+    for name, target in TARGETS.items():
+        (line,) = [x for x in lines if x.split("\u2502")[1:2] and x.split("\u2502")[1].strip() == name]
+        assert ", ".join(target.formats) in line
+        assert (target.title.split()[0] in line) == (columns == 120)
 
 
 def test_targets(compress: Any) -> None:
