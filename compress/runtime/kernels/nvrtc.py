@@ -116,9 +116,11 @@ def _driver() -> ctypes.CDLL:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
-    """NVRTC as torch finds it: already loaded, on the library path, or in the wheel beside torch."""
-    major = str(torch.version.cuda).split(".")[0]
-    name = f"libnvrtc.so.{major}"
+    """NVRTC as torch finds it: already loaded, on the library path, or in the wheel beside torch.
+
+    A CPU build of torch brings none; of an installed wheel any version will do, since it can compile and not run.
+    """
+    name = "libnvrtc.so." + (str(torch.version.cuda).split(".")[0] if torch.version.cuda else "")
     beside = sorted(Path(torch.__file__).resolve().parents[1].glob(f"nvidia/*/lib/{name}*"))
     for candidate in (name, *map(str, beside), "libnvrtc.so"):
         try:
