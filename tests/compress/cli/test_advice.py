@@ -169,7 +169,7 @@ SITUATIONS: dict[str, tuple[list[str], int]] = {
     "edge takes no Gemma 3": (["export", "gem ma", "--target", "orin"], 2),
     "onnx takes no Gemma 3": (["export", "gem ma", "--target", "orin", "--format", "onnx"], 2),
     "fit for edge": (["fit", "it's smol", "--target", "orin"], 2),
-    "INT8 for edge": (["export", "in t8", "--target", "orin"], 2),
+    "INT8 for edge": (["export", "in t8", "--target", "orin"], 1),
     "INT8 by token for TensorRT": (["export", "in t8", "--target", "orin", "--format", "onnx-trt"], 1),
     "an artifact whose original changed": (
         ["export", "of the chan ged", "--target", "orin", "--format", "onnx-trt"],
