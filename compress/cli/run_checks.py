@@ -122,7 +122,7 @@ def _prune(params: Params, source: Source, folder: Path) -> Foreseen:
 
     goal = {k: params[k] for k in ("params", "num_bytes", "target", "context", "max_kl", "candidates")}
     asked = asked_of({name: params[name] for name in AMOUNTS}, **goal)
-    rest = _rest(params, "model", "dry_run", *AMOUNTS, *(k for k in goal if k != "max_kl"))
+    rest = _rest(params, "model", "dry_run", "report", *AMOUNTS, *(k for k in goal if k != "max_kl"))
     request = PruneRequest(source=source, out=folder, asked=asked, **rest)
     model = StreamedModel.open(source.path, trust_remote_code=request.trust_remote_code)
     plan_of(request, model)
