@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,30 +49,29 @@ def _awq(params: Params, source: Source, folder: Path) -> Foreseen:
     from compress.quantize.awq_stage import AwqRequest, awq_stage, check_codes
     from compress.quantize.group_size import asked_scheme
 
-    rest = _rest(params, "model", "bits", "group_size", "sym")
     symmetric = check_codes(params["bits"], params["sym"])
     scheme, _ = asked_scheme(
         source.path, params["bits"], params["group_size"], symmetric, params["skip"],
         trust_remote_code=params["trust_remote_code"],
     )  # fmt: skip
-    request = AwqRequest(source=source, out=folder, scheme=scheme, **rest)
+    request = AwqRequest(source=source, out=folder, scheme=scheme, **_fields(AwqRequest, params))
     return _quantized(awq_stage(request), request, folder)
 
 
 def _int8(params: Params, source: Source, folder: Path) -> Foreseen:
     from compress.quantize.int8_stage import Int8Request, int8_stage
 
-    request = Int8Request(source=source, out=folder, **_rest(params, "model"))
+    request = Int8Request(source=source, out=folder, **_fields(Int8Request, params))
     return _quantized(int8_stage(request), request, folder)
 
 
-def _rest(params: Params, *known: str) -> dict[str, Any]:
-    """A request's fields, with the device and its arithmetic as the commands pick them."""
+def _fields(request: type[Any], params: Params) -> dict[str, Any]:
+    """Those of a command's parameters that are fields of its request, the device and dtype as commands pick them."""
     from compress.devices import pick_device, pick_dtype
 
     device = pick_device(params["device"])
-    rest = {k: v for k, v in params.items() if k not in (*known, "device", "dtype")}
-    return {**rest, "device": device, "dtype": pick_dtype(params["dtype"], device)}
+    picked = {**params, "device": device, "dtype": pick_dtype(params["dtype"], device)}
+    return {f.name: picked[f.name] for f in fields(request) if f.name in picked}
 
 
 def _quantized(stage: Stage, request: CalibratedRequest, folder: Path) -> Foreseen:
@@ -122,8 +121,7 @@ def _prune(params: Params, source: Source, folder: Path) -> Foreseen:
 
     goal = {k: params[k] for k in ("params", "num_bytes", "target", "context", "max_kl", "candidates")}
     asked = asked_of({name: params[name] for name in AMOUNTS}, **goal)
-    rest = _rest(params, "model", "dry_run", "report", *AMOUNTS, *(k for k in goal if k != "max_kl"))
-    request = PruneRequest(source=source, out=folder, asked=asked, **rest)
+    request = PruneRequest(source=source, out=folder, asked=asked, **_fields(PruneRequest, params))
     model = StreamedModel.open(source.path, trust_remote_code=request.trust_remote_code)
     plan_of(request, model)
     _check_calibration(request)
@@ -153,13 +151,15 @@ def _distill(params: Params, source: Source, folder: Path) -> Foreseen:
     from compress.cli.distill import request_of, teacher_of
     from compress.distill import memory, models, prepare
     from compress.distill.data import refuse_endless
+    from compress.distill.request import DistillRequest
 
     if not params["data"] and params["cache"] is None:
         raise ConfigError('no text to learn on; add data, such as data = ["self"], or cache = "@teach"')
     if params["tensorboard"] and params["report"] is None:
         raise ConfigError("tensorboard writes into the report folder; add report as well")
     teacher = teacher_of(params["teacher"], source)
-    rest = {k: v for k, v in params.items() if k not in ("teacher", "student", "report", "tensorboard")}
+    asked = {"mix", *(f.name for f in fields(DistillRequest))} - {"teacher", "student", "out"}
+    rest = {name: value for name, value in params.items() if name in asked}
     request = request_of(source, teacher, out=folder, **rest)
     prepare.refuse(request)
     micro, _ = prepare.sizes(request)
