@@ -17,8 +17,10 @@ from torch import Tensor
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
 from compress.files import read_json
+from compress.formats import compressed_tensors, stored
 from exporters.edge.folder import GROUP_SIZE, Handed, expected_dense, expected_int4, head_dim, rope_of
 from exporters.edge.graph import PAGE_TOKENS, Graph, attributes
+from exporters.edge.int8 import expected as expected_int8
 from exporters.edge.layout import unpack_fragments
 
 INT4 = "Int4GroupwiseGemmPluginV2"
@@ -53,13 +55,13 @@ def check_log(lines: Iterable[str], handed: Handed) -> tuple[int, int]:
 def check_weights(checkpoint: Checkpoint, folder: Path) -> dict[str, int]:
     """Compare every weight of the artifact with what `folder` (model.onnx, embedding.safetensors) holds.
 
-    Returns how many INT4 layers, codes, scales and float16 tensors were equal. Raises ArtifactError at the first that
-    is not, that is missing, or that nobody asked for.
+    Returns how many INT4 and INT8 layers, codes, scales and float16 tensors were equal. Raises ArtifactError at the
+    first that is not, that is missing, or that nobody asked for.
     """
     graph = Graph(folder)
     products = {n.input[1]: n for n in graph.nodes if n.op_type == INT4}
     norms = _head_norms(graph)
-    counts = {"int4_layers": 0, "codes": 0, "scales": 0, "float16_tensors": 0}
+    counts = {"int4_layers": 0, "int8_layers": 0, "codes": 0, "scales": 0, "float16_tensors": 0}
     seen: set[str] = set()
     for name, wanted in expected_int4(checkpoint):
         weight, scales = f"{_PREFIX}{name}.qweight", f"{_PREFIX}{name}.scales"
@@ -81,10 +83,51 @@ def check_weights(checkpoint: Checkpoint, folder: Path) -> dict[str, int]:
     extra = sorted(set(products) - seen)
     if extra:
         raise _wrong(folder, extra[0].removeprefix(_PREFIX), "is quantized, though the artifact's is not")
+    _check_int8(graph, checkpoint, counts)
     for name, value in expected_dense(checkpoint):
         _equal(folder, name, _dense(graph, folder, name, norms, value), value)
         counts["float16_tensors"] += 1
     return counts
+
+
+def _check_int8(graph: Graph, checkpoint: Checkpoint, counts: dict[str, int]) -> None:
+    """Follow each INT8 weight to its product and from there to its inputs; every number must be the artifact's."""
+    makers = {name: node for node in graph.nodes for name in node.output}
+    weights = {
+        n.input[0]: n for n in graph.nodes if n.op_type == "DequantizeLinear" and n.input[0] in graph.initializers
+    }
+    layers = expected_int8(checkpoint) if stored(checkpoint).format is compressed_tensors else ()
+    for layer, wanted in layers:
+        back = weights.pop(f"{_PREFIX}{layer}.weight", None)
+        if back is None or attributes(back).get("axis") != 0:
+            raise _wrong(graph.folder, layer, "is not an INT8 weight of the graph with a scale a row")
+        value, seen = back.output[0], [back.op_type]
+        while seen[-1] != "MatMul":
+            (user,) = (n for n in graph.nodes if value in n.input)
+            seen.append(user.op_type)
+            if seen != ["DequantizeLinear", "Cast", "Transpose", "MatMul"][: len(seen)]:
+                raise _wrong(graph.folder, layer, f"goes through {seen} instead of into a product")
+            value, product = user.output[0], user
+        inputs = [makers[product.input[0]]]
+        while len(inputs) < 4:
+            inputs.append(makers[inputs[-1].input[0]])
+        if [n.op_type for n in inputs] != ["Cast", "DequantizeLinear", "QuantizeLinear", "Mul"]:
+            raise _wrong(graph.folder, layer, f"gets its inputs through {[n.op_type for n in inputs]}")
+        if inputs[1].input[1] != inputs[2].input[1]:
+            raise _wrong(graph.folder, layer, "has its inputs dequantized with another scale than they were quantized")
+        found = {
+            "weight": back.input[0],
+            "weight_scale": back.input[1],
+            "input_scale": inputs[2].input[1],
+            "pre_quant_scale": inputs[3].input[1],
+        }
+        for leaf, name in found.items():
+            _equal(graph.folder, f"{layer} {leaf}", graph.constant(name), wanted[leaf])
+        counts["int8_layers"] += 1
+        counts["codes"] += wanted["weight"].numel()
+        counts["scales"] += wanted["weight_scale"].numel() + 1
+    if weights:
+        raise _wrong(graph.folder, next(iter(weights)).removeprefix(_PREFIX), "is INT8, though the artifact's is not")
 
 
 def check_structure(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:

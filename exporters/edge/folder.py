@@ -24,9 +24,10 @@ from compress.artifact import carried_files
 from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import json_bytes
-from compress.formats import awq_gemm, stored
+from compress.formats import awq_gemm, compressed_tensors, stored
 from compress.quantized import QuantizedWeight
 from compress.shards import save_atomically
+from exporters.edge import int8
 from exporters.reader import Layout
 
 # model_type -> where that comes from. Every other type is refused before any work.
@@ -39,7 +40,8 @@ ARCHITECTURES = {
 }
 GROUP_SIZE = 128  # Int4GroupwiseGemmPluginV2
 # AutoAWQ with other zero points than 8 is clipped silently by the exporter; its INT4 product takes groups of 128 only.
-LAYOUT = Layout(num_bits=(4,), group_sizes=(GROUP_SIZE,), symmetric=True)
+# Of INT8 it has W8A8 with one range of inputs.
+LAYOUT = Layout(num_bits=(4,), group_sizes=(GROUP_SIZE,), symmetric=True, w8a8=("a8-static",))
 LLAMA3_DIMS = (64, 128)  # "Llama-3 RoPE supports rotaryDim 64 or 128 only", a message of its 0.11.0 runtime
 MULTIPLE_N = 64  # its fragments, tensorrt_edgellm 0.11.0 checkpoint/repacking.py
 
@@ -66,10 +68,16 @@ def check_model(checkpoint: Checkpoint, context: int) -> None:
     config, path = checkpoint.config, checkpoint.path
     check_config(path, config, context)
     folder = stored(checkpoint)
+    if "lm_head" in folder:
+        raise UnsupportedError(f"{path}: its lm_head is quantized, and edge takes it in float16; quantize without it")
+    schemes = folder.plan.groups()
+    if folder.format is compressed_tensors and schemes and all(LAYOUT.takes_int8(scheme) for scheme in schemes):
+        return int8.check_config(path, config)
     if folder.format not in (None, awq_gemm):
         raise UnsupportedError(
             f"{path}: quant_method {folder.format.QUANT_METHOD!r} is not supported by edge: TensorRT Edge-LLM "
-            "0.11 would export it with uninitialised weights; quantize with `compress awq --bits 4 --sym`"
+            "0.11 would export it with uninitialised weights; quantize with `compress awq --bits 4 --sym` or `compress "
+            "int8 --static`"
         )
     for scheme in folder.plan.groups():
         if scheme.weight is not None and scheme.weight.group_size != GROUP_SIZE:
@@ -77,9 +85,10 @@ def check_model(checkpoint: Checkpoint, context: int) -> None:
                 f"{path}: group_size {scheme.weight.group_size} is not supported by edge, only "
                 f"{GROUP_SIZE}; quantize with `compress awq --bits 4 --sym --group-size {GROUP_SIZE}`"
             )
-    if "lm_head" in folder:
-        raise UnsupportedError(f"{path}: its lm_head is quantized, and edge takes it in float16; quantize without it")
     check_rows(path, config, {name: folder.shape(name) for name in folder.layers})
+
+
+check_int8 = int8.check_config
 
 
 def check_config(path: Path, config: Mapping[str, Any], context: int) -> None:
@@ -131,7 +140,7 @@ def check_zero_points(checkpoint: Checkpoint) -> None:
     Gaussian matrix come out wrong.
     """
     folder = stored(checkpoint)
-    for name in folder.layers:
+    for name in folder.layers if folder.format is awq_gemm else ():
         if not awq_gemm.is_symmetric(checkpoint, name, folder.scheme(name)):
             zeros_OG = folder.weight(name).zero_point_OG
             bad = int((zeros_OG != 8).sum())
@@ -156,6 +165,9 @@ def hand_over(checkpoint: Checkpoint, folder: Path) -> Handed:
     if config["model_type"] == "phi3":
         names = _split_shards(checkpoint, folder)
         config["model_type"], config["architectures"] = "llama", ["LlamaForCausalLM"]
+    elif stored(checkpoint).format is compressed_tensors:
+        names = int8.write_folder(checkpoint, folder)
+        config.pop("quantization_config")  # ModelOpt's own file says it
     else:
         names = list(checkpoint.tensors)
         for file in sorted({info.file for info in checkpoint.tensors.values()} | {INDEX}):
@@ -170,9 +182,9 @@ def hand_over(checkpoint: Checkpoint, folder: Path) -> Handed:
 
 
 def expected_int4(checkpoint: Checkpoint) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Every quantized layer under the name that the export must have, one at a time."""
+    """Every INT4 layer under the name that the export must have, one at a time."""
     folder = stored(checkpoint)
-    for name in folder.layers:
+    for name in folder.layers if folder.format is awq_gemm else ():
         yield from _split(name, folder.weight(name), checkpoint.config)
 
 

@@ -283,6 +283,22 @@ def _cast(x: Tensor, keywords: Mapping[str, Any]) -> Tensor:
     return x.float() if keywords["to"] in floats else x.long()
 
 
+def _quantize(x: Tensor, scale: Tensor, keywords: Mapping[str, Any]) -> Tensor:
+    """INT8 codes, as floats, of one scale for the whole tensor."""
+    if keywords.get("output_dtype") != 3 or scale.numel() != 1:
+        raise UnsupportedError(f"QuantizeLinear with {dict(keywords)} has no definition here; refused")
+    return (x / scale).round().clamp(-128, 127)
+
+
+def _dequantize(q: Tensor, scale: Tensor, keywords: Mapping[str, Any]) -> Tensor:
+    """Codes times their scale: one for the whole tensor, or one a row (axis 0)."""
+    if scale.numel() == 1:
+        return q.float() * scale
+    if keywords.get("axis", 1) != 0 or scale.numel() != len(q):
+        raise UnsupportedError(f"DequantizeLinear with {dict(keywords)} has no definition here; refused")
+    return q.float() * scale[:, None]
+
+
 Compute = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Tensor, ...]]
 _OPERATORS: dict[tuple[str, str], Compute] = {
     ("", "Add"): lambda a, k: (a[0] + a[1],),
@@ -299,6 +315,8 @@ _OPERATORS: dict[tuple[str, str], Compute] = {
     ("", "Reshape"): lambda a, k: (_reshape(a[0], a[1], k.get("allowzero", 0)),),
     ("", "Gather"): lambda a, k: (a[0].index_select(k.get("axis", 0), a[1]),),
     ("", "Transpose"): lambda a, k: (a[0].permute(list(k["perm"])),),
+    ("", "QuantizeLinear"): lambda a, k: (_quantize(a[0], a[1], k),),
+    ("", "DequantizeLinear"): lambda a, k: (_dequantize(a[0], a[1], k),),
     ("", "MatMul"): lambda a, k: (a[0] @ a[1],),
     ("", "Gemm"): lambda a, k: (_gemm(a, k),),
     (DOMAIN, "Int4GroupwiseGemmPluginV2"): lambda a, k: (a[0] @ a[1].t(),),

@@ -36,7 +36,7 @@ PREFILL_TOKENS = 2048
 BUILD_BYTES_PER_PARAMETER = (3.0, 4.0)
 # Bits a weight that this version can make for each format; others are sized, and said to be plans.
 MADE_BITS: dict[str, tuple[int, ...]] = {
-    "hf": (16, 8, 4), "edge": (16, 4), "onnx-trt": (16, 8, 4), "tensorrt": (16, 8, 4), "onnx": (16, 8, 4),
+    "hf": (16, 8, 4), "edge": (16, 8, 4), "onnx-trt": (16, 8, 4), "tensorrt": (16, 8, 4), "onnx": (16, 8, 4),
 }  # fmt: skip
 # Numbers in the KV cache: what each format's reader takes. TensorRT's cache layer and Edge-LLM on Orin: 16 bits only;
 # vLLM's kv_cache_dtype takes 8; ONNX Runtime's CPU kernels compute in float32.
@@ -382,7 +382,8 @@ def _elsewhere(model: Model, plan: Plan, target: Target) -> Iterator[Suggestion]
 
 
 def _bits_text(bits: int, format: str) -> str:
-    way = {4: "compress awq --bits 4", 8: "compress int8 --scheme w8a16"}[bits]
+    int8 = "compress int8 --static" if format == "edge" else "compress int8 --scheme w8a16"
+    way = {4: "compress awq --bits 4", 8: int8}[bits]
     return f"weights of {bits} bits" + (f" ({way})" if bits in MADE_BITS[format] else "")
 
 

@@ -127,8 +127,8 @@ def test_what_no_stage_takes(family: str, sizes: dict[str, Any], said: str, tmp_
 @pytest.mark.parametrize(
     ("changes", "target", "words"),
     [
-        ({}, ["orin"], ["awq", "MODEL", "--bits", "4", "--sym"]),
-        ({"scheme": "w8a16"}, ["orin"], ["awq", "MODEL", "--bits", "4", "--sym"]),
+        ({}, ["orin"], ["int8", "MODEL", "--static"]),
+        ({"scheme": "w8a16"}, ["orin"], ["int8", "MODEL", "--static"]),
         ({}, ["orin", "--format", "onnx-trt"], ["int8", "MODEL", "--static"]),
         (
             {"scheme": "w8a16", "group_size": 32},

@@ -74,7 +74,7 @@ def test_equal_weights_are_counted(awq_folder: Make, tmp_path: Path) -> None:
     counts = edge_check.check_weights(checkpoint, export_by_hand(checkpoint, tmp_path / "llm", lambda arrays: None))
     q, kv, o, mlp = 256 * 256, 2 * 128 * 256, 256 * 256, 3 * 256 * 384
     assert counts == {
-        "int4_layers": 14, "codes": 2 * (q + kv + o + mlp), "scales": 2 * (q + kv + o + mlp) // 128,
+        "int4_layers": 14, "int8_layers": 0, "codes": 2 * (q + kv + o + mlp), "scales": 2 * (q + kv + o + mlp) // 128,
         "float16_tensors": 7,
     }  # fmt: skip
 
@@ -150,7 +150,7 @@ def test_unquantized_projections_are_found_by_content(build_model: Make, tmp_pat
     checkpoint = Checkpoint.open(build_model(dtype="float16"))
     folder = export_by_hand(checkpoint, tmp_path / "llm", fused)
     counts = edge_check.check_weights(checkpoint, folder)
-    assert counts == {"int4_layers": 0, "codes": 0, "scales": 0, "float16_tensors": 21}
+    assert counts == {"int4_layers": 0, "int8_layers": 0, "codes": 0, "scales": 0, "float16_tensors": 21}
 
     def wrong(arrays: dict[str, Any]) -> None:
         fused(arrays)
