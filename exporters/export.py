@@ -205,12 +205,15 @@ def _sequences_note(request: ExportRequest, plan: Plan) -> str | None:
         return None
     if request.batch is not None:
         return f"the files in serve/ ask for max-num-seqs={plan.batch}, as --batch says"
-    limit = f"the most that is asked for unasked; {request.target.name} has room for it"
-    room = f"as many as fit {request.target.name} with {plan.context} tokens each"
-    return (
-        f"the files in serve/ ask for max-num-seqs={plan.batch}: {limit if plan.batch == MOST_SEQUENCES else room}; "
-        "--batch N asks for another number, and a smaller --context leaves room for more"
-    )
+    name = request.target.name
+    if plan.batch == MOST_SEQUENCES:
+        why = f"the most that is asked for unasked, {name} has room for it; --batch N asks for another number"
+    else:
+        why = (
+            f"as many as fit {name} with {plan.context} tokens each; --batch N asks for another number, and a smaller "
+            "--context leaves room for more"
+        )
+    return f"the files in serve/ ask for max-num-seqs={plan.batch}: {why}"
 
 
 def _write_readme(job: Job, plan: Plan, artifact: Artifact, written: Written) -> None:

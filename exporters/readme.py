@@ -57,8 +57,8 @@ Needs:
 | all | {total / 1e6:.2f} |
 | the same model in FP16 | {fp16 / 1e6:.2f} |
 
-`compress.json` holds the hash of every file, what was compared with the original when this folder was written, and how
-the weights were made. `compress evaluate` judges it.
+`compress.json` holds the hash of every file, what was compared with the artifact when this folder was written, and how
+the weights were made. `compress evaluate .` judges them.
 """
 
 

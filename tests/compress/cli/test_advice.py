@@ -79,6 +79,11 @@ def made(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: dict[str, by
         ):
             done = call(*words_)
             assert done.exit_code == 0, done.output
+        changed = root / "cha'nged since"
+        shutil.copytree(smol, changed)
+        assert call("awq", changed, *LITTLE["awq"], "-o", "of the chan ged").exit_code == 0
+        weights = changed / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-2] + b"\x00\x30")  # another number, and still a float16
     return root
 
 
@@ -164,8 +169,12 @@ SITUATIONS: dict[str, tuple[list[str], int]] = {
     "edge takes no Gemma 3": (["export", "gem ma", "--target", "orin"], 2),
     "onnx takes no Gemma 3": (["export", "gem ma", "--target", "orin", "--format", "onnx"], 2),
     "fit for edge": (["fit", "it's smol", "--target", "orin"], 2),
-    "INT8 for edge": (["export", "in t8", "--target", "orin"], 2),
+    "INT8 for edge": (["export", "in t8", "--target", "orin"], 1),
     "INT8 by token for TensorRT": (["export", "in t8", "--target", "orin", "--format", "onnx-trt"], 1),
+    "an artifact whose original changed": (
+        ["export", "of the chan ged", "--target", "orin", "--format", "onnx-trt"],
+        1,
+    ),
     "an export again": (["export", "t rt", "--target", "orin", "--format", "onnx-trt"], 1),
     "inspect of a graph": (["inspect", "t rt"], 1),
     "evaluate without a text": (["evaluate", AWQ], 1),
@@ -190,6 +199,15 @@ def test_what_is_named_runs(name: str, here: Path) -> None:
     for words in named:
         assert "edge" not in words, "a format that needs gigabytes of another tool cannot be tried here"
         works(words, here, (reason(done),))
+
+
+def test_group_sizes_that_are_offered_work(here: Path) -> None:
+    done = call("awq", "it's smol", "--group-size", "0")
+    assert done.exit_code == 2
+    offered = re.findall(r"\w+", done.stderr.split("choose ")[1])
+    assert {"auto", "128", "64", "32"} == set(offered) - {"or"}
+    for size in ("auto", "128"):
+        works(["awq", "it's smol", "--group-size", size], here, ())
 
 
 @pytest.mark.parametrize(
