@@ -27,7 +27,8 @@ Runner = TorchRunner | OnnxRunner
 Reading = TorchReading | OnnxReading
 
 LEAST_BYTES = 16 << 20
-"""Hidden states of one model that are held for a part at least; above that, an eighth of what its weights take."""
+"""Hidden states of one model that are held for a part at least; above that, a thirty-second of what its weights take.
+Three such are held at once; reading the weights once more takes far less than computing on as many tokens."""
 _ELEMENTWISE = 200
 """Multiply-adds that comparing one logit with another takes as long as, beside those of their own products (measured
 on one thread of a CPU; it only decides how the time left is guessed before a part is through)."""
@@ -74,7 +75,7 @@ def run(
     """Ask both runners ("reference", "candidate") every question. The first `num_windows`, of one length, may be
     watched inside. `weight_bytes`: of the larger model, by which the parts are sized."""
     observe = _how_many_to_watch(runners, questions[:num_windows])
-    parts = _parts(runners, questions, observe, max(LEAST_BYTES, weight_bytes // 8))
+    parts = _parts(runners, questions, observe, max(LEAST_BYTES, weight_bytes // 32))
     kept = [_kept(runners["reference"], part, questions, observe, keep) for part in parts]
     work = _Work(tell, runners, [[questions[i] for i in part] for part in parts], kept)
     answers: dict[int, Compared] = {}
