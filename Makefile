@@ -23,9 +23,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -e '.[dev]'
 	touch $@
 
+# INT4 of the small bundled model does not keep 98 %, and the gate says so (exit code 3, or 4): no failure of the demo.
+DEMO := artifacts/reference-lm-awq-w4g128
 demo: $(VENV)/installed
-	$(BIN)/compress awq --bits 4 --force
-	$(BIN)/compress evaluate
+	$(BIN)/compress awq --bits 4 --force -o $(DEMO)
+	$(BIN)/compress evaluate $(DEMO) --gate 0.98 --report artifacts/demo-report; case $$? in 0|3|4) ;; *) exit 1;; esac
+	@for model in calibration_data/reference_lm $(DEMO); do echo; echo "$$model writes:"; \
+	$(BIN)/compress generate $$model "Once upon a time" --max-new-tokens 40 --quiet || exit 1; done
+	@echo; echo "next: source $(BIN)/activate, open artifacts/demo-report/index.html, compress status, and for a model of"
+	@echo "your own: compress init a100-awq --model MODEL --calib notes.txt --data held_out.txt"
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)

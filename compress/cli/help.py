@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 # What many commands have, by the parameter's name; the others are the command's own.
@@ -40,7 +42,14 @@ EXAMPLES = {
 
 
 class Command(click.Command):
-    """A command whose options are listed in groups, its own first, and whose help ends in an example."""
+    """A command whose options are listed in groups, its own first, and whose help ends in an example.
+
+    click keeps a command's help option as the first caller had it, so its names are set here, for all callers.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        settings.setdefault("context_settings", {"help_option_names": ["-h", "--help"]})
+        super().__init__(*args, **settings)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {OWN: [], **{title: [] for title in _GROUPS}}

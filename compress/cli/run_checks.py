@@ -216,7 +216,7 @@ def _export(params: Params, source: Source, folder: Path) -> Foreseen:
         options=options,
     )  # fmt: skip
     artifact = Artifact(path=source.path)
-    _, sizing, wanted = fitted(request, chosen, load_format(chosen), artifact)
+    plan, sizing, wanted = fitted(request, chosen, load_format(chosen), artifact)
     if chosen == "hf":
         vllm_rules.check(artifact.folder, machine.sm)
     manifest = read_manifest(source.path)
@@ -226,7 +226,9 @@ def _export(params: Params, source: Source, folder: Path) -> Foreseen:
             f"{chosen} takes {wanted.label()} codes, and only what `awq` made can be quantized again for it ({made}); "
             "let [awq] make such codes (sym, group-size)"
         )
-    note = "" if wanted is None else f"quantized again with {wanted.label()} codes, which its reader takes"
+    note = f"memory: {plan.batch} sequences of {plan.context} tokens"
+    if wanted is not None:
+        note += f"; quantized again with {wanted.label()} codes, which its reader takes"
     return Foreseen(bytes=sizing.weights, memory=sizing.run_peak, note=note)
 
 

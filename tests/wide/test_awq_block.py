@@ -97,8 +97,8 @@ def added(model: nn.Module, ids_NT: Tensor) -> Tensor:
 
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "Llama-3-8B's heads, 8 x 128": (
-        "fast", "Llama", {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "Llama, grouped queries, 8 x 128": (
+        "fast", "Llama", {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
     ),
     "Gemma-2-9B's heads, 8 x 256": (
         "balanced", "Gemma2", {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256},
@@ -181,7 +181,7 @@ def test_the_block_computes_nearly_the_same_and_better_than_rounded_plainly(made
     assert ours < 0.9 * theirs < 0.3, (ours, theirs)
 
 
-@pytest.mark.parametrize("made", ["Llama-3-8B's heads, 8 x 128"], indirect=True)
+@pytest.mark.parametrize("made", ["Llama, grouped queries, 8 x 128"], indirect=True)
 def test_codes_are_the_best_that_a_slow_search_finds(made: Made) -> None:
     """Effort `fast`, some rows of the queries: every range of the grid tried, one row and one group at a time."""
     before, after = block_of(made.original), block_of(made.quantized)
@@ -190,7 +190,7 @@ def test_codes_are_the_best_that_a_slow_search_finds(made: Made) -> None:
     x_TI = inputs_of(made.quantized, "self_attn.q_proj", made.ids_NT)
     found = made.result.quantized["self_attn.q_proj"]
     compared, equal = 0, 0
-    for row in range(0, 4096, 512):
+    for row in range(0, 2048, 256):
         for group in range(8):
             columns = slice(group * 128, (group + 1) * 128)
             w, gram = w_OI[row, columns].double(), x_TI[:, columns].t() @ x_TI[:, columns]
