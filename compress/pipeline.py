@@ -21,6 +21,7 @@ from compress.errors import CompressError
 from compress.files import file_sha256, is_file, json_bytes, read_json, write_bytes_atomically
 from compress.lock import locked
 from compress.stage import versions
+from compress.weights import holds_safetensors
 
 RUNS = "runs.json"
 KIND = "runs of recipes"
@@ -150,6 +151,7 @@ def content(path: Path) -> str | None:
             return file_sha256(path)
         if is_file(path / MANIFEST):
             return file_sha256(path / MANIFEST)
-        return Checkpoint.open(path).content_sha256() if is_file(path / "config.json") else None
+        is_model = is_file(path / "config.json") and holds_safetensors(path)  # a plan may be of a config alone
+        return Checkpoint.open(path).content_sha256() if is_model else None
     except (OSError, ValueError):
         return None

@@ -67,12 +67,17 @@ def command(
 def _model(recipe: Recipe, *, config_is_enough: bool) -> Path:
     """The recipe's model on disk; the bundled one where it names none."""
     import calibration_data
+    from compress.checkpoint import Checkpoint
     from compress.workspace import config_only, resolve
 
     if recipe.model is None:
         return calibration_data.reference_model()
     try:
-        return config_only(recipe.model.value) if config_is_enough else resolve(recipe.model.value).path
+        if config_is_enough:
+            return config_only(recipe.model.value)
+        found = resolve(recipe.model.value).path
+        Checkpoint.open(found)  # refuses a folder without weights
+        return found
     except CompressError as e:
         raise ConfigError(f"{recipe.model.where}: {e}") from None
 

@@ -146,6 +146,23 @@ def test_a_changed_option_makes_its_step_again_and_what_follows(compress: Any, v
     assert damaged.exit_code == 1 and "config.json would be lost" in damaged.stderr
 
 
+def test_a_plan_needs_a_config_only_and_a_run_weights(compress: Any, calib_text: Path) -> None:
+    """An 8B shape, of which no weight is there: sized, checked, and refused where it would start."""
+    Path("big").mkdir()
+    Path("big/config.json").write_text(json.dumps({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "tie_word_embeddings": False, "max_position_embeddings": 8192,
+    }))  # fmt: skip
+    texts = ("--set", f"awq.calib={calib_text}", "--set", f"evaluate.data={calib_text}")
+    plan = json.loads(compress("run", "a100-awq", "--model", "big", *texts, "--dry-run", "--json").stdout)["plan"]
+    assert plan[0]["bytes"] == pytest.approx(5.7e9, rel=0.02), "3.6 GB of INT4, 2.1 GB of embeddings in float16"
+    unsaid = compress("run", "a100-awq", "--model", "big", *texts[2:], "--dry-run")
+    assert unsaid.exit_code == 1 and "[awq] would be refused: no --calib: " in unsaid.stderr
+    started = compress("run", "a100-awq", "--model", "big", *texts)
+    assert started.exit_code == 1 and "no safetensors weights" in started.stderr and not Path("artifacts").exists()
+
+
 def test_what_a_recipe_did_not_make_is_in_the_way(compress: Any) -> None:
     Path("r.toml").write_text("[awq]\n")
     Path("artifacts/r-awq").mkdir(parents=True)
