@@ -1,6 +1,6 @@
 """How long does one GPU take from a model on disk to a verified artifact on disk, with how much memory?
 
-    python tests/bench/gpu.py [--shape llama-3-8b] [--blocks N] [--effort fast balanced] [--json FILE] [--profile]
+    python tests/bench/gpu.py [--stage awq|int8] [--shape llama-3-8b] [--blocks N] [--effort fast balanced] [--profile]
 
 Makes a Llama of random weights in the shape of a real one (16-bit, sharded at 5 GB, full vocabulary), drops it from the
 page cache, and runs the quantizer on it in a process of its own with 128 x 512 random token ids. Prints seconds by
@@ -199,7 +199,7 @@ def _seconds(work: Callable[[], Any], repeats: int = 7) -> float:
 # ---- what the run cannot avoid -----------------------------------------------------------------------
 
 
-def counts(shape: dict[str, int], blocks: int, tokens: int, passes: int) -> dict[str, float]:
+def counts(shape: dict[str, int], blocks: int, tokens: int, passes: int, stage: str) -> dict[str, float]:
     """Operations and bytes: `passes` forward passes over the tokens, one Gram matrix an input, weights in and out."""
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -210,7 +210,7 @@ def counts(shape: dict[str, int], blocks: int, tokens: int, passes: int) -> dict
         "forward_FLOP": passes * blocks * tokens * (2.0 * weights + attention),
         "gram_FLOP": blocks * tokens * (3.0 * hidden**2 + inner**2),  # a symmetric product needs half of 2 n^2
         "read_bytes": 2.0 * (blocks * weights + outside),
-        "written_bytes": blocks * weights * (0.5 + 2.5 / 128) + 2.0 * outside,
+        "written_bytes": blocks * weights * (1.0 if stage == "int8" else 0.5 + 2.5 / 128) + 2.0 * outside,
     }
 
 
@@ -226,6 +226,7 @@ def child(arguments: argparse.Namespace) -> None:
 
     from compress import assemble, model, stage
     from compress.quantize.awq_stage import AwqRequest, quantize_awq
+    from compress.quantize.int8_stage import Int8Request, quantize_int8
     from compress.scheme import Scheme
     from compress.tell import Tell
     from compress.workspace import resolve
@@ -254,10 +255,10 @@ def child(arguments: argparse.Namespace) -> None:
             state["block"] = time.perf_counter()
 
     options: dict[str, Any] = {"effort": arguments.effort} if arguments.effort else {}
-    request = AwqRequest(
-        source=resolve(arguments.model), out=Path(arguments.out), scheme=Scheme(), calib=arguments.calib,
-        samples=arguments.samples, seq_len=SEQ_LEN, dtype=arguments.dtype, device=arguments.device, **options,
-    )  # fmt: skip
+    options |= {
+        "source": resolve(arguments.model), "out": Path(arguments.out), "calib": arguments.calib,
+        "samples": arguments.samples, "seq_len": SEQ_LEN, "dtype": arguments.dtype, "device": arguments.device,
+    }  # fmt: skip
     if arguments.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if arguments.device == "cuda":
@@ -273,7 +274,9 @@ def child(arguments: argparse.Namespace) -> None:
                 setattr(module, name, _timed(getattr(module, name), name, parts))
 
     def work() -> Any:
-        return quantize_awq(request, Clock())
+        if arguments.stage == "int8":
+            return quantize_int8(Int8Request(**options), Clock())  # w8a8
+        return quantize_awq(AwqRequest(scheme=Scheme(), **options), Clock())
 
     if arguments.profile:
         outcome = _profiled(work)
@@ -326,7 +329,16 @@ def _profiled(work: Callable[[], Any]) -> Any:
 def measure(arguments: argparse.Namespace, model: Path, text: Path, out: Path, effort: str | None) -> dict[str, Any]:
     drop_from_page_cache(model)
     command = [sys.executable, __file__, "--child", "--model", str(model), "--calib", str(text), "--out", str(out)]
-    command += ["--device", arguments.device, "--dtype", arguments.dtype, "--samples", str(arguments.samples)]
+    command += [
+        "--stage",
+        arguments.stage,
+        "--device",
+        arguments.device,
+        "--dtype",
+        arguments.dtype,
+        "--samples",
+        str(arguments.samples),
+    ]
     command += ["--effort", effort] if effort else []
     command += ["--profile"] if arguments.profile else []
     command += ["--tf32"] if arguments.tf32 else []
@@ -340,6 +352,7 @@ def measure(arguments: argparse.Namespace, model: Path, text: Path, out: Path, e
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--stage", choices=["awq", "int8"], default="awq", help="int8: w8a8 [awq: INT4]")
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3-8b")
     parser.add_argument("--blocks", type=int, help="decoder blocks to make [all]")
     parser.add_argument("--samples", type=int, default=SAMPLES)
@@ -383,9 +396,10 @@ def main() -> None:
                 arguments, folder / "model", folder / "calib.txt", folder / "out", effort
             )
             subprocess.run(["rm", "-r", str(folder / "out")], check=True)
-    count = counts(shape, blocks, arguments.samples * SEQ_LEN, arguments.passes)
+    count = counts(shape, blocks, arguments.samples * SEQ_LEN, arguments.passes, arguments.stage)
     report = {
-        "card": card, "torch": torch.__version__, "shape": arguments.shape, "blocks": blocks, "real_blocks": real,
+        "card": card, "torch": torch.__version__, "stage": arguments.stage, "shape": arguments.shape,
+        "blocks": blocks, "real_blocks": real,
         "tokens": arguments.samples * SEQ_LEN, "dtype": arguments.dtype, "ceilings": limits, "counts": count,
         "runs": runs,
     }  # fmt: skip
