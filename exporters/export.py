@@ -96,8 +96,8 @@ class ExportOutcome:
     fp32_bytes: int
     requantized: Path | None
     notes: list[str]
-    verb: str = ""
-    command: str = ""
+    verb: str
+    command: str
 
 
 def export(request: ExportRequest, *, formats: Mapping[str, str] = FORMATS, tell: Tell = SILENT) -> ExportOutcome:
@@ -143,11 +143,13 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
     )
     try:
         written = module.write(job)
-        if not written.record.get("verified") or not sum(written.parts.values()):
+        usage = written.usage
+        if not written.record.get("verified") or not sum(written.parts.values()) or usage is None:
             raise ArtifactError(
-                f"format {name} does not say what it verified, or what it wrote; the export was not kept"
+                f"format {name} does not say what it verified, what it wrote or how that is used; the export was not "
+                "kept"
             )
-        _write_readme(job, plan, artifact, written)
+        _write_readme(job, plan, artifact, written.parts, usage)
         record = _record(request, plan, sizing, artifact, requantized, place.out, written)
         manifest = manifest_of(record, artifact.path, place.out)
         record = write_manifest(job.staged, manifest, written.hashes).record
@@ -165,8 +167,8 @@ def _export(request: ExportRequest, name: str, module: Format, place: Place, tel
         fp32_bytes=4 * artifact.model.num_parameters,
         requantized=requantized,
         notes=[*written.notes, *filter(None, notes), *links_elsewhere(artifact.path), *place.notes],
-        verb=written.usage.verb if written.usage else "",
-        command=written.usage.line(str(place.out)) if written.usage else "",
+        verb=usage.verb,
+        command=usage.line(str(place.out)),
     )
 
 
@@ -216,17 +218,15 @@ def _sequences_note(request: ExportRequest, plan: Plan) -> str | None:
     return f"the files in serve/ ask for max-num-seqs={plan.batch}: {why}"
 
 
-def _write_readme(job: Job, plan: Plan, artifact: Artifact, written: Written) -> None:
-    if written.usage is None:
-        return
+def _write_readme(job: Job, plan: Plan, artifact: Artifact, parts: Mapping[str, int], usage: readme.Usage) -> None:
     text = readme.text(
-        written.usage,
+        usage,
         name=artifact.path.resolve().name,
         format=plan.format,
         target=job.target.name,
         context=plan.context,
         batch=plan.batch,
-        parts=written.parts,
+        parts=parts,
         fp16=2 * artifact.model.num_parameters,
     )
     write_bytes_atomically(job.staged / "README.md", text.encode())

@@ -57,6 +57,8 @@ def test_the_wheel_holds_the_four_packages_and_their_data(tmp_path: Path) -> Non
     for name in (
         "compress/cli/main.py",
         "compress/formats/awq_gemm.py",
+        "compress/recipes/a100-awq.toml",
+        "compress/schemas/run.json",
         "exporters/__init__.py",
         "evaluators/gate.py",
         "calibration_data/self_sampled.jsonl",

@@ -206,8 +206,7 @@ def _print(outcome: ExportOutcome, seconds: float) -> None:
         f"peak memory {peak_memory_bytes() / 2**20:.0f} MiB",
         soft_wrap=True,
     )
-    if outcome.command:
-        console.print(f"{outcome.verb}: {outcome.command}", soft_wrap=True)
+    console.print(f"{outcome.verb}: {outcome.command}", soft_wrap=True)
 
 
 def _judge(outcome: ExportOutcome) -> str:

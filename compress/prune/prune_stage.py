@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -122,7 +123,9 @@ def refuse(model: StreamedModel) -> None:
     stage.refuse_quantized(model)
     manifest = read_manifest(model.checkpoint.path)
     if manifest is not None and manifest.record["stage"] == "prune":
-        parent = parent_path(manifest.record["parent"], model.checkpoint.path)
+        parent = manifest.record["parent"]["path"]
+        with suppress(ArtifactError):  # gone: as it was called
+            parent = parent_path(manifest.record["parent"], model.checkpoint.path)
         raise UnsupportedError(
             f"{model.checkpoint.path} is pruned already; prune what it was made from ({parent}) by more, or distill it "
             "first"

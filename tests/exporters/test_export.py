@@ -232,7 +232,7 @@ def test_requantization_is_refused_with_the_command_that_helps(
     refused(ArtifactError, r"has changed since .* was made from it; .*compress awq .* --bits 4 --group-size 32 --sym")
     (model / "config.json").write_bytes(config)
     model.rename(tmp_path / "moved")
-    refused(ArtifactError, "its parent ../../model is gone; fetch that model and run: compress awq MODEL --bits 4")
+    refused(ArtifactError, "its parent ../../model is gone; fetch that model and run `compress awq MODEL --bits 4")
     (tmp_path / "moved").rename(model)
     rewritten(artifact / "compress.json", '"effort"', '"unheard_of"')
     refused(ArtifactError, "records option unheard_of, which this version cannot run again")
@@ -318,7 +318,7 @@ def test_refusals_come_before_any_work(artifact: Path) -> None:
     made = run(artifact, "out").out
     with pytest.raises(ConfigError, match="out exists already; pass --force"):
         run(artifact, "out")
-    with pytest.raises(ConfigError, match=r"is an export already; pass the artifact that it was made from, \.\./small"):
+    with pytest.raises(ConfigError, match=r"is an export already; pass the artifact .* made from, .*/artifacts/small$"):
         run(made, "again")
     assert sorted(p.name for p in artifact.parent.iterdir()) == ["out", "small"]
 

@@ -164,9 +164,15 @@ def export(artifact: Path, out: Path, **options: Any) -> Written:
             onnx_genai.OWN,
         ),
         ("Gemma2", {}, {"scheme": "w8a16", "group_size": 32}, (14, 0), "int16"),
-        ("Llama", {}, {"skip": ("layers.0.self_attn.k_proj",), "sym_activations": False}, (13, 1), onnx_genai.OWN),
+        (
+            "Llama",
+            {},
+            {"skip": ("layers.0.self_attn.k_proj",), "sym_activations": False, "keep_inputs": 1},
+            (13, 1),
+            "int16",
+        ),
     ],
-    ids=["Qwen2-w8a8", "Phi3-static-asym", "Gemma2-w8a16g32", "Llama-asym-one-dense"],
+    ids=["Qwen2-w8a8", "Phi3-static-asym", "Gemma2-w8a16g32", "Llama-asym-one-dense-one-kept"],
 )
 def test_families(
     family: str, sizes: Any, changes: Any, counted: tuple[int, int], activations: str, make: Any, tmp_path: Path
