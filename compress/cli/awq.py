@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
+from compress.cli.calibrated import (
+    block_text,
+    calibrated,
+    console,
+    print_found,
+    print_json,
+    print_written,
+    say_where,
+    worst_layers,
+)
 from compress.cli.help import Command
 from compress.cli.next import judge
 from compress.cli.progress import Shown
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    pass
 
 
 class GroupSize(click.ParamType):  # type: ignore[type-arg]
@@ -110,7 +119,8 @@ def command(
 def _print_summary(outcome: Any, seconds: float) -> None:
     record = outcome.record
     out = console()
-    out.print(_worst_layers(record))
+    columns = {"scale ratio": lambda layer: f"{layer['ratio']:.2f}", "mean clip": lambda layer: f"{layer['clip']:.3f}"}
+    out.print(worst_layers(record["layers"], columns, ", before tuning" if record["tuning"] else ""))
     lifted = [g for g in record["groups"] if g.get("lift")]
     if lifted:
         names = ", ".join(f"block {g['block']} {g['layers'][0]}" for g in lifted[:3])
@@ -130,34 +140,6 @@ def _print_summary(outcome: Any, seconds: float) -> None:
             f"{sum(t['kept'] for t in tuned)} of {len(tuned)} blocks"
         )
     out.print(f"next: {judge(outcome.out)}   or, for less error: {_advice(record)}", soft_wrap=True)
-
-
-# Layers that the closing table shows; the manifest has all.
-SHOWN = 8
-
-
-def _worst_layers(record: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    layers = sorted(record["layers"], key=lambda layer: -layer["error"])
-    when = ", before tuning" if record["tuning"] else ""
-    where = "; all are in compress.json" if len(layers) > SHOWN else ""
-    table = Table(
-        title=f"worst layers of {len(layers)}: squared output error over the output's own square{when}{where}",
-        title_justify="left",
-    )
-    for column in ("layer", "error", "round-to-nearest", "of it", "scale ratio", "mean clip"):
-        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
-    for layer in layers[:SHOWN]:
-        table.add_row(
-            layer["layer"],
-            f"{layer['error']:.3e}",
-            f"{layer['rtn_error']:.3e}",
-            f"{layer['error'] / max(layer['rtn_error'], 1e-30):.2f}",
-            f"{layer['ratio']:.2f}",
-            f"{layer['clip']:.3f}",
-        )
-    return table
 
 
 def _label(record: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from compress.cli.progress import peak_memory_bytes, seconds_text
 if TYPE_CHECKING:
     from compress.workspace import Source
 
+# Layers that the closing table shows.
+SHOWN = 8
 _OPTIONS: Table = {
     "calib": partial(
         click.option,
@@ -127,6 +129,31 @@ def print_json(outcome: Any, seconds: float, wall_seconds: float) -> None:
 def console() -> Console:
     """For results, on stdout; wide enough for the tables where that is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def worst_layers(
+    layers: Sequence[Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]], when: str = ""
+) -> Any:
+    """A table of the layers that lose most, with columns of the method's own; the manifest has all layers."""
+    from rich.table import Table
+
+    worst = sorted(layers, key=lambda layer: -layer["error"])
+    where = "; all are in compress.json" if len(layers) > SHOWN else ""
+    table = Table(
+        title=f"worst layers of {len(layers)}: squared output error over the output's own square{when}{where}",
+        title_justify="left",
+    )
+    for column in ("layer", "error", "round-to-nearest", "of it", *columns):
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
+    for layer in worst[:SHOWN]:
+        table.add_row(
+            layer["layer"],
+            f"{layer['error']:.3e}",
+            f"{layer['rtn_error']:.3e}",
+            f"{layer['error'] / max(layer['rtn_error'], 1e-30):.2f}",
+            *(text(layer) for text in columns.values()),
+        )
+    return table
 
 
 def print_found(out: Console, outcome: Any) -> None:

@@ -9,7 +9,16 @@ from typing import Any
 
 import click
 
-from compress.cli.calibrated import block_text, calibrated, console, print_found, print_json, print_written, say_where
+from compress.cli.calibrated import (
+    block_text,
+    calibrated,
+    console,
+    print_found,
+    print_json,
+    print_written,
+    say_where,
+    worst_layers,
+)
 from compress.cli.help import Command
 from compress.cli.next import judge
 from compress.cli.progress import Shown
@@ -129,25 +138,13 @@ def command(
 
 
 def _print_summary(outcome: Any, seconds: float, label: str) -> None:
-    from rich.table import Table
-
     record = outcome.record
     to = console()
-    table = Table(title="Layers: output error power relative to the output's own", title_justify="left")
-    for column in ("layer", "error", "of inputs", "round-to-nearest", "of it", "smoothing"):
-        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
-    for layer in record["layers"]:
-        table.add_row(
-            layer["layer"],
-            f"{layer['error']:.3e}",
-            f"{layer['inputs_error']:.3e}",
-            f"{layer['rtn_error']:.3e}",
-            f"{layer['error'] / max(layer['rtn_error'], 1e-30):.2f}",
-            f"{layer['strength']:.1f}{' descended' if layer['descended'] else ''}",
-        )
-    to.print(table)
-    worst = sorted(record["layers"], key=lambda layer: -layer["error"])[:5]
-    to.print("worst layers: " + ", ".join(f"{w['layer']} {w['error']:.2e}" for w in worst), soft_wrap=True)
+    columns = {
+        "of inputs": lambda layer: f"{layer['inputs_error']:.3e}",
+        "smoothing": lambda layer: f"{layer['strength']:.1f}{' descended' if layer['descended'] else ''}",
+    }
+    to.print(worst_layers(record["layers"], columns))
     if "kept_inputs" in record:
         kept, measured = record["kept_inputs"]["groups"], record["kept_inputs"]["measured"]
         said = ", ".join(f"{'/'.join(group['layers'])} {group['error']:.1e}" for group in kept) or "none stands out"
