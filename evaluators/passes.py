@@ -74,7 +74,7 @@ def run(
 ) -> Passed:
     """Ask both runners ("reference", "candidate") every question. The first `num_windows`, of one length, may be
     watched inside. `weight_bytes`: of the larger model, by which the parts are sized."""
-    observe = _how_many_to_watch(runners, questions[:num_windows])
+    observe = _how_many_to_watch(runners, questions[:num_windows], weight_bytes)
     parts = _parts(runners, questions, observe, max(LEAST_BYTES, weight_bytes // 32))
     kept = [_kept(runners["reference"], part, questions, observe, keep) for part in parts]
     work = _Work(tell, runners, [[questions[i] for i in part] for part in parts], kept)
@@ -99,13 +99,13 @@ def run(
     return Passed(answers=[answers[i] for i in range(len(questions))], inside=inside, notes=notes)
 
 
-def _how_many_to_watch(runners: Mapping[str, Runner], windows: Sequence[Question]) -> int:
+def _how_many_to_watch(runners: Mapping[str, Runner], windows: Sequence[Question], weight_bytes: int) -> int:
     both = [r for r in runners.values() if isinstance(r, TorchRunner)]
     depths = {r.model.num_blocks for r in both}
     if len(both) < 2 or len(depths) != 1:
         return 0
     width = max(r.hidden_size for r in both)
-    return watch.watchable(depths.pop(), width, [len(w.tokens.ids_T) for w in windows])
+    return watch.watchable(depths.pop(), width, [len(w.tokens.ids_T) for w in windows], weight_bytes)
 
 
 def _parts(

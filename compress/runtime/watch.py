@@ -23,7 +23,8 @@ from compress.linear import linears, weight_OI
 
 ACTIVATION_QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 WATCHED_TOKENS = 2048
-WATCHED_BYTES = 256 << 20
+# Of one model at least; above that, an eighth of what its weights take.
+WATCHED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,9 @@ class Watch:
         return Observed(names=self._names, hidden=list(hidden), entropy=list(entropy), activations=list(activations))
 
 
-def watchable(num_blocks: int, hidden_size: int, lengths: Sequence[int]) -> int:
+def watchable(num_blocks: int, hidden_size: int, lengths: Sequence[int], weight_bytes: int = 0) -> int:
     """How many of the first sequences to watch: of one length, few tokens, and bounded memory over all blocks."""
-    most = min(WATCHED_TOKENS, WATCHED_BYTES // (4 * num_blocks * hidden_size))
+    most = min(WATCHED_TOKENS, max(WATCHED_BYTES, weight_bytes // 8) // (4 * num_blocks * hidden_size))
     same = next((i for i, n in enumerate(lengths) if n != lengths[0]), len(lengths))
     return min(same, max(1, most // lengths[0])) if lengths else 0
 

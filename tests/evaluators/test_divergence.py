@@ -150,6 +150,8 @@ def test_entropy_is_of_the_attention_weights(build_model: Any, implementation: s
 def test_watching_is_bounded() -> None:
     assert watchable(32, 4096, [512] * 100) == 1
     assert watchable(6, 384, [512] * 100) == 4
+    assert watchable(18, 640, [512] * 100, 536 << 20) == 2
+    assert watchable(32, 4096, [512] * 100, 16 << 30) == 4
     assert watchable(6, 384, [512, 100]) == 1
     assert watchable(6, 384, []) == 0
 

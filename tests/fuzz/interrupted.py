@@ -169,15 +169,11 @@ def kills(root: Path, rounds: int, seed: int) -> int:
                 history.append(damage_scratch(rng, place))
                 count["damaged"] += bool(history[-1])
         code = in_child(command, said=log)
-        if (
-            code == 1 and (place / "out").exists() and "--force" in log.read_text()
-        ):  # the kill came after the last rename
-            code = 0
         equal = (place / "out").is_dir() and contents(place / "out") == whole[name]
         refused = code == 1 and one_sentence(log.read_text())
         count["equal"] += equal
         count["refused"] += refused and not equal
-        left = [p.name for p in scratch_of(place)] if equal else []
+        left = [p.name for p in scratch_of(place)] if equal and not refused else []
         if not (equal or refused) or left or code not in (0, 1):
             faults += 1
             print(f"{name}, round {seed + number}: {history}: exit code {code}, equal {equal}, left {left}")
