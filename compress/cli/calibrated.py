@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.cli.console import Console
-from compress.cli.options import Table, adder
+from compress.cli.options import RUN, Table, adder
 from compress.cli.progress import peak_memory_bytes, seconds_text
 
 if TYPE_CHECKING:
@@ -73,21 +73,7 @@ _OPTIONS: Table = {
         is_flag=True,
         help="Go on when a layer's output would be mostly error, and list it.",
     ),
-    "force": partial(click.option, "--force", is_flag=True, help="Replace OUT if it exists."),
-    "resume": partial(
-        click.option,
-        "--resume/--no-resume",
-        default=True,
-        show_default=True,
-        help="Go on with a run that was killed.",
-    ),
-    "trust_remote_code": partial(
-        click.option,
-        "--trust-remote-code",
-        is_flag=True,
-        help="Run the Python code that the model's folder ships.",
-    ),
-    "json": partial(click.option, "--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
+    **RUN,
 }
 
 
@@ -109,11 +95,11 @@ def block_text(report: Mapping[str, Any]) -> str:
     return f"worst {worst['layer'].split('.')[-1]} {worst['error']:.2e} (round-to-nearest {worst['rtn_error']:.2e})"
 
 
-def print_json(outcome: Any, seconds: float, wall_seconds: float) -> None:
-    """seconds: from the model and text being ready to the verified artifact; wall_seconds: of the whole command."""
+def print_json(outcome: Any, wall_seconds: float, **seconds: float) -> None:
+    """wall_seconds: of the whole command. seconds: others to report, by name."""
     value: Mapping[str, Any] = {
         "out": str(outcome.out),
-        "seconds": round(seconds, 3),
+        **{name: round(taken, 3) for name, taken in seconds.items()},
         "wall_seconds": round(wall_seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         "source_bytes": outcome.source_bytes,

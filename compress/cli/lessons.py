@@ -6,7 +6,7 @@ from functools import partial
 
 import click
 
-from compress.cli.options import Table, adder
+from compress.cli.options import RUN, Table, adder
 
 _OPTIONS: Table = {
     "data": partial(
@@ -71,21 +71,8 @@ _OPTIONS: Table = {
         show_default=True,
         help="How the teacher is held; auto: in INT8 when memory is short.",
     ),
-    "force": partial(click.option, "--force", is_flag=True, help="Replace OUT if it exists."),
-    "resume": partial(
-        click.option,
-        "--resume/--no-resume",
-        default=True,
-        show_default=True,
-        help="Go on with a run that was killed.",
-    ),
-    "trust_remote_code": partial(
-        click.option,
-        "--trust-remote-code",
-        is_flag=True,
-        help="Run the Python code that the models' folders ship.",
-    ),
-    "json": partial(click.option, "--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
+    **RUN,
+    "trust_remote_code": partial(RUN["trust_remote_code"], help="Run the Python code that the models' folders ship."),
 }
 
 lessons = adder(_OPTIONS)

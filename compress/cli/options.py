@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
+
+import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # What makes an option, by its name: `partial(click.option, "--seed", ...)`, which takes another `help`.
 Table = Mapping[str, Callable[..., Callable[[Any], Any]]]
+
+
+# Of every command that writes a folder and can go on after a kill; the last ones of its table.
+RUN: Table = {
+    "force": partial(click.option, "--force", is_flag=True, help="Replace OUT if it exists."),
+    "resume": partial(
+        click.option,
+        "--resume/--no-resume",
+        default=True,
+        show_default=True,
+        help="Go on with a run that was killed.",
+    ),
+    "trust_remote_code": partial(
+        click.option,
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run the Python code that the model's folder ships.",
+    ),
+    "json": partial(click.option, "--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
+}
 
 
 def adder(table: Table) -> Callable[..., Callable[[F], F]]:

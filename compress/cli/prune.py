@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.calibrated import print_json
 from compress.cli.help import Command
 from compress.cli.next import judge
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
@@ -99,7 +100,7 @@ def command(
         outcome = prune(request, shown)
     seconds = time.monotonic() - started
     if as_json:
-        print(json.dumps(_as_json(outcome, seconds), indent=2))
+        print_json(outcome, seconds)
     else:
         _print(outcome, seconds)
     if report is not None:
@@ -224,20 +225,6 @@ def _dry_goal(model: StreamedModel, asked: Asked, target: str | None, context: i
         speed = one["target"]["predicted"]["decode_tokens_per_s"] if target else None
         fast = f", {speed[0]:g} to {speed[1]:g} tokens/s" if speed else ""
         print(f"  {shape.label()}: {one['parameters'] / 1e6:.1f} M parameters, {one['bytes'] / 1e6:.1f} MB{fast}")
-
-
-def _as_json(outcome: Outcome, seconds: float) -> dict[str, Any]:
-    return {
-        "out": str(outcome.out),
-        "wall_seconds": round(seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "source_bytes": outcome.source_bytes,
-        "out_bytes": outcome.out_bytes,
-        "tensors_verified": outcome.verified,
-        "blocks_resumed": outcome.resumed,
-        "notes": outcome.notes,
-        "record": outcome.record,
-    }
 
 
 def _print(outcome: Outcome, seconds: float) -> None:

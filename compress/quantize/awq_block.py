@@ -367,15 +367,17 @@ def _tuned(
         for name, m in module.named_modules()
         if not is_linear(m) and m._parameters.get("weight") is not None and parameter(m, "weight").ndim == 1
     }
-    tuned = tune_block(
-        {full: rounded[name] for full, name in names.items()},
-        norms,
-        loaded.forward,
-        torch.cat(loaded.inputs),
-        torch.cat(loaded.targets),
-        options.scheme,
-        options.tune,
-    )
+    inputs_NTH = torch.cat(loaded.inputs)
+    with numerics.repeatable(inputs_NTH.device):
+        tuned = tune_block(
+            {full: rounded[name] for full, name in names.items()},
+            norms,
+            loaded.forward,
+            inputs_NTH,
+            torch.cat(loaded.targets),
+            options.scheme,
+            options.tune,
+        )
     for name, value in tuned.norms.items():
         norms[name].copy_(value)
     before, after = (float(f"{e:.6g}") for e in tuned.errors)

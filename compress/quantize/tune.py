@@ -111,21 +111,8 @@ def tune_block(
 
     layers: by parameter name. norms: other float32 parameters to learn, by name. forward(hidden, parameters) is the
     block, differentiable with respect to the parameters. inputs_NTH, targets_NTH: what enters it, and what should leave
-    it, on the same device. Deterministic on the CPU; on a GPU as far as PyTorch's operations can be (`repeatable`).
+    it, on the same device. Deterministic on the CPU; on a GPU inside `numerics.repeatable`, as far as PyTorch can be.
     """
-    with numerics.repeatable(inputs_NTH.device):
-        return _tune_block(layers, norms, forward, inputs_NTH, targets_NTH, scheme, options)
-
-
-def _tune_block(
-    layers: Mapping[str, Rounded],
-    norms: Mapping[str, Tensor],
-    forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
-    inputs_NTH: Tensor,
-    targets_NTH: Tensor,
-    scheme: Scheme,
-    options: TuneOptions,
-) -> Tuned:
     held = max(1, len(inputs_NTH) // HELD_OUT)
     train = len(inputs_NTH) - held
     start = {name: r.dequantize(scheme) for name, r in layers.items()}
