@@ -29,7 +29,6 @@ STEPS = 120
 RATE = 0.05
 TOKENS_AT_ONCE = 256
 ROWS_AT_ONCE = 256
-_SEED = 4409
 
 
 def descended(
@@ -53,14 +52,12 @@ def descended(
     index = index.to(start_I.device)
     log_s = torch.zeros(int(index.max()) + 1, device=start_I.device).scatter_(0, index, start_I.log())
     noise = Noise(norm_I=w_OI.square().sum(dim=0), power_I=power_I, num_rows=len(w_OI), weight_share=weight_share)
-    rows_of = _turns(len(w_OI), ROWS_AT_ONCE, steps, w_OI.device)
     all_at_once = activation is None or not activation.dynamic
-    tokens_of = None if all_at_once else _turns(len(rows_SI), TOKENS_AT_ONCE, steps, w_OI.device)
     mean_K, square_K = torch.zeros_like(log_s), torch.zeros_like(log_s)
     for step in range(1, steps + 1):
-        x_SI = rows_SI if tokens_of is None else rows_SI[tokens_of[step - 1]]
+        x_SI = rows_SI if all_at_once else _turn(rows_SI, TOKENS_AT_ONCE, step)
         s_I = log_s[index].exp()
-        _, gradient_I = noise.error_and_gradient(s_I, w_OI[rows_of[step - 1]], x_SI, activation)
+        _, gradient_I = noise.error_and_gradient(s_I, _turn(w_OI, ROWS_AT_ONCE, step), x_SI, activation)
         gradient_K = gradient_I
         if shared is not None:
             gradient_K = numerics.add_by_index_(torch.zeros_like(log_s), index, gradient_I)
@@ -72,12 +69,10 @@ def descended(
     return (s_I / s_I.log().mean().exp()).clamp(1e-4, 1e4)
 
 
-def _turns(size: int, at_once: int, steps: int, device: torch.device) -> Tensor:
-    """What each step takes of `size` things: int64 `[steps, at_once]`, all of them as often as each other."""
-    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(_SEED))
-    at_once = min(at_once, size)
-    rounds = -(-steps * at_once // size)
-    return drawn.repeat(rounds)[: steps * at_once].reshape(steps, at_once).to(device)
+def _turn(rows: Tensor, at_once: int, step: int) -> Tensor:
+    """Every so manieth row, about `at_once` of them, others at every step until all had their turn; a view."""
+    parts = max(1, round(len(rows) / at_once))
+    return rows[step % parts :: parts]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from compress import activations
 from compress.plan import ActivationScheme
-from compress.quantize.descent import Noise, _turns, descended
+from compress.quantize.descent import Noise, _turn, descended
 
 SCHEMES = [
     ActivationScheme(),
@@ -64,7 +64,8 @@ def test_what_is_learnt_on_many_tokens_holds_on_others(scheme: ActivationScheme)
 
 
 def test_every_token_has_its_turn_as_often_as_any_other() -> None:
-    turns = _turns(100, 30, 10, torch.device("cpu"))
-    assert turns.shape == (10, 30)
-    assert torch.bincount(turns.flatten(), minlength=100).tolist() == [3] * 100
-    assert _turns(7, 30, 4, torch.device("cpu")).shape == (4, 7)
+    rows = torch.arange(1000)
+    turns = [_turn(rows, 256, step) for step in range(1, 9)]
+    assert [len(turn) for turn in turns] == [250] * 8
+    assert torch.bincount(torch.cat(turns), minlength=1000).tolist() == [2] * 1000
+    assert torch.equal(_turn(rows[:7], 256, 3), rows[:7])
