@@ -110,6 +110,7 @@ class Training:
         self.best = Checkpoints(checkpoints.folder.with_name("best"), checkpoints.what)
         self.state = State()
         self._orders: dict[int, Any] = {}
+        self._ahead: tuple[int, Study] | None = None
         self._saved_at = time.monotonic()
 
     # ---- the loop ------------------------------------------------------------------------------------
@@ -120,8 +121,9 @@ class Training:
         Raises Diverged, with the last checkpoint's name, and Stopped once a signal came and a checkpoint is written.
         """
         self.engine.module.train()
-        first = self._batch(0, 0).to(self.engine.device)
-        self.engine.rehearse(Study(batch=first, lesson=self.lessons.lesson(first)))
+        if self.engine.kind == "ddp":
+            first = self._batch(0, 0).to(self.engine.device)
+            self.engine.rehearse(Study(batch=first, lesson=self.lessons.lesson(first)))
         if resume:
             self._resume()
         if self.compression is not None:
@@ -147,17 +149,19 @@ class Training:
         plan, step = self.plan, self.state.step
         rate = plan.rate.at(step, plan.steps)
         set_rate(self.engine.optimizer, rate)
-        sums = torch.zeros(1 + len(PARTS), dtype=torch.float64)
+        sums = torch.zeros(1 + len(PARTS), dtype=torch.float64, device=self.engine.device)
         for number in range(plan.passes):
             study = self._study(step, number)
             with self.engine.accumulating(last=number + 1 == plan.passes):
                 loss, parts = self.engine.module(study)
                 self.engine.backward(loss / plan.passes)
-            sums += torch.cat([loss.detach()[None], parts]).double().cpu() / plan.passes
-        norm = self.engine.clip(plan.clip)
+            sums += torch.cat([loss.detach()[None], parts]).double() / plan.passes
+        found = self.engine.on_its_way(torch.cat([sums, self.engine.clip(plan.clip).double()[None]]))
+        self._look_ahead(step + 1)
+        *means, norm = found()
         overdue = time.monotonic() - self._saved_at > plan.checkpoint_seconds
         flags = (float(bool(self.stop.asked)), float(overdue and distributed.rank() == 0))
-        *values, stopping, due = self.engine.agree([*sums.tolist(), *flags])
+        *values, stopping, due = self.engine.agree([*means, *flags])
         if not all(math.isfinite(v) for v in (*values, norm)):
             raise Diverged(self._diverged(values[0], norm, rate))
         self.engine.update()
@@ -180,6 +184,9 @@ class Training:
 
     def _study(self, step: int, number: int) -> Study:
         """What pass `number` of an update reads, with the teacher's word on it."""
+        if number == 0 and self._ahead is not None and self._ahead[0] == step:
+            study, self._ahead = self._ahead[1], None
+            return study
         batch, counted_P = self._batch(step, number).to(self.engine.device), None
         if is_on_policy(step, self.plan.on_policy):
             places = [self._place(step, number) + i for i in range(self.plan.micro)]
@@ -187,6 +194,12 @@ class Training:
             task = Rewrite(batch=batch, uniform_BT=uniform_BT, num_ids=self.plan.num_ids)
             batch, counted_P = self.engine.module(task)
         return Study(batch=batch, lesson=replace(self.lessons.lesson(batch), counted_P=counted_P))
+
+    def _look_ahead(self, step: int) -> None:
+        """Hand a GPU the next update's first lesson, so that it has work while this one's numbers are looked at."""
+        waits = self.engine.device.type == "cuda" and step < self.plan.steps
+        if waits and not is_on_policy(step, self.plan.on_policy):
+            self._ahead = (step, self._study(step, 0))
 
     def _place(self, step: int, number: int) -> int:
         """The first of this process's places in the order of rows."""
