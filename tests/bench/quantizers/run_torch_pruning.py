@@ -68,6 +68,22 @@ def pruned(options: argparse.Namespace, ratio: float, rows: list[list[int]]) -> 
     return model
 
 
+def least_ratio(config: Any, scope: str, parameters: int) -> float:
+    """The least ratio, to a thousandth, that leaves at most so many parameters, rounding left out."""
+    whole = scope == "all"
+    rows = config.vocab_size * (1 if config.tie_word_embeddings else 2)
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    for step in range(950):
+        left = 1 - step / 1000
+        hidden, queries = (
+            (width * left, config.num_attention_heads * left) if whole else (width, config.num_attention_heads)
+        )
+        block = hidden * (3 * inner * left + 2 * head * (queries + config.num_key_value_heads))
+        if rows * hidden + config.num_hidden_layers * block <= parameters:
+            return step / 1000
+    raise SystemExit(f"no ratio leaves {parameters} parameters")
+
+
 def size_of(model: Any) -> int:
     return sum({id(p): p.numel() for p in model.parameters()}.values())
 
@@ -84,18 +100,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     clock, rows = dense.Clock(), dense.rows(options.ids)[: options.rows]
-    low, high = 0.0, 0.9
-    for _ in range(8):
-        ratio = (low + high) / 2
-        plain = argparse.Namespace(**{**vars(options), "importance": "l2"})  # which ones go does not change how many
-        if size_of(pruned(plain, ratio, rows)) > options.parameters:
-            low = ratio
-        else:
-            high = ratio
-    model = pruned(options, high, rows)
+    config = dense.load(options.model, torch.float32).config
+    ratio = least_ratio(config, options.scope, options.parameters)
+    while size_of(model := pruned(options, ratio, rows)) > options.parameters:
+        ratio += 0.01  # rounding has left a little more than the formula says
     cost = clock.stop()
     model.save_pretrained(options.out)
-    dense.report(ratio=high, parameters=size_of(model), version=importlib.metadata.version("torch-pruning"), **cost)
+    dense.report(ratio=ratio, parameters=size_of(model), version=importlib.metadata.version("torch-pruning"), **cost)
 
 
 if __name__ == "__main__":
