@@ -229,7 +229,8 @@ def _plan(request: DistillRequest, steps: int, micro: int, vocabulary: int) -> P
         steps=steps,
         batch=request.batch,
         micro=micro,
-        rate=Rate(peak=request.rate, warmup=request.warmup),
+        # codes settle on one side of a rounding threshold only as the rate goes to nothing
+        rate=Rate(peak=request.rate, warmup=request.warmup, floor=0.1 if request.scheme is None else 0.0),
         clip=request.clip,
         seed=request.seed,
         isolate=request.isolate,

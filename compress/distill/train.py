@@ -134,18 +134,23 @@ class Training:
         elif self.watch is not None and not self.state.watched:
             self._look()
         while self.state.step < self.plan.steps and not self.state.ended_early:
-            record, due = self._update()
+            record, stopping, due = self._update()
             self.tell.step(self.state.step, self.describe(record))
             if self.watch is not None and self.watch.is_due(self.state.step, self.plan.steps):
                 self._look()
-            if due or self._by_count():
-                self.save()
+            if stopping or due or self._by_count():
+                path = self.save()
+            if stopping:
+                raise Stopped(
+                    f"stopped by {self.stop.asked or 'a signal'} at step {self.state.step} of {self.plan.steps}, which "
+                    f"is saved in {path}; the same command goes on from there"
+                )
         if self.state.best_step is not None and self.state.best_step != self.state.step:
             self._load_best()
         return self.state
 
-    def _update(self) -> tuple[dict[str, float], bool]:
-        """One update; returns its record, and whether it is time for a checkpoint."""
+    def _update(self) -> tuple[dict[str, float], bool, bool]:
+        """One update; returns its record, whether a signal came, and whether it is time for a checkpoint."""
         plan, step = self.plan, self.state.step
         rate = plan.rate.at(step, plan.steps)
         set_rate(self.engine.optimizer, rate)
@@ -174,13 +179,7 @@ class Training:
         }
         self.state.curve.append(record)
         self.heard(record)
-        if stopping:
-            path = self.save()
-            raise Stopped(
-                f"stopped by {self.stop.asked or 'a signal'} at step {self.state.step} of {plan.steps}, which is saved "
-                f"in {path}; the same command goes on from there"
-            )
-        return record, bool(due)
+        return record, bool(stopping), bool(due)
 
     def _study(self, step: int, number: int) -> Study:
         """What pass `number` of an update reads, with the teacher's word on it."""
