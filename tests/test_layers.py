@@ -49,6 +49,7 @@ ROOMS = """
     sampling
     skeleton
     model
+    divergence
     runtime
     doctor
     statistics

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.divergence import divergences
 from compress.model import StreamedModel
 from compress.tell import SILENT, Tell
 
@@ -30,8 +31,6 @@ from compress.tell import SILENT, Tell
 CANDIDATES = 8
 # Runs of neighbours that are measured beside the blocks taken one by one.
 SPANS = 3
-# Positions whose logits exist at once, of the original and of one candidate.
-_CHUNK = 256
 
 Batches = list[Tensor]
 
@@ -229,25 +228,3 @@ def span_influence(model: StreamedModel, entering: Batches, length: int) -> list
             turned = [_turned(a, b).mean() for a, b in zip(held.pop(0), hidden, strict=True)]
             out.append(float(torch.stack(turned).mean()))
     return out
-
-
-@torch.no_grad()
-def divergences(model: StreamedModel, original: Batches, others: Sequence[Batches], times: float = 1.0) -> list[float]:
-    """Mean KL divergence, in nats a token, of each model's predictions from the original's, given final hidden states.
-
-    times: what the others' logits are multiplied by. Logits of `_CHUNK` positions exist at once, of two models.
-    """
-    totals = [0.0] * len(others)
-    tokens = 0
-    with model.head_loaded():
-        for i, hidden in enumerate(original):
-            flat = hidden.flatten(0, 1)
-            for start in range(0, len(flat), _CHUNK):
-                part = slice(start, start + _CHUNK)
-                log_p = model.head(flat[None, part])[0].float().log_softmax(-1)
-                for k, other in enumerate(others):
-                    logits = model.head(other[i].flatten(0, 1)[None, part])[0].float()
-                    log_q = logits.mul_(times).log_softmax(-1)
-                    totals[k] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-                tokens += len(log_p)
-    return [total / tokens for total in totals]

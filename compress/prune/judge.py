@@ -15,9 +15,9 @@ from torch import Tensor
 
 from compress.block import BlockResult, LoadedBlock
 from compress.blocks import Reshaping, stream, with_attributes
+from compress.divergence import divergences
 from compress.model import StreamedModel
 from compress.prune.cut import Cut, cut_axis
-from compress.prune.depth import divergences
 from compress.prune.prune_block import PruneOptions, prune_block
 from compress.statistics import Wanted
 from compress.tell import SILENT, Tell

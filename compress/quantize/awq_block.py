@@ -47,7 +47,7 @@ CONFIRM_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class AwqOptions:
-    """Choices of the method. clip: of effort `fast` only.
+    """Choices of the method. scheme: of a layer that is asked about without a plan. clip: of effort `fast` only.
 
     allow_damage: go on when a layer's output is mostly error (`damage`), instead of stopping.
     """
@@ -75,10 +75,9 @@ class AwqOptions:
 
 def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> BlockResult:
     """Quantize the block's layers that the plan quantizes; see the module docstring. Changes the loaded weights."""
-    scheme = options.scheme
     layers = linears(loaded.module)
-    chosen = [name for name in layers if plan[loaded.prefix + name].weight is not None]
-    assert all(plan[loaded.prefix + name].weight == scheme for name in chosen), "one scheme a run"
+    schemes = planned_schemes(loaded, plan)
+    chosen = list(schemes)
     if not options.allow_damage:
         for name in chosen:
             refuse_drowning(loaded.prefix + name, weight_OI(layers[name]))
@@ -93,17 +92,20 @@ def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> Bloc
     current = loaded.check_output
     for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
         members = [name for name in group.layers if name in chosen]
+        mine = replace(options, scheme=schemes[members[0]]) if members else options
         prepared.append(None)
         if options.feedback and members:
-            prepared[-1] = prepare(statistics.gram_II, scheme, kept_share(group.in_features, statistics.num_tokens))
-        report, s_I, current = _smooth(loaded, group, statistics, members, prepared[-1], options, row_scale, current)
+            share = kept_share(group.in_features, statistics.num_tokens)
+            prepared[-1] = prepare(statistics.gram_II, mine.scheme, share)
+        report, s_I, current = _smooth(loaded, group, statistics, members, prepared[-1], mine, row_scale, current)
         group_reports.append(report)
         scales.append(s_I)
-    rounded, errors = _round_groups(loaded, chosen, scales, prepared, row_scale, options)
+    rounded, errors = _round_groups(loaded, schemes, scales, prepared, row_scale, options)
     relative = {name: _judged(loaded.prefix + name, errors[name], signals[name], options) for name in chosen}
     block_report: dict[str, Any] = {}
     if options.effort == "best" and rounded:
-        rounded, block_report = _tuned(loaded, rounded, options)
+        assert len(set(schemes.values())) == 1, "tuning takes one scheme a block"
+        rounded, block_report = _tuned(loaded, rounded, replace(options, scheme=schemes[chosen[0]]))
     ratio_of = {name: g["ratio"] for g in group_reports for name in g["layers"]}
     layer_reports = [
         {
@@ -114,10 +116,29 @@ def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> Bloc
         }
         for name in chosen
     ]
-    quantized = {name: _packed(rounded[name], scheme) for name in chosen}
+    quantized = {name: _packed(rounded[name], schemes[name]) for name in chosen}
     dense = dense_tensors(loaded.module, loaded.prefix, quantized, STORE_DTYPE)
     report = {"layers": layer_reports, "groups": group_reports, **block_report}
     return BlockResult(quantized=quantized, dense=dense, report=report)
+
+
+def planned_schemes(loaded: LoadedBlock, plan: LayerPlan) -> dict[str, Scheme]:
+    """What the weight of each planned layer of the block becomes, by its name there, in the block's order.
+
+    Linears of one input are rounded together, and engines compute them as one matrix: ConfigError when their schemes
+    differ.
+    """
+    found = {name: plan[loaded.prefix + name].weight for name in linears(loaded.module)}
+    schemes = {name: scheme for name, scheme in found.items() if scheme is not None}
+    for group in loaded.groups:
+        names = [name for name in group.layers if name in schemes]
+        if len({schemes[name] for name in names}) > 1:
+            said = " and ".join(sorted({schemes[name].label() for name in names}))
+            raise ConfigError(
+                f"{loaded.prefix}{', '.join(names)} share their inputs and are planned as {said}; they must have one "
+                "scheme"
+            )
+    return schemes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,13 +282,13 @@ def _feedback_prefers(
 
 def _round_groups(
     loaded: LoadedBlock,
-    chosen: Sequence[str],
+    schemes: Mapping[str, Scheme],
     scales: Sequence[Tensor],
     prepared: list[Prepared | None],
     row_scale: Mapping[str, Tensor],
     options: AwqOptions,
 ) -> tuple[dict[str, Rounded], dict[str, _Errors]]:
-    """Codes of every chosen layer, and its squared output error against what it was rounded from.
+    """Codes of every layer that has a scheme, and its squared output error against what it was rounded from.
 
     Errors are those of the layer as it was before anything was folded into it (`row_scale`). Uses up the statistics and
     `prepared`: a wide layer's are gigabytes, and gone before the next layer's turn.
@@ -279,9 +300,10 @@ def _round_groups(
         inputs, prepared[i] = prepared[i], None
         inputs = None if inputs is None else inputs.scaled(s_I)
         statistics.smooth_(s_I)
-        for names in stacks({name: weight_OI(layers[name]).numel() for name in group.layers if name in chosen}):
+        for names in stacks({name: weight_OI(layers[name]).numel() for name in group.layers if name in schemes}):
             weights = {name: weight_OI(layers[name]).float().contiguous() for name in names}
-            found, lost = _round(weights, inputs, statistics, s_I, row_scale, options)
+            mine = replace(options, scheme=schemes[names[0]])
+            found, lost = _round(weights, inputs, statistics, s_I, row_scale, mine)
             rounded.update(found)
             errors.update(lost)
         statistics.clear()

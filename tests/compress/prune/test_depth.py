@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compress.divergence import divergences
 from compress.model import StreamedModel
-from compress.prune.depth import Depth, Removal, divergences, measure_depth, span_influence, sweep
+from compress.prune.depth import Depth, Removal, measure_depth, span_influence, sweep
 
 Build = Callable[..., Path]
 BLOCKS = 5
