@@ -22,6 +22,7 @@ import numpy.typing as npt
 LENGTH = 80
 KEPT = 2048
 _WHOLE = (1 << 64) - 1
+_BASE = 0x9E3779B97F4A7C15
 _AT_ONCE = 1 << 20
 Hashes = npt.NDArray[np.uint64]
 
@@ -60,6 +61,10 @@ def passages(text: str) -> Passages:
     smallest = np.empty(0, dtype=np.uint64)
     num_left_out = 0
     for hashes in _hashes(text):
+        if len(smallest) == KEPT:  # what is not below the largest kept is left out in any case
+            small = hashes[hashes < smallest[-1]]
+            num_left_out += int((hashes > smallest[-1]).sum())
+            hashes = small
         smallest = np.unique(np.concatenate([smallest, hashes]))
         num_left_out += len(smallest[KEPT:])
         smallest = smallest[:KEPT]
@@ -77,10 +82,23 @@ def _hashes(text: str) -> Iterator[Hashes]:
     for start in range(0, len(bare) - LENGTH + 1, _AT_ONCE):
         part = bare[start : start + _AT_ONCE + LENGTH - 1]
         points_C = np.frombuffer(part.encode("utf-32-le", errors="surrogatepass"), dtype="<u4").astype(np.uint64)
-        count = len(points_C) - LENGTH + 1
-        out = np.zeros(count, dtype=np.uint64)
-        for offset in range(LENGTH):
-            out = out * np.uint64(0x9E3779B97F4A7C15) + points_C[offset : offset + count] + np.uint64(1)
+        out = _polynomials(points_C + np.uint64(1))
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             out = (out ^ (out >> np.uint64(shift))) * np.uint64(factor)
         yield out ^ (out >> np.uint64(31))
+
+
+def _polynomials(values_C: Hashes) -> Hashes:
+    """Of every `LENGTH` values, the polynomial whose coefficients they are, at `_BASE`.
+
+    The polynomial of 2n values is that of the first n, times `_BASE**n`, plus that of the others: 80 values take eight
+    passes over the text, by the binary digits of 80.
+    """
+    factor, length, out = _BASE, 1, values_C
+    for digit in f"{LENGTH:b}"[1:]:
+        out = out[:-length] * np.uint64(factor) + out[length:]
+        factor, length = factor * factor & _WHOLE, 2 * length
+        if digit == "1":
+            out = out[:-1] * np.uint64(_BASE) + values_C[length:]
+            factor, length = factor * _BASE & _WHOLE, length + 1
+    return out

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from compress.chat import Rendered, render
 from compress.distill.rows import ROWS, Rows, RowsWriter, shares
 from compress.errors import ConfigError
-from compress.long_text import ids_of, token_ids
+from compress.long_text import WINDOW, ids_of, token_ids
 from compress.passages import passages
 from compress.texts import Purpose, Tally, documents, source_sha256
 from compress.tokens import begin_id, ids_sha256, text_of
@@ -37,6 +38,8 @@ TRAINING = Purpose(
 )
 # Tokens of a source whose passages are kept in the manifest.
 SKETCHED_TOKENS = 4_000_000
+# Texts handed to the tokenizer together.
+TOKENIZED_AT_ONCE = 256
 # (number of rows) -> int64 `[N, T]` on the CPU, sampled from the teacher
 Sample = Callable[[int], Tensor]
 
@@ -120,9 +123,10 @@ def _with_passages(
 def _read(
     writer: RowsWriter, source: str, tokenizer: PreTrainedTokenizerBase, most: int | None, vocab_size: int
 ) -> dict[str, Any]:
-    tally = Tally(documents(source, purpose=TRAINING, render=partial(render, tokenizer)))
+    ahead = _Ahead(documents(source, purpose=TRAINING, render=partial(render, tokenizer)), tokenizer)
+    tally = Tally(ahead)
     total, first_row = 0, writer.num_rows
-    for ids, begins in _pieces(tally, tokenizer):
+    for ids, begins in _pieces(tally, ahead):
         if begins:
             writer.begin()
         total += len(ids)
@@ -145,20 +149,56 @@ def _read(
     }
 
 
-def _pieces(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], bool]]:
-    """The documents' ids in pieces, and whether a document begins with each; special tokens as in `tokens.pack`."""
-    marks_documents = bool(token_ids(tokenizer, "", special=True))
-    end_of_text = tokenizer.eos_token_id
-    separator = [] if marks_documents or end_of_text is None else [int(end_of_text)]
+class _Ahead:
+    """Texts one by one, tokenized some at a time, as a tokenizer with threads does quickest; `ids` is of the last."""
+
+    def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.texts, self.tokenizer = texts, tokenizer
+        self.marks_documents = bool(token_ids(tokenizer, "", special=True))
+        self.ids: Iterable[list[int]] = ()
+
+    def __iter__(self) -> Iterator[str]:
+        texts = iter(self.texts)
+        while some := list(islice(texts, TOKENIZED_AT_ONCE)):
+            short = {kind: [t for t in some if self._is_short(t) and self._marked(t) == kind] for kind in (True, False)}
+            found = {kind: iter(self._all(of_kind, kind)) for kind, of_kind in short.items()}
+            for text in some:
+                marked = self._marked(text)
+                if self._is_short(text):
+                    self.ids = [next(found[marked])]
+                else:
+                    self.ids = ids_of(self.tokenizer, text, special=marked)
+                yield text
+
+    def _marked(self, text: str) -> bool:
+        """Whether the tokenizer's special tokens are put around a text: not around a chat, which has its own."""
+        return self.marks_documents and not isinstance(text, Rendered)
+
+    def _is_short(self, text: str) -> bool:
+        return len(text) <= WINDOW
+
+    def _all(self, texts: list[str], special: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=special, verbose=False).input_ids
+        return ids
+
+
+def _pieces(texts: Iterable[str], ahead: _Ahead) -> Iterator[tuple[list[int], bool]]:
+    """The documents' ids in pieces, and whether a document begins with each; special tokens as in `tokens.pack`.
+
+    texts: those of `ahead`, counted by whoever asks.
+    """
+    end_of_text = ahead.tokenizer.eos_token_id
+    separator = [] if ahead.marks_documents or end_of_text is None else [int(end_of_text)]
     first = True
     for text in texts:
         if not text:
             continue
-        rendered = isinstance(text, Rendered)
-        if not first and not rendered:
+        if not first and not isinstance(text, Rendered):
             yield separator, False
         begins = True
-        for piece in ids_of(tokenizer, text, special=marks_documents and not rendered):
+        for piece in ahead.ids:
             if piece:
                 yield piece, begins
                 begins = False

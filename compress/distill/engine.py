@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,17 +132,32 @@ class Engine:
         with context:
             yield
 
-    def clip(self, most: float) -> float:
-        """Scale gradients down to norm `most`; returns the norm before, the same in every process."""
+    def clip(self, most: float) -> Tensor:
+        """Scale gradients down to norm `most`; returns the norm before, at the device, the same in every process."""
         if self.kind == "deepspeed":  # clips inside its own step
-            return 0.0
+            return torch.zeros((), device=self.device)
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.named_parameters()], most)
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return float(whole)
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole
 
     def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def on_its_way(self, values: Tensor) -> Callable[[], list[float]]:
+        """Begins to bring numbers to the host; who calls the result waits for them, and for nothing behind them."""
+        if not values.is_cuda:
+            return values.tolist
+        here = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def wait() -> list[float]:
+            arrived.synchronize()
+            found: list[float] = here.tolist()
+            return found
+
+        return wait
 
     def agree(self, values: Sequence[float]) -> list[float]:
         """The mean over processes of a few numbers, the same in every process; adds in the order of processes."""

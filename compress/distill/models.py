@@ -20,6 +20,8 @@ from compress.model import StreamedModel
 from compress.tokens import load_tokenizer
 
 PROBE_TOKENS = 12
+# Of blocks of all kinds, with and without gradients: those of a student, its teacher and a watched text.
+COMPILED_SHAPES = 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +47,14 @@ class LoadedModel:
     @property
     def hidden_size(self) -> int:
         return int(output_layer(self).weight.shape[1])
+
+    def compile_blocks(self) -> None:
+        """Each block by `torch.compile`, for the shapes that it meets; blocks of one kind share what is compiled."""
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
+        for block in self.blocks:
+            block.compile(dynamic=False)
 
 
 def load(path: Path, *, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False) -> LoadedModel:

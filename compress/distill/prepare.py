@@ -348,7 +348,7 @@ def check_memory(
         teacher_parameters=0 if taught is None else models.num_parameters(taught.model),
         teacher_bytes=1.01 if held_as == "w8a16" else DTYPES.get(held_as, compute).itemsize,
         tokens=micro * request.seq_len,
-        token_bytes=token_bytes,
+        token_bytes=token_bytes * (memory.COMPILED if request.compile else 1.0),
         kept_bytes=kept_bytes,
         checkpointing=request.checkpointing,
         shares=shares,

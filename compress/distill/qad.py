@@ -60,10 +60,21 @@ class _Dequantize(torch.autograd.Function):
         return grad_latent, (grad_OGg * weight_OGg).sum(-1), None, None, None, None
 
 
+@torch.library.custom_op(
+    "compress::held_scale", mutates_args=(), schema="(Tensor factor_OG, Tensor scale_OG, ScalarType stored) -> Tensor"
+)
 def held_scale(factor_OG: Tensor, scale_OG: Tensor, stored: torch.dtype) -> Tensor:
-    """The scales as the file will hold them, in float32."""
+    """The scales as the file will hold them, in float32.
+
+    An operator of its own, because a compiler that fuses it computes on with what was not rounded to 16 bits.
+    """
     scale_OG = (scale_OG * factor_OG.exp()).clamp(numerics.MIN_SCALE, numerics.MAX_SCALE)
     return scale_OG.to(stored).float()
+
+
+@held_scale.register_fake
+def _(factor_OG: Tensor, scale_OG: Tensor, stored: torch.dtype) -> Tensor:
+    return torch.empty_like(scale_OG, dtype=torch.float32)
 
 
 def _weight(

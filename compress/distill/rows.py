@@ -40,10 +40,20 @@ class Batch:
     rows: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
-        positions = None if self.positions_BT is None else self.positions_BT.to(device)
+        """Copied to `device`; to a GPU without waiting for what it does."""
+        positions = None if self.positions_BT is None else _moved(self.positions_BT, device)
         return Batch(
-            ids_BT=self.ids_BT.to(device), labels_BT=self.labels_BT.to(device), positions_BT=positions, rows=self.rows
+            ids_BT=_moved(self.ids_BT, device),
+            labels_BT=_moved(self.labels_BT, device),
+            positions_BT=positions,
+            rows=self.rows,
         )
+
+
+def _moved(value: Tensor, device: torch.device | str) -> Tensor:
+    if torch.device(device).type != "cuda" or value.is_cuda:
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -229,7 +229,8 @@ def _plan(request: DistillRequest, steps: int, micro: int, vocabulary: int) -> P
         steps=steps,
         batch=request.batch,
         micro=micro,
-        rate=Rate(peak=request.rate, warmup=request.warmup),
+        # codes settle on one side of a rounding threshold only as the rate goes to nothing
+        rate=Rate(peak=request.rate, warmup=request.warmup, floor=0.1 if request.scheme is None else 0.0),
         clip=request.clip,
         seed=request.seed,
         isolate=request.isolate,
@@ -255,13 +256,16 @@ def _training(
 ) -> tuple[Engine, Training]:
     if request.lora is not None:
         lora.add(ready.student, request.lora)
-    if request.compile and request.scheme is None:
-        for block in ready.student.blocks:
-            block.compile(dynamic=False)
-    student = Student(ready.student, request.goal, states=ready.states, fuse=request.compile)
     options = _engine_options(request)
-    if options.resolved(distributed.num_processes()) != "fsdp" or options.exact_parameters:  # FSDP2 has its own policy
-        student.compute_in(None if options.compute == torch.float32 else options.compute)
+    kind = options.resolved(distributed.num_processes())
+    if request.compile:
+        ready.student.compile_blocks()
+        if ready.taught is not None and kind != "fsdp" and ready.teacher_held_as != "w8a16":
+            ready.taught.compile_blocks()
+    student = Student(ready.student, request.goal, states=ready.states, fuse=request.compile)
+    if kind != "fsdp" or options.exact_parameters:  # FSDP2 has its own policy
+        narrow = request.device.startswith("cuda") and request.scheme is None
+        student.compute_in(None if options.compute == torch.float32 else options.compute, narrow=narrow)
     engine = Engine.start(
         student,
         adamw(

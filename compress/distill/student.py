@@ -81,9 +81,11 @@ class Student(nn.Module):
         self._fuse = fuse
         self._compute: torch.dtype | None = None
 
-    def compute_in(self, dtype: torch.dtype | None) -> None:
-        """Use autocast to `dtype`; None computes in the weights' own."""
+    def compute_in(self, dtype: torch.dtype | None, *, narrow: bool = False) -> None:
+        """Use autocast to `dtype`; None computes in the weights' own. narrow: what runs between blocks is in it too."""
         self._compute = dtype
+        if dtype is not None and narrow:
+            self.model.get_input_embeddings().register_forward_hook(lambda module, ids, out: out.to(dtype))  # type: ignore[operator]
 
     def forward(self, study: Study | Rewrite) -> tuple[Any, Tensor]:
         """(loss, parts `[3]` without gradient): means over the batch's tokens, in nats a token; see `PARTS`.
@@ -109,7 +111,9 @@ class Student(nn.Module):
         training = self.training
         self.eval()  # checkpointed blocks keep no cache of keys while training
         try:
-            with torch.autocast(task.batch.ids_BT.device.type, self._compute, enabled=self._compute is not None):
+            # shapes change from token to token: nothing to compile
+            kind, narrowed = task.batch.ids_BT.device.type, self._compute is not None
+            with torch.compiler.set_stance("force_eager"), torch.autocast(kind, self._compute, enabled=narrowed):
                 return rewrite(self.model, task.batch, task.uniform_BT, task.num_ids)
         finally:
             self.train(training)

@@ -110,6 +110,7 @@ class Training:
         self.best = Checkpoints(checkpoints.folder.with_name("best"), checkpoints.what)
         self.state = State()
         self._orders: dict[int, Any] = {}
+        self._ahead: tuple[int, Study] | None = None
         self._saved_at = time.monotonic()
 
     # ---- the loop ------------------------------------------------------------------------------------
@@ -120,8 +121,9 @@ class Training:
         Raises Diverged, with the last checkpoint's name, and Stopped once a signal came and a checkpoint is written.
         """
         self.engine.module.train()
-        first = self._batch(0, 0).to(self.engine.device)
-        self.engine.rehearse(Study(batch=first, lesson=self.lessons.lesson(first)))
+        if self.engine.kind == "ddp":
+            first = self._batch(0, 0).to(self.engine.device)
+            self.engine.rehearse(Study(batch=first, lesson=self.lessons.lesson(first)))
         if resume:
             self._resume()
         if self.compression is not None:
@@ -132,32 +134,39 @@ class Training:
         elif self.watch is not None and not self.state.watched:
             self._look()
         while self.state.step < self.plan.steps and not self.state.ended_early:
-            record, due = self._update()
+            record, stopping, due = self._update()
             self.tell.step(self.state.step, self.describe(record))
             if self.watch is not None and self.watch.is_due(self.state.step, self.plan.steps):
                 self._look()
-            if due or self._by_count():
-                self.save()
+            if stopping or due or self._by_count():
+                path = self.save()
+            if stopping:
+                raise Stopped(
+                    f"stopped by {self.stop.asked or 'a signal'} at step {self.state.step} of {self.plan.steps}, which "
+                    f"is saved in {path}; the same command goes on from there"
+                )
         if self.state.best_step is not None and self.state.best_step != self.state.step:
             self._load_best()
         return self.state
 
-    def _update(self) -> tuple[dict[str, float], bool]:
-        """One update; returns its record, and whether it is time for a checkpoint."""
+    def _update(self) -> tuple[dict[str, float], bool, bool]:
+        """One update; returns its record, whether a signal came, and whether it is time for a checkpoint."""
         plan, step = self.plan, self.state.step
         rate = plan.rate.at(step, plan.steps)
         set_rate(self.engine.optimizer, rate)
-        sums = torch.zeros(1 + len(PARTS), dtype=torch.float64)
+        sums = torch.zeros(1 + len(PARTS), dtype=torch.float64, device=self.engine.device)
         for number in range(plan.passes):
             study = self._study(step, number)
             with self.engine.accumulating(last=number + 1 == plan.passes):
                 loss, parts = self.engine.module(study)
                 self.engine.backward(loss / plan.passes)
-            sums += torch.cat([loss.detach()[None], parts]).double().cpu() / plan.passes
-        norm = self.engine.clip(plan.clip)
+            sums += torch.cat([loss.detach()[None], parts]).double() / plan.passes
+        found = self.engine.on_its_way(torch.cat([sums, self.engine.clip(plan.clip).double()[None]]))
+        self._look_ahead(step + 1)
+        *means, norm = found()
         overdue = time.monotonic() - self._saved_at > plan.checkpoint_seconds
         flags = (float(bool(self.stop.asked)), float(overdue and distributed.rank() == 0))
-        *values, stopping, due = self.engine.agree([*sums.tolist(), *flags])
+        *values, stopping, due = self.engine.agree([*means, *flags])
         if not all(math.isfinite(v) for v in (*values, norm)):
             raise Diverged(self._diverged(values[0], norm, rate))
         self.engine.update()
@@ -170,16 +179,13 @@ class Training:
         }
         self.state.curve.append(record)
         self.heard(record)
-        if stopping:
-            path = self.save()
-            raise Stopped(
-                f"stopped by {self.stop.asked or 'a signal'} at step {self.state.step} of {plan.steps}, which is saved "
-                f"in {path}; the same command goes on from there"
-            )
-        return record, bool(due)
+        return record, bool(stopping), bool(due)
 
     def _study(self, step: int, number: int) -> Study:
         """What pass `number` of an update reads, with the teacher's word on it."""
+        if number == 0 and self._ahead is not None and self._ahead[0] == step:
+            study, self._ahead = self._ahead[1], None
+            return study
         batch, counted_P = self._batch(step, number).to(self.engine.device), None
         if is_on_policy(step, self.plan.on_policy):
             places = [self._place(step, number) + i for i in range(self.plan.micro)]
@@ -187,6 +193,12 @@ class Training:
             task = Rewrite(batch=batch, uniform_BT=uniform_BT, num_ids=self.plan.num_ids)
             batch, counted_P = self.engine.module(task)
         return Study(batch=batch, lesson=replace(self.lessons.lesson(batch), counted_P=counted_P))
+
+    def _look_ahead(self, step: int) -> None:
+        """Hand a GPU the next update's first lesson, so that it has work while this one's numbers are looked at."""
+        waits = self.engine.device.type == "cuda" and step < self.plan.steps
+        if waits and not is_on_policy(step, self.plan.on_policy):
+            self._ahead = (step, self._study(step, 0))
 
     def _place(self, step: int, number: int) -> int:
         """The first of this process's places in the order of rows."""

@@ -46,12 +46,12 @@ class Watch:
     def measure(self, engine: Engine) -> dict[str, float]:
         """Means of the student's `PARTS` over the text, and its perplexity; the same in every process."""
         engine.module.eval()
-        sums = torch.zeros(len(PARTS), dtype=torch.float64)
+        sums = torch.zeros(len(PARTS), dtype=torch.float64, device=engine.device)
         batches = list(self._batches())
         for indices in batches:
             batch = self.rows.batch(indices, isolate=self.isolate).to(engine.device)
             _, parts = engine.module(Study(batch=batch, lesson=self.lessons.lesson(batch)))
-            sums += parts.double().cpu() / len(batches)
+            sums += parts.double() / len(batches)
         engine.module.train()
         means = dict(zip(PARTS, engine.agree(sums.tolist()), strict=True))
         return {**means, "perplexity": math.exp(min(means["cross_entropy"], 700.0))}

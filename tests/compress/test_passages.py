@@ -63,6 +63,20 @@ def test_parts_leave_no_trace() -> None:
         module._AT_ONCE = held
 
 
+def test_a_hash_is_the_polynomial_of_a_passage_mixed() -> None:
+    """Sketches lie in manifests: what a passage is hashed to may never change."""
+    value = text(3, LENGTH + 2)
+    expected = []
+    for run in (value[i : i + LENGTH] for i in range(3)):
+        h = 0
+        for character in run:
+            h = (h * 0x9E3779B97F4A7C15 + ord(character) + 1) % 2**64
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            h = (h ^ (h >> shift)) * factor % 2**64
+        expected.append(h ^ (h >> 31))
+    assert sorted(h & 0xFFFFFFFF for h in expected) == passages(value).low.tolist()
+
+
 def test_a_sketch_survives_json_and_others_are_not_taken_for_one() -> None:
     kept = passages(text(0, 50_000))
     assert len(kept.low) == module.KEPT and len(json.dumps(kept.to_json())) < 12_000

@@ -70,6 +70,23 @@ def test_gradient_is_straight_through() -> None:
     torch.testing.assert_close(layer.factor_OG.grad, f.grad)
 
 
+def test_compiled_weights_are_the_same() -> None:
+    """What a block is compiled into holds the layer whole: its codes, scales as the file holds them, its gradient."""
+    layer = LearnedLinear(quantized(Scheme(group_size=8)), None, None, None)
+    with torch.no_grad():
+        layer.latent_OI += torch.randn(6, 32, generator=torch.Generator().manual_seed(1)) * 3
+        layer.factor_OG += 0.1
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    found = []
+    for forward in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)):
+        layer.zero_grad()
+        out = forward(x)
+        out.square().sum().backward()
+        found.append((out.detach(), layer.latent_OI.grad, layer.factor_OG.grad))
+    for plain, compiled in zip(*found, strict=True):
+        assert plain is not None and compiled is not None and torch.equal(plain, compiled)
+
+
 def test_quantized_inputs_pass_straight_through() -> None:
     scheme = ActivationScheme()
     layer = LearnedLinear(quantized(Scheme(num_bits=8, group_size=-1, symmetric=True)), None, scheme, None)

@@ -282,7 +282,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, pair: Pair, 
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    asked = request(pair, tmp_path / "out", prose(60))
+    watched: dict[str, Any] = {"watch": str(prose(9, 3)), "watch_tokens": 96, "watch_every": 2, "patience": 9}
+    asked = request(pair, tmp_path / "out", prose(60), **watched)
     with pytest.raises(Stopped, match="stopped by SIGTERM at step 4 of 6, which is saved in .*step-00000004") as caught:
         distill(asked, heard=heard)
     assert caught.value.exit_code == 130 and signal.getsignal(signal.SIGTERM) == before
@@ -290,7 +291,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path, pair: Pair, 
     told = Heard()
     distill(asked, tell=told)
     assert ("step", 4, "from the checkpoint at step 4") in told.events
-    distill(request(pair, tmp_path / "whole", prose(60)))
+    distill(request(pair, tmp_path / "whole", prose(60), **watched))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
