@@ -3,7 +3,7 @@
 vLLM takes integer weights of 4 bits in groups of 32, 64 or 128, with zero points or without, and of 8 bits without
 (`compressed_tensors_wNa16.py`). Zero points are worth more than the bits that they take: on the reference model groups
 of 32 without them (4.5 bits) lose more than groups of 64 with them (4.31 bits), KL 0.028 and 0.026. But transformers
-5.23 with compressed-tensors 0.20 fails to load packed zero points, whose shape it does not expect: `symmetric` is for it.
+5.23 with compressed-tensors 0.20 fails to load packed zero points, whose shape it does not expect: hence `symmetric`.
 Linears that share an input are computed as one matrix (q, k, v; gate and up), so they are chosen together. Embeddings
 and the output matrix stay in float16: vLLM refuses packed embeddings, transformers cannot load them, and of the output
 matrix SGLang before August 2026 reads garbage without an error (vllm PR 37291, sglang PR 35228, issue 35358).
