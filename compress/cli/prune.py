@@ -92,7 +92,7 @@ def command(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     print(f"computed on: {described(device)}, {dtype}", file=sys.stderr)
-    place = out or WORKSPACE / f"{source.name}-prune-{_label(amounts, params, num_bytes, target, max_kl)}"
+    place = out or WORKSPACE / f"{source.name}-prune-{label(amounts, params, num_bytes, target, max_kl)}"
     request = PruneRequest(
         source=source, out=place, asked=asked, max_kl=max_kl, device=device, dtype=dtype, **rest
     )  # fmt: skip
@@ -141,7 +141,7 @@ def asked_of(
     )
 
 
-def _label(amounts: Mapping[str, str | None], *goal: Any) -> str:
+def label(amounts: Mapping[str, str | None], *goal: Any) -> str:
     """What the folder is called after: the amounts, or the goal."""
     parts = [f"{name.replace('_', '-')}{value}" for name, value in amounts.items() if value]
     return "-".join(parts) or "-".join(str(value) for value in goal if value) or "nothing"
