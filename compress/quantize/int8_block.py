@@ -6,7 +6,7 @@ them to a block in the right order. What was tried and what won is in METHODS.md
     fast      smoothing scales; ranges fitted to the mean square of the inputs; rounded to nearest
     balanced  the same scales; retargeted, also for the rounding of the inputs; rounded with error feedback
 
-Shapes: S sampled tokens, O out_features, I in_features
+Shapes: S sampled tokens, M measured ones, O out_features, I in_features
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from compress.scheme import Scheme
 from compress.statistics import InputStatistics, Wanted, kept_share
 
 EFFORTS = ("fast", "balanced")
-SAMPLED_ROWS = 1024
+# Tokens of each group's inputs that are kept: to go down on, and, every so manieth, to measure on.
+SAMPLED_ROWS = 8192
+MEASURED_ROWS = 1024
 # The part of the weights' rounding error that error feedback leaves, as the search of scales counts it (METHODS.md).
 FEEDBACK_SHARE = 0.3
 
@@ -94,22 +96,22 @@ class _Work:
 
 @dataclass(frozen=True, kw_only=True)
 class _Members:
-    """The linears of a group that are quantized, all in one scheme, and their inputs."""
+    """The linears of a group that are quantized, all in one scheme, and their inputs.
+
+    measured_MI: tokens that errors and ranges are measured on. Once the group is smoothed, they and the statistics are
+    those of the smoothed inputs, and of the statistics' own tokens none are left.
+    """
 
     group: Group
     names: list[str]
     scheme: LayerScheme
     statistics: InputStatistics
+    measured_MI: Tensor
 
     @property
     def weight(self) -> Scheme:
         assert self.scheme.weight is not None
         return self.scheme.weight
-
-    @property
-    def rows_SI(self) -> Tensor:
-        assert self.statistics.rows_SI is not None
-        return self.statistics.rows_SI
 
 
 def int8_block(loaded: LoadedBlock, plan: LayerPlan, options: Int8Options) -> BlockResult:
@@ -119,14 +121,17 @@ def int8_block(loaded: LoadedBlock, plan: LayerPlan, options: Int8Options) -> Bl
         for name, module in linears(loaded.module).items():
             if not plan[loaded.prefix + name].is_dense:
                 refuse_drowning(loaded.prefix + name, weight_OI(module))
-    if any(scheme.input is not None and not scheme.input.dynamic for scheme in plan.groups()):
-        _add_check_rows(loaded)
+    static = any(scheme.input is not None and not scheme.input.dynamic for scheme in plan.groups())
+    more = _check_rows(loaded) if static else [torch.empty(0)] * len(loaded.groups)
     cache = {"kv_cache": loaded.cache_errors()} if plan.kv else {}
     groups, reports = [], []
-    for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
-        members = _members(loaded, group, statistics, plan)
+    for group, statistics, rows_SI in zip(loaded.groups, loaded.statistics, more, strict=True):
+        members = _members(loaded, group, statistics, plan, rows_SI)
         report, s_I = _smooth(work, group, members, options)
+        statistics.rows_SI = None
         statistics.smooth_(s_I)
+        if members is not None:
+            members.measured_MI.div_(s_I)
         reports.append(report)
         groups.append((members, s_I, report))
     for members, s_I, report in groups:
@@ -142,7 +147,10 @@ def int8_block(loaded: LoadedBlock, plan: LayerPlan, options: Int8Options) -> Bl
     )
 
 
-def _members(loaded: LoadedBlock, group: Group, statistics: InputStatistics, plan: LayerPlan) -> _Members | None:
+def _members(
+    loaded: LoadedBlock, group: Group, statistics: InputStatistics, plan: LayerPlan, more_SI: Tensor
+) -> _Members | None:
+    """None where every layer of the group stays dense. more_SI: tokens to measure on as well."""
     schemes = {name: plan[loaded.prefix + name] for name in group.layers if loaded.prefix + name in plan}
     names = [name for name, scheme in schemes.items() if not scheme.is_dense]
     if not names:
@@ -153,11 +161,20 @@ def _members(loaded: LoadedBlock, group: Group, statistics: InputStatistics, pla
         raise ConfigError(
             f"{loaded.prefix}{', '.join(names)} share their inputs and are planned as {said}; they must have one scheme"
         )
-    return _Members(group=group, names=names, scheme=different.pop(), statistics=statistics)
+    sampled_SI = statistics.rows_SI
+    assert sampled_SI is not None
+    measured_MI = sampled_SI[:: max(1, len(sampled_SI) // MEASURED_ROWS)]
+    return _Members(
+        group=group,
+        names=names,
+        scheme=different.pop(),
+        statistics=statistics,
+        measured_MI=torch.cat([measured_MI, more_SI]) if len(more_SI) else measured_MI.clone(),
+    )
 
 
-def _add_check_rows(loaded: LoadedBlock) -> None:
-    """Add the inputs of the check rows, first tokens included, to the samples: what is rare and huge sits there."""
+def _check_rows(loaded: LoadedBlock) -> list[Tensor]:
+    """Each group's inputs on the check rows, first tokens included: what is rare and huge sits there."""
     seen: list[Tensor] = [torch.empty(0)] * len(loaded.groups)
 
     def hook(index: int):  # type: ignore[no-untyped-def]
@@ -175,9 +192,7 @@ def _add_check_rows(loaded: LoadedBlock) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    for statistics, rows_SI in zip(loaded.statistics, seen, strict=True):
-        if rows_SI.numel():
-            statistics.keep_rows(rows_SI)
+    return seen
 
 
 # ---- smoothing -----------------------------------------------------------------------------------------
@@ -214,9 +229,15 @@ def _smooth(work: _Work, group: Group, members: _Members | None, options: Int8Op
 def _search(work: _Work, members: _Members, shared: Tensor, options: Int8Options) -> Smoothing:
     weights = [weight_OI(work.loaded.module.get_submodule(name)).float() for name in members.names]
     statistics = members.statistics
+    assert statistics.rows_SI is not None
     return search_smoothing(
         weights,
-        SampledInputs(gram_II=statistics.gram_II, amax_I=statistics.amax_I, rows_SI=members.rows_SI),
+        SampledInputs(
+            gram_II=statistics.gram_II,
+            amax_I=statistics.amax_I,
+            rows_SI=statistics.rows_SI,
+            measured_MI=members.measured_MI,
+        ),
         members.scheme.input,
         lambda w_OI: int8.round_to_nearest(w_OI, members.weight, options.dtype),
         weight_share=FEEDBACK_SHARE if options.feedback else 1.0,
@@ -236,10 +257,10 @@ def _round(work: _Work, members: _Members, s_I: Tensor, report: Mapping[str, Any
     static = None
     if activation is not None and not activation.dynamic:
         stacked = torch.cat(list(weights.values()))
-        static = fit_static(members.rows_SI, stacked, activation, work.options.dtype)
+        static = fit_static(members.measured_MI, stacked, activation, work.options.dtype)
         for name in members.names:  # tensors of its own: a file holds each layer's
             work.inputs[name] = StaticInput(scale=static.scale.clone(), zero_point=static.zero_point.clone())
-    seen_SI = _seen(members.rows_SI, activation, static)
+    seen_SI = _seen(members.measured_MI, activation, static)
     for names in stacks({name: w_OI.numel() for name, w_OI in weights.items()}):
         stack = {name: weights[name] for name in names}
         rows_O = torch.cat([work.row_scale.get(name, torch.ones(len(w), device=w.device)) for name, w in stack.items()])
@@ -277,7 +298,7 @@ def _rounded(
     statistics, scheme = members.statistics, members.weight
     if not options.feedback:
         return w_OI, _to_nearest(w_OI, statistics.gram_II, scheme, options.dtype)
-    noise = InputNoise.of(members.rows_SI, seen_SI)
+    noise = InputNoise.of(members.measured_MI, seen_SI)
     hessian_II = noise.with_noise(statistics.gram_II)
     inputs = int8.prepare(hessian_II, scheme, kept_share(len(hessian_II), statistics.num_tokens))
     del hessian_II
@@ -330,7 +351,7 @@ def _errors(
     wanted_OI: Tensor, made_OI: Tensor, s_I: Tensor, rows_O: Tensor, members: _Members, seen_SI: Tensor
 ) -> _Errors:
     """Of a stack of layers, on the sampled tokens. s_I: what is in the columns; rows_O: what rows were divided by."""
-    x_SI = members.rows_SI
+    x_SI = members.measured_MI
     with numerics.tensor_float32():
         output_SO = x_SI @ wanted_OI.t()
         plain_OI = int8.round_to_nearest(wanted_OI / s_I, members.weight, torch.float32)
