@@ -353,6 +353,8 @@ def check_memory(
         checkpointing=request.checkpointing,
         shares=shares,
         on_gpu=request.device.startswith("cuda"),
+        vocabulary=student.vocab_size,
+        at_once=request.compile,
     )
     loaded = sum(p.numel() * p.element_size() for p in student.model.parameters())
     if taught is not None:

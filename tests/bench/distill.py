@@ -60,7 +60,7 @@ def memory(work: Work, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         make: dict[str, Any] = {"device": options.device, "dtype": torch.bfloat16}
         hidden = torch.randn(tokens, width, **make).requires_grad_()
-        weight = (torch.randn(vocabulary, width, **make) / width**0.5).requires_grad_()
+        weight = (torch.randn(vocabulary, width, **make).float() / width**0.5).requires_grad_()  # as trained: float32
         teacher = DenseTeacher(
             hidden_PH=torch.randn(tokens, width, **make),
             head=Head(weight_VH=torch.randn(vocabulary, width, **make) / width**0.5),
@@ -77,18 +77,35 @@ def memory(work: Work, options: argparse.Namespace) -> None:
 
 def _ways(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str, Any]:
     """Mean forward KL: in blocks as it is trained with, plain or compiled, and on whole logits."""
+    from compress.distill import at_once
     from compress.distill.heads import Head
     from compress.distill.losses import Objective, losses
 
-    def own(fuse: bool) -> torch.Tensor:
-        return losses(hidden, Head(weight_VH=weight), teacher, None, Objective(), fuse=fuse)[0].mean()
+    half = torch.autocast(hidden.device.type, torch.bfloat16)
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    each = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
+
+    def blocks(fuse: bool) -> torch.Tensor:
+        with half:
+            return losses(hidden, Head(weight_VH=weight), teacher, None, Objective(), fuse=fuse)[0].mean()
+
+    def once(fuse: bool) -> torch.Tensor:
+        counts = at_once.Weights(divergence_P=each, cross_entropy_P=None)
+        with half:
+            return at_once.total(hidden, Head(weight_VH=weight), teacher, labels, Objective(), counts, fuse=fuse)[0]
 
     def plain() -> torch.Tensor:
-        log_q = (hidden @ weight.t()).float().log_softmax(-1)
+        log_q = (hidden @ weight.to(hidden.dtype).t()).float().log_softmax(-1)
         log_p = (teacher.hidden_PH @ teacher.head.weight_VH.t()).float().log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
-    return {"blocks": lambda: own(False), "blocks, compiled": lambda: own(True), "plain": plain}
+    return {
+        "at once, compiled": lambda: once(True),
+        "at once": lambda: once(False),
+        "blocks, compiled": lambda: blocks(True),
+        "blocks": lambda: blocks(False),
+        "plain": plain,
+    }
 
 
 def _liger(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str, Any]:
@@ -98,7 +115,8 @@ def _liger(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str
         return {}
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=1.0)
     labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-    return {"liger": lambda: loss(hidden, weight, teacher.hidden_PH, teacher.head.weight_VH, labels)}
+    own = teacher.head.weight_VH
+    return {"liger": lambda: loss(hidden, weight.to(hidden.dtype), teacher.hidden_PH, own, labels)}
 
 
 def _measured(way: Any, hidden: torch.Tensor, weight: torch.Tensor) -> Facts:
