@@ -159,8 +159,8 @@ def check_budget(request: AutoRequest, goal: Goal, model: StreamedModel, plan: L
     dense = outside + sum(num_bytes(DENSE, shape) for shape in shapes.values())
     if request.menu.dense and goal.gate is None and goal.most is not None and goal.most >= dense:
         raise ConfigError(
-            f"within {goal.most / 1e6:.2f} MB everything may stay in float16 ({dense / 1e6:.2f} MB), so nothing is to be "
-            "made; ask for fewer bytes, or leave float16 out of the choice with --no-float16"
+            f"within {goal.most / 1e6:.2f} MB everything may stay in float16 ({dense / 1e6:.2f} MB), so nothing is "
+            "to be made; ask for fewer bytes, or leave float16 out of the choice with --no-float16"
         )
     least = outside + sum(num_bytes(request.menu.options(shape[1])[0], shape) for shape in shapes.values())
     if goal.most is not None and goal.most < least:
