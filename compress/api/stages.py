@@ -275,8 +275,8 @@ def distill_model(
     texts = tuple(str(text_of(one)) for one in data)
     if not texts and options.get("cache") is None:
         raise ConfigError("no text to learn on; pass data=[FILE], or cache=FOLDER")
-    learner = student_of(text_of(student), scheme)
-    master = teacher_of(text_of(teacher), learner)
+    learner = student_of(text_of(student), scheme, text_of(teacher))
+    master = teacher_of(text_of(teacher), learner, scheme)
     request = request_of(
         learner, master, data=texts, mix=mix, out=None if out is None else Path(out), device=device, dtype=dtype,
         scheme=scheme, rate=rate, compile=compile, **options,
