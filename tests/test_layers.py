@@ -66,6 +66,7 @@ ROOMS = """
     workspace
     stage
     request
+    adapter
 
     quantize prune distill
 

@@ -21,12 +21,27 @@ def text_of(path: PathLike | None) -> str | None:
     return None if path is None else os.fspath(path)
 
 
-def source_of(model: PathLike | None, out: PathLike | None, force: bool) -> Source:
-    """The model to make something of; None as on the command line. An `out` that cannot be is refused first."""
-    from compress.workspace import is_model, resolve
+def source_of(
+    model: PathLike | None,
+    out: PathLike | None,
+    *,
+    force: bool,
+    trust: bool = False,
+    adapter: PathLike | None = None,
+    revision: str | None = None,
+) -> Source:
+    """The model to make something of; None as on the command line. An `out` that cannot be is refused first.
+
+    adapter: a LoRA adapter of it, merged into a model of its own. revision: of a hub model.
+    """
+    from compress.adapter import merged
+    from compress.workspace import WORKSPACE, is_model, resolve
 
     place = None if out is None else Path(out)
-    return resolve(text_of(model), quantizable=True, accept=is_model, out=place, force=force)
+    source = resolve(
+        text_of(model), quantizable=True, accept=is_model, out=place, force=force, revision=revision
+    )  # fmt: skip
+    return source if adapter is None else merged(source, Path(adapter), WORKSPACE, trust_remote_code=trust)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 In all of them model is a Hugging Face folder or hub id, None as on the command line: what the workspace was made from,
 else the bundled reference model. out: the folder to make, None for the command's default below `artifacts/`. calib: the
 calibration text as for `--calib`, None for the default; samples and seq_len count its rows and tokens a row. device
-and dtype are `auto` or as on the command line. force replaces `out`, resume goes on with a run that was killed. tell
+and dtype are `auto` or as on the command line. adapter: a LoRA adapter of the model, merged into a model of its own
+first. revision: of a hub model. force replaces `out`, resume goes on with a run that was killed. tell
 listens; None shows progress where the code runs.
 """
 
@@ -42,6 +43,8 @@ def quantize_awq(
     force: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
+    adapter: PathLike | None = None,
+    revision: str | None = None,
     tell: Tell | None = None,
 ) -> Outcome:
     """Quantize a model's weights with AWQ scales, as `compress awq` does: to an AutoAWQ folder at 4 bits, at 8 to a
@@ -60,26 +63,18 @@ def quantize_awq(
     from compress.workspace import WORKSPACE
 
     symmetric = check_codes(num_bits, symmetric)
-    source = source_of(model, out, force)
-    scheme, _ = asked_scheme(source.path, num_bits, group_size, symmetric, skip, trust_remote_code=trust_remote_code)
+    source = source_of(
+        model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision
+    )  # fmt: skip
+    found, _ = asked_scheme(source.path, num_bits, group_size, symmetric, skip, trust_remote_code=trust_remote_code)
     device = pick_device(device)
-    request = AwqRequest(
-        source=source,
-        out=Path(out or WORKSPACE / f"{source.name}-awq-{scheme.label()}"),
-        scheme=scheme,
-        calib=text_of(calib),
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        dtype=pick_dtype(dtype, device),
-        device=device,
-        skip=tuple(skip),
-        effort=effort,
-        self_samples=self_samples,
-        force=force,
-        resume=resume,
-        trust_remote_code=trust_remote_code,
-    )
+    options: dict[str, Any] = {
+        "scheme": found, "calib": text_of(calib), "samples": samples, "seq_len": seq_len, "seed": seed,
+        "dtype": pick_dtype(dtype, device), "device": device, "skip": tuple(skip), "effort": effort,
+        "self_samples": self_samples, "force": force, "resume": resume, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    place = Path(out or WORKSPACE / f"{source.name}-awq-{found.label()}")
+    request = AwqRequest(source=source, out=place, **options)
     with told(tell) as listener:
         return run(request, listener)
 
@@ -107,6 +102,8 @@ def quantize_int8(
     force: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
+    adapter: PathLike | None = None,
+    revision: str | None = None,
     tell: Tell | None = None,
 ) -> Outcome:
     """Quantize a model to INT8, as `compress int8` does: to a compressed-tensors folder.
@@ -121,7 +118,9 @@ def quantize_int8(
     from compress.quantize.int8_stage import quantize_int8 as run
     from compress.workspace import WORKSPACE
 
-    source = source_of(model, out, force)
+    source = source_of(
+        model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision
+    )  # fmt: skip
     device = pick_device(device)
     options: dict[str, Any] = {
         "scheme": scheme, "group_size": group_size, "static": static, "sym_activations": symmetric_activations,
@@ -159,6 +158,8 @@ def auto(
     force: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
+    adapter: PathLike | None = None,
+    revision: str | None = None,
     tell: Tell | None = None,
 ) -> Found:
     """The smallest artifact that passes the gate, as `compress auto` finds it: INT4, INT8 or float16 where they count.
@@ -175,7 +176,9 @@ def auto(
     from compress.search import Goal, search
     from compress.workspace import WORKSPACE
 
-    source = source_of(model, out, force)
+    source = source_of(
+        model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision
+    )  # fmt: skip
     device = pick_device(device)
     text = text_to_judge(source, text_of(data), gate, text_of(calib))
     request = AutoRequest(
@@ -216,6 +219,8 @@ def prune_model(
     force: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
+    adapter: PathLike | None = None,
+    revision: str | None = None,
     tell: Tell | None = None,
 ) -> Outcome:
     """Remove blocks, neurons, heads or channels and refit the rest, as `compress prune` does: an ordinary model folder.
@@ -229,7 +234,9 @@ def prune_model(
     from compress.prune.prune_stage import prune as run
     from compress.workspace import WORKSPACE
 
-    source = source_of(model, out, force)
+    source = source_of(
+        model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision
+    )  # fmt: skip
     device = pick_device(device)
     given = {"depth": depth, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads, "hidden": hidden}
     amounts = {name: None if value is None else f"{value:g}" for name, value in given.items()}

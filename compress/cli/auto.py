@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.calibrated import calibrated, console, say_where
+from compress.cli.calibrated import calibrated, console, model_of, say_where
 from compress.cli.help import Command
 from compress.cli.judges import GATE, Judges, text_to_judge
 from compress.cli.next import judge as judging_command
@@ -77,9 +77,12 @@ def command(
     from compress.devices import pick_device, pick_dtype
     from compress.quantize.auto_stage import AutoRequest
     from compress.search import Goal, search
-    from compress.workspace import WORKSPACE, is_model, resolve
+    from compress.workspace import WORKSPACE
 
-    source = resolve(model, quantizable=True, accept=is_model, out=None if dry_run else out, force=rest["force"])
+    source = model_of(
+        model, out=None if dry_run else out, force=rest["force"], revision=rest.pop("revision"),
+        adapter=rest.pop("adapter"), trust=rest["trust_remote_code"],
+    )  # fmt: skip
     if report is not None:
         check_page(report, source.path)
     gate = GATE if gate is None and num_bytes is None else gate
