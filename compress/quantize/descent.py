@@ -25,10 +25,10 @@ from torch import Tensor
 from compress import numerics
 from compress.plan import ActivationScheme
 
-STEPS = 120
-RATE = 0.05
+STEPS = 80
+RATE = 0.07
 TOKENS_AT_ONCE = 256
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 128
 
 
 def descended(

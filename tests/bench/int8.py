@@ -32,9 +32,9 @@ from pool import environment, log, run_child  # noqa: E402
 
 OURS: dict[str, dict[str, Any]] = {
     "w8a16": {"scheme": "w8a16"},
-    "w8a8 fast": {"effort": "fast"},
+    "w8a8": {},
     "w8a8 balanced": {"effort": "balanced"},
-    "w8a8 asym": {"sym_activations": False},
+    "w8a8 sym": {"sym_activations": True},
     "w8a8 keep-inputs": {"keep_inputs": None},
     "w8a8 + KV int8": {"kv_cache": "int8"},
     "w8a8 static": {"static": True},
