@@ -48,6 +48,7 @@ ROOMS = """
     rows
     sampling
     skeleton
+    turns
     model
     divergence
     runtime
