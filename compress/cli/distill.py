@@ -61,7 +61,8 @@ if TYPE_CHECKING:
 @click.option("--watch-every", type=click.IntRange(1), help="Updates between looks [default: a tenth of the run].")
 @click.option("--patience", type=click.IntRange(1), default=3, show_default=True, help="Worse looks that end the run.")
 @click.option("--engine", type=click.Choice(["auto", "ddp", "fsdp", "deepspeed"]), default="auto", show_default=True,
-              help="Of several processes (torchrun): copies, shares (FSDP2), or DeepSpeed ZeRO-3.")  # fmt: skip
+              help="Of several processes (torchrun): copies, shares (FSDP2), or DeepSpeed ZeRO-3, whose runs begin "
+              "again when killed.")  # fmt: skip
 @click.option("--compress-gradients", type=click.IntRange(1), metavar="RANK", help="PowerSGD between processes (ddp).")
 @click.option(
     "--checkpointing", is_flag=True, help="Recompute blocks in the backward pass: less memory, a third slower."

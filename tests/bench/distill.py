@@ -4,7 +4,7 @@
     python tests/bench/distill.py speed --shape 135m 1b           # tokens/s and MFU of a step, teacher included
     python tests/bench/distill.py recover MODEL --minutes 5       # prune -> distill -> INT8, INT4; each step judged
     python tests/bench/distill.py qad MODEL --minutes 3           # codes and scales of an INT4 `best` artifact trained
-    python tests/bench/distill.py curve MODEL STUDENT --tokens N --out-svg FILE     # against cross-entropy, CPU
+    python tests/bench/distill.py curve MODEL STUDENT --tokens N ...     # against the text alone, on a CPU
 
 Each prints one JSON line a job and, last, a table. What is finished is kept in `--work`: after `--deadline` seconds a
 run writes a checkpoint and ends, and the same command goes on from there. `--out FILE` gets all figures as they come.
@@ -341,6 +341,24 @@ def curve(work: Work, options: argparse.Namespace) -> None:
             return {"looks": looks, "tokens_per_second": found["tokens_per_second"], "seconds": found["wall_seconds"]}
 
         work.job(f"curve {loss}", make)
+    if options.plot:
+        _plot({loss: work.results[f"curve {loss}"]["looks"] for loss in ("forward-kl", "cross-entropy")}, options.plot)
+
+
+def _plot(curves: dict[str, list[list[float]]], path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curve", "axes.grid": True}):
+        figure = Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.subplots()
+        for (loss, looks), label in zip(curves.items(), ("from its teacher", "from the text alone"), strict=True):
+            color = "#0072b2" if loss == "forward-kl" else "#d55e00"
+            axes.plot([t / 1000 for t, _ in looks], [p for _, p in looks], "o-", label=label, color=color)
+        axes.set_xlabel("thousand tokens")
+        axes.set_ylabel("perplexity of held-out articles")
+        axes.legend()
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 # ---- tables ------------------------------------------------------------------------------------------
@@ -448,6 +466,7 @@ def parsed() -> argparse.Namespace:
     last.add_argument("--seq-len", type=int, default=256)
     last.add_argument("--lr", type=float)
     last.add_argument("--looks", type=int, default=5)
+    last.add_argument("--plot", type=Path, help="SVG file")
     last.add_argument("--watch-tokens", type=int, default=16_384)
     for verb in verbs.choices.values():
         verb.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "distill-bench")
