@@ -46,9 +46,9 @@ ROOMS = """
     passages
     positions
     rows
+    turns
     sampling
     skeleton
-    turns
     model
     divergence
     runtime
