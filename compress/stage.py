@@ -110,6 +110,8 @@ class Job:
     """What every stage is told, whatever it does: which model, where to, on what text, how to compute.
 
     dtype: of the passes over the calibration rows (`DTYPES`). force: replace `out`. resume: take up a killed run.
+    rows: those of `text`, where they were read already. home: where the folder will lie in the end, if not at `out`;
+    the manifest's paths lead from there.
     """
 
     source: Source
@@ -120,6 +122,13 @@ class Job:
     force: bool = False
     resume: bool = True
     trust_remote_code: bool = False
+    rows: Rows | None = None
+    home: Path | None = None
+
+    @property
+    def lies_at(self) -> Path:
+        """The place that the manifest's paths lead from."""
+        return self.home or self.out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,15 +228,7 @@ def _prepare(stage: Stage, job: Job, tell: Tell) -> _Prepared:
     if stage.format is not None:
         stage.format.check(plan, shapes_of(model, plan))
     # One process reads: several that read might find different rows.
-    rows = distributed.told_by_first(
-        lambda: read_rows(
-            job.text,
-            model,
-            is_reference=job.source.is_reference,
-            trust_remote_code=job.trust_remote_code,
-            tell=tell,
-        )
-    )
+    rows = distributed.told_by_first(lambda: job.rows or rows_of(job, model, tell))
     chosen = list(stage.blocks(model))
     return _Prepared(
         stage=stage,
@@ -238,6 +239,17 @@ def _prepare(stage: Stage, job: Job, tell: Tell) -> _Prepared:
         chosen=chosen,
         rows=rows,
         stamp=model.checkpoint.stamp(),
+    )
+
+
+def rows_of(job: Job, model: StreamedModel, tell: Tell) -> Rows:
+    """The job's calibration rows, read anew; see `calibration_rows.read_rows`."""
+    return read_rows(
+        job.text,
+        model,
+        is_reference=job.source.is_reference,
+        trust_remote_code=job.trust_remote_code,
+        tell=tell,
     )
 
 
@@ -359,7 +371,7 @@ def _finish(
         rest=rest,
         num_blocks=len(ready.chosen),
         config=config,
-        manifest=manifest_of(record, job.source.path, job.out),
+        manifest=manifest_of(record, job.source.path, job.lies_at),
     )
     if stage.proof is not None:
         tell.say("comparing the model as transformers builds it from the new folder")
@@ -389,8 +401,8 @@ def _record(ready: _Prepared, done: Sequence[BlockDone], parent_sha256: str) -> 
         "format": stage.format.NAME if stage.format else "dense",
         "options": dict(stage.options),
         "plan": ready.written_plan.to_json(),
-        "parent": {"path": path_from(job.out, job.source.path), "sha256": parent_sha256},
-        "calibration": ready.rows.to_json(job.out),
+        "parent": {"path": path_from(job.lies_at, job.source.path), "sha256": parent_sha256},
+        "calibration": ready.rows.to_json(job.lies_at),
         "versions": versions(),
         **stage.record(done, ready.written_plan),
         "files_not_carried": not_carried(ready.model.checkpoint.path),
@@ -425,7 +437,7 @@ def names_of(model: StreamedModel) -> tuple[list[str], list[str]]:
 def _of(quantized: Path) -> str:
     """Where the model lies that an artifact's codes were made from: `, PATH`, or nothing where that is not known."""
     manifest = read_manifest(quantized)
-    found = next((r for r in manifest.lineage if r["stage"] in ("awq", "int8")), None) if manifest else None
+    found = next((r for r in manifest.lineage if r["stage"] in ("awq", "int8", "auto")), None) if manifest else None
     if found is None:
         return ""
     try:

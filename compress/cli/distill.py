@@ -14,6 +14,7 @@ from compress.cli.help import Command
 from compress.cli.lessons import lessons
 from compress.cli.next import judge
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
+from compress.cli.start_codes import check_scheme, is_quantized, start_of
 from compress.errors import ConfigError
 from compress.tell import SILENT
 
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="Of matrices.")
 @click.option("--clip", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Gradient norm.")
 @click.option("--lora", type=click.IntRange(1), metavar="RANK", help="Train thin matrices, merged at the end (peft).")
-@click.option("--scheme", metavar="w4a16|w8a8|...", help="Train the codes and scales of a quantized student.")
+@click.option("--scheme", metavar="w4a16|w8a16|w8a8", help="Train a quantized student's codes and scales; one that is "
+              "not is quantized first.")  # fmt: skip
 @click.option("--cache", type=click.Path(path_type=Path), help="The teacher's word, written by `compress teach`.")
 @click.option("--on-policy", type=click.FloatRange(0, 1), default=0.0, show_default=True, metavar="SHARE",
               help="Updates on text that the student writes.")  # fmt: skip
@@ -59,7 +61,8 @@ if TYPE_CHECKING:
 @click.option("--watch-every", type=click.IntRange(1), help="Updates between looks [default: a tenth of the run].")
 @click.option("--patience", type=click.IntRange(1), default=3, show_default=True, help="Worse looks that end the run.")
 @click.option("--engine", type=click.Choice(["auto", "ddp", "fsdp", "deepspeed"]), default="auto", show_default=True,
-              help="Of several processes (torchrun): copies, shares (FSDP2), or DeepSpeed ZeRO-3.")  # fmt: skip
+              help="Of several processes (torchrun): copies, shares (FSDP2), or DeepSpeed ZeRO-3, whose runs begin "
+              "again when killed.")  # fmt: skip
 @click.option("--compress-gradients", type=click.IntRange(1), metavar="RANK", help="PowerSGD between processes (ddp).")
 @click.option(
     "--checkpointing", is_flag=True, help="Recompute blocks in the backward pass: less memory, a third slower."
@@ -96,19 +99,25 @@ def command(
     started = time.monotonic()
     from compress import output
     from compress.devices import described
+    from compress.distill import prepare
     from compress.distill.run import distill
 
     if rest["out"] is not None:  # before a model is fetched
         output.check(rest["out"], {}, force=rest["force"])
-    learner = student_of(student, rest["scheme"])
-    master = teacher_of(teacher, learner)
+    if rest["scheme"] is not None:
+        check_scheme(rest["scheme"])
+    learner = student_of(student, rest["scheme"], teacher)
+    master = teacher_of(teacher, learner, rest["scheme"])
     if not rest["data"] and rest["cache"] is None:
         raise ConfigError("no text to learn on; pass --data FILE, --data hf:DATASET, --data self or --cache FOLDER")
     if tensorboard and report is None:
         raise ConfigError("--tensorboard writes into the --report folder; pass --report FOLDER as well")
-    request = request_of(learner, master, **rest)
     first = int(os.environ.get("RANK", "0")) == 0  # of those that torchrun started
     with _Steps(quiet=as_json or not first) as shown:
+        if rest["scheme"] is not None:
+            prepare.refuse(request_of(learner, master, **rest))
+            learner = start_of(learner, tell=shown if first else SILENT, **rest)
+        request = request_of(learner, master, **rest)
         if first:
             shown.say(f"student: {learner.said}\nteacher: {master.said}")
             shown.say(f"computed on: {described(request.device)}, {request.dtype}")
@@ -159,8 +168,9 @@ def request_of(
     )
 
 
-def student_of(asked: str | None, scheme: str | None) -> Source:
-    """The model named, or the workspace's newest pruned artifact; with a scheme, its newest quantized one."""
+def student_of(asked: str | None, scheme: str | None, teacher: str | None) -> Source:
+    """The model named, or the workspace's newest pruned artifact; with a scheme, its newest quantized one, or, where
+    there is none, the teacher."""
     from compress.artifact import read_manifest
     from compress.files import read_json
     from compress.workspace import holds_weights, resolve
@@ -177,17 +187,22 @@ def student_of(asked: str | None, scheme: str | None) -> Source:
 
     found = resolve(asked, accept=is_meant)
     if asked is None and read_manifest(found.path) is None:
+        if scheme is not None and teacher is not None:
+            return resolve(teacher)
         kind = "pruned" if scheme is None else "quantized"
         raise ConfigError(f"there is no {kind} artifact in the workspace to train; pass --student MODEL")
     return found
 
 
-def teacher_of(asked: str | None, student: Source) -> Source:
+def teacher_of(asked: str | None, student: Source, scheme: str | None = None) -> Source:
+    """The model named, or the student's original: itself, where its codes are yet to be made."""
     from compress.artifact import parent_path, read_manifest
     from compress.workspace import resolve
 
     if asked is not None:
         return resolve(asked)
+    if scheme is not None and not is_quantized(student.path):
+        return student
     manifest = read_manifest(student.path)
     if manifest is None:
         raise ConfigError(f"{student.path} has no manifest that names its original; pass --teacher MODEL")

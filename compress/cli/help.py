@@ -23,6 +23,7 @@ EXAMPLES = {
     "init": "compress init orin-awq --model MODEL --calib notes.txt --data held_out.txt",
     "awq": "compress awq MODEL --group-size 64 --calib notes.txt --effort best",
     "int8": "compress int8 MODEL --scheme w8a8 --calib notes.txt",
+    "auto": "compress auto MODEL --gate 0.98 --calib notes.txt --data held_out.txt --report auto.html",
     "prune": "compress prune MODEL --depth 2 --intermediate 0.25",
     "teach": "compress teach --teacher MODEL --data notes.txt --tokens 10000000",
     "distill": "compress distill --student artifacts/SMALL --data notes.txt --watch other.txt",

@@ -45,6 +45,10 @@ _GROUPS = {
             "compress.cli.int8",
             "Quantize to INT8, W8A8 or W8A16: a compressed-tensors folder for vLLM, SGLang and transformers.",
         ),
+        "auto": (
+            "compress.cli.auto",
+            "Choose bits for each set of layers: the smallest artifact that passes the gate.",
+        ),
         "prune": (
             "compress.cli.prune",
             "Remove blocks, neurons, heads or channels, chosen by measured damage, and refit the rest.",

@@ -149,6 +149,7 @@ def _teach(params: Params, source: Source, folder: Path) -> Foreseen:
 def _distill(params: Params, source: Source, folder: Path) -> Foreseen:
     from compress import foreseen
     from compress.cli.distill import request_of, teacher_of
+    from compress.cli.start_codes import COMMANDS, is_quantized
     from compress.distill import memory, models, prepare
     from compress.distill.data import refuse_endless
     from compress.distill.request import DistillRequest
@@ -157,7 +158,11 @@ def _distill(params: Params, source: Source, folder: Path) -> Foreseen:
         raise ConfigError('no text to learn on; add data, such as data = ["self"], or cache = "@teach"')
     if params["tensorboard"] and params["report"] is None:
         raise ConfigError("tensorboard writes into the report folder; add report as well")
-    teacher = teacher_of(params["teacher"], source)
+    scheme = params["scheme"]
+    if scheme is not None and not is_quantized(source.path):
+        step = COMMANDS.get(scheme, "awq").partition(" ")[0]
+        raise ConfigError(f'scheme = "{scheme}" trains the codes of a quantized student; put a step [{step}] before it')
+    teacher = teacher_of(params["teacher"], source, scheme)
     asked = {"mix", *(f.name for f in fields(DistillRequest))} - {"teacher", "student", "out"}
     rest = {name: value for name, value in params.items() if name in asked}
     request = request_of(source, teacher, out=folder, **rest)

@@ -27,7 +27,7 @@ class EngineOptions:
     """engine: one of `ENGINES`. compute: dtype of matrix products; master weights are float32. device: of this process.
 
     compress_gradients: rank of PowerSGD's factors, None for whole gradients. exact_parameters: shares are gathered in
-    float32, for parameters that 16 bits would change (codes about to be rounded).
+    float32, for parameters that 16 bits would change (codes about to be rounded). clip: largest norm of a gradient.
     """
 
     engine: str = "auto"
@@ -35,11 +35,12 @@ class EngineOptions:
     device: str = "cpu"
     compress_gradients: int | None = None
     exact_parameters: bool = False
+    clip: float = 1.0
 
     def resolved(self, processes: int) -> str:
         """`single`, `ddp`, `fsdp` or `deepspeed`. ConfigError for what does not go together."""
         if self.engine == "deepspeed":
-            _require_deepspeed()
+            _require_deepspeed(self.device)
         engine = self.engine
         if engine == "auto":
             shards = self.device.startswith("cuda") and self.compress_gradients is None
@@ -59,7 +60,14 @@ class EngineOptions:
         return engine
 
 
-def _require_deepspeed() -> None:
+def _require_deepspeed(device: str) -> None:
+    """ConfigError or UnsupportedError where its engine cannot run."""
+    if not device.startswith("cuda") or not distributed.running():
+        found = "one process" if device.startswith("cuda") else f"device {device}"
+        raise ConfigError(
+            f"--engine deepspeed is for several GPUs under torchrun, and this is {found}; start torchrun "
+            "--nproc-per-node N -m compress distill --device cuda, or use --engine fsdp"
+        )
     try:
         importlib.import_module("deepspeed")
     except ImportError as e:
@@ -104,6 +112,11 @@ class Engine:
         while isinstance(inside := getattr(module, "module", None), nn.Module):
             module = inside
         return module
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a checkpoint can hold this run: what DeepSpeed shares out is not where `checkpoint` looks for it."""
+        return self.kind != "deepspeed"
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The student's trained parameters, by names that no wrapper changes, in one order everywhere."""
@@ -212,7 +225,7 @@ def _accelerator(kind: str, options: EngineOptions, block_class: str, micro_batc
                 "bf16": {"enabled": options.compute == torch.bfloat16},
                 "train_micro_batch_size_per_gpu": micro_batch,
                 "gradient_accumulation_steps": accumulation,
-                "gradient_clipping": 1.0,
+                "gradient_clipping": options.clip,
                 "zero_allow_untested_optimizer": True,
             }
         )

@@ -31,9 +31,7 @@ class Head:
 
     def through(self, grad_PV: Tensor, logits_PV: Tensor) -> Tensor:
         """The gradient with respect to `W h + b`, from that with respect to the logits."""
-        if self.cap is not None:
-            grad_PV = grad_PV * (1 - (logits_PV / self.cap).square())
-        return grad_PV if self.scale == 1 else grad_PV * self.scale
+        return through(grad_PV, logits_PV, self.scale, self.cap)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,6 +78,13 @@ class SparseTeacher:
 
 
 Teacher = DenseTeacher | SparseTeacher
+
+
+def through(grad_PV: Tensor, logits_PV: Tensor, scale: float, cap: float | None) -> Tensor:
+    """See `Head.through`."""
+    if cap is not None:
+        grad_PV = grad_PV * (1 - (logits_PV / cap).square())
+    return grad_PV if scale == 1 else grad_PV * scale
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

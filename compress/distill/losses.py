@@ -113,7 +113,7 @@ class _Job:
         return _slices(self.vocabulary, self.block[1])
 
     def function(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        return _compiled(plain) if self.fuse else plain
+        return compiled(plain) if self.fuse else plain
 
 
 class _Blockwise(torch.autograd.Function):
@@ -250,7 +250,8 @@ def _backward_block(
 _COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
-def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The function by `torch.compile`, for the shapes that it meets; the same one for the same function."""
     if plain not in _COMPILED:
         _COMPILED[plain] = torch.compile(plain, dynamic=False)
     return _COMPILED[plain]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compress.distill import at_once
 from compress.distill.losses import CPU_BLOCK, GPU_BLOCK
 from compress.errors import ConfigError
 
@@ -24,6 +25,8 @@ MARGIN = 1.1
 COMPILED = 0.7
 # Arrays of a block's size that the loss holds at once, all float32.
 _LOSS_ARRAYS = 7
+# Of compiled losses: both models' logits in float32, and a gradient of 16 bits.
+_AT_ONCE_ARRAYS = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class Needs:
 
     trained, frozen: parameters of the student. compute_bytes: of a number in matrix products. tokens: of a pass.
     token_bytes: activations a token without checkpointing; kept_bytes: with it. shares: processes that share weights.
+    vocabulary: its entries. at_once: whether losses are computed as `at_once.total` does.
     """
 
     trained: int
@@ -45,6 +49,8 @@ class Needs:
     checkpointing: bool
     shares: int
     on_gpu: bool
+    vocabulary: int = 0
+    at_once: bool = False
 
     def total(self) -> int:
         """Bytes in one process: master weights, gradients and two moments (16 a trained parameter), the teacher, a copy
@@ -54,7 +60,9 @@ class Needs:
         teacher = self.teacher_parameters * self.teacher_bytes / self.shares
         activations = self.tokens * (self.kept_bytes if self.checkpointing else self.token_bytes)
         rows, columns = GPU_BLOCK if self.on_gpu else CPU_BLOCK
-        loss = 4 * _LOSS_ARRAYS * min(rows, self.tokens) * columns
+        loss: float = 4 * _LOSS_ARRAYS * min(rows, self.tokens) * columns
+        if self.at_once:
+            loss = max(loss, 4 * _AT_ONCE_ARRAYS * min(at_once.BUDGET, self.tokens * self.vocabulary))
         return int(MARGIN * (weights + copy + teacher + activations + loss))
 
 

@@ -54,6 +54,11 @@ def refuse(request: DistillRequest) -> None:
         )
     if request.scheme is not None and request.lora is not None:
         raise ConfigError("--lora trains matrices beside the weights and --scheme the weights' codes; leave out one")
+    if request.engine == "deepspeed" and request.watch is not None:
+        raise ConfigError(
+            "--watch keeps weights of earlier steps, which --engine deepspeed has shared out where none can be read; "
+            "use --engine fsdp, or leave out --watch"
+        )
     if request.epochs < 1 or request.seq_len < 2:
         raise ConfigError(f"--epochs {request.epochs} --seq-len {request.seq_len}: at least 1 and 2 are needed")
 
@@ -353,6 +358,8 @@ def check_memory(
         checkpointing=request.checkpointing,
         shares=shares,
         on_gpu=request.device.startswith("cuda"),
+        vocabulary=student.vocab_size,
+        at_once=request.compile,
     )
     loaded = sum(p.numel() * p.element_size() for p in student.model.parameters())
     if taught is not None:

@@ -248,6 +248,7 @@ def _engine_options(request: DistillRequest) -> EngineOptions:
         device=request.device,
         compress_gradients=request.compress_gradients,
         exact_parameters=request.scheme is not None,
+        clip=request.clip,
     )
 
 

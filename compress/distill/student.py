@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.distill.heads import Teacher
+from compress.distill import at_once
+from compress.distill.at_once import Weights
+from compress.distill.heads import SparseTeacher, Teacher
 from compress.distill.losses import IGNORED, Objective, losses
 from compress.distill.models import LoadedModel, head_of
 from compress.distill.onpolicy import rewrite
@@ -103,8 +105,7 @@ class Student(nn.Module):
                 use_cache=False,
                 output_hidden_states=bool(self._states),
             )
-            parts = self._parts(study, out)
-        total = torch.stack([w * p for w, p in zip(self._goal.weights, parts, strict=True) if w]).sum()
+            total, parts = self._loss(study, out)
         return total, torch.stack([p.detach() for p in parts])
 
     def _rewritten(self, task: Rewrite) -> tuple[Batch, Tensor]:
@@ -118,25 +119,58 @@ class Student(nn.Module):
         finally:
             self.train(training)
 
-    def _parts(self, study: Study, out: object) -> tuple[Tensor, Tensor, Tensor]:
-        hidden_BTH: Tensor = out.last_hidden_state  # type: ignore[attr-defined]
+    def _loss(self, study: Study, out: Any) -> tuple[Tensor, list[Tensor]]:
+        """What is minimised, and its parts. Where losses are compiled, an update's gradient is computed with them."""
+        hidden_PH: Tensor = out.last_hidden_state.flatten(0, 1)
         labels_P = study.batch.labels_BT.flatten()
+        sparse = isinstance(study.lesson.teacher, SparseTeacher)
+        if self._fuse and torch.is_grad_enabled() and not sparse:
+            total, parts = self._at_once(study.lesson, hidden_PH, labels_P)
+        else:
+            parts = self._in_blocks(study.lesson, hidden_PH, labels_P)
+            total = torch.stack([w * p for w, p in zip(self._goal.weights, parts, strict=False) if w]).sum()
+        if not self._states:
+            return total, [*parts, torch.zeros_like(parts[0])]
+        mine = [out.hidden_states[i] for i in self._states]
+        distances = [_distance(a, b) for a, b in zip(mine, study.lesson.states, strict=True)]
+        parts.append(torch.stack(distances).mean())
+        return total + self._goal.hidden * parts[-1], parts
+
+    def _in_blocks(self, lesson: Lesson, hidden_PH: Tensor, labels_P: Tensor) -> list[Tensor]:
+        """Divergence and cross-entropy, differentiable, by `losses.losses`."""
         divergence_P, entropy_P = losses(
-            hidden_BTH.flatten(0, 1),
+            hidden_PH,
             head_of(self._loaded),
-            study.lesson.teacher,
+            lesson.teacher,
             labels_P if self._goal.ce or self._goal.objective is None or not self.training else None,
             self._goal.objective or Objective(),
             fuse=self._fuse,
         )
-        counted_P = study.lesson.counted_P
+        counted_P = lesson.counted_P
         divergence = divergence_P.mean() if counted_P is None else (divergence_P * counted_P).sum() / counted_P.sum()
-        entropy = entropy_P.sum() / (labels_P != IGNORED).sum().clamp(min=1)
-        if not self._states:
-            return divergence, entropy, torch.zeros_like(divergence)
-        mine = [out.hidden_states[i] for i in self._states]  # type: ignore[attr-defined]
-        distances = [_distance(a, b) for a, b in zip(mine, study.lesson.states, strict=True)]
-        return divergence, entropy, torch.stack(distances).mean()
+        return [divergence, entropy_P.sum() / _known(labels_P)]
+
+    def _at_once(self, lesson: Lesson, hidden_PH: Tensor, labels_P: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The total, differentiable, and divergence and cross-entropy, by `at_once.total`."""
+        assert not isinstance(lesson.teacher, SparseTeacher)
+        of_divergence, of_entropy, _ = self._goal.weights
+        counted_P = torch.ones_like(labels_P) if lesson.counted_P is None else lesson.counted_P
+        share_P = counted_P.float() / counted_P.sum()
+        known_P = (labels_P != IGNORED).float() / _known(labels_P)
+        weights = Weights(
+            divergence_P=of_divergence * share_P if of_divergence else None,
+            cross_entropy_P=of_entropy * known_P if of_entropy else None,
+        )
+        objective = self._goal.objective or Objective()
+        total, divergence_P, entropy_P = at_once.total(
+            hidden_PH, head_of(self._loaded), lesson.teacher, labels_P, objective, weights, fuse=True
+        )
+        return total, [(divergence_P * share_P).sum(), (entropy_P * known_P).sum()]
+
+
+def _known(labels_P: Tensor) -> Tensor:
+    """How many labels there are, at least 1."""
+    return (labels_P != IGNORED).sum().clamp(min=1)
 
 
 def _distance(mine_BTH: Tensor, theirs_BTH: Tensor) -> Tensor:

@@ -138,13 +138,12 @@ class Training:
             self.tell.step(self.state.step, self.describe(record))
             if self.watch is not None and self.watch.is_due(self.state.step, self.plan.steps):
                 self._look()
-            if stopping or due or self._by_count():
-                path = self.save()
+            kept = "; --engine deepspeed writes no checkpoints, so the same command begins again"
+            if self.engine.keeps and (stopping or due or self._by_count()):
+                kept = f", which is saved in {self.save()}; the same command goes on from there"
             if stopping:
-                raise Stopped(
-                    f"stopped by {self.stop.asked or 'a signal'} at step {self.state.step} of {self.plan.steps}, which "
-                    f"is saved in {path}; the same command goes on from there"
-                )
+                signal = self.stop.asked or "a signal"
+                raise Stopped(f"stopped by {signal} at step {self.state.step} of {self.plan.steps}{kept}")
         if self.state.best_step is not None and self.state.best_step != self.state.step:
             self._load_best()
         return self.state

@@ -4,7 +4,7 @@
     python tests/bench/distill.py speed --shape 135m 1b           # tokens/s and MFU of a step, teacher included
     python tests/bench/distill.py recover MODEL --minutes 5       # prune -> distill -> INT8, INT4; each step judged
     python tests/bench/distill.py qad MODEL --minutes 3           # codes and scales of an INT4 `best` artifact trained
-    python tests/bench/distill.py curve MODEL STUDENT --tokens N --out-svg FILE     # against cross-entropy, CPU
+    python tests/bench/distill.py curve MODEL STUDENT --tokens N ...     # against the text alone, on a CPU
 
 Each prints one JSON line a job and, last, a table. What is finished is kept in `--work`: after `--deadline` seconds a
 run writes a checkpoint and ends, and the same command goes on from there. `--out FILE` gets all figures as they come.
@@ -60,7 +60,7 @@ def memory(work: Work, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         make: dict[str, Any] = {"device": options.device, "dtype": torch.bfloat16}
         hidden = torch.randn(tokens, width, **make).requires_grad_()
-        weight = (torch.randn(vocabulary, width, **make) / width**0.5).requires_grad_()
+        weight = (torch.randn(vocabulary, width, **make).float() / width**0.5).requires_grad_()  # as trained: float32
         teacher = DenseTeacher(
             hidden_PH=torch.randn(tokens, width, **make),
             head=Head(weight_VH=torch.randn(vocabulary, width, **make) / width**0.5),
@@ -77,18 +77,35 @@ def memory(work: Work, options: argparse.Namespace) -> None:
 
 def _ways(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str, Any]:
     """Mean forward KL: in blocks as it is trained with, plain or compiled, and on whole logits."""
+    from compress.distill import at_once
     from compress.distill.heads import Head
     from compress.distill.losses import Objective, losses
 
-    def own(fuse: bool) -> torch.Tensor:
-        return losses(hidden, Head(weight_VH=weight), teacher, None, Objective(), fuse=fuse)[0].mean()
+    half = torch.autocast(hidden.device.type, torch.bfloat16)
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    each = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
+
+    def blocks(fuse: bool) -> torch.Tensor:
+        with half:
+            return losses(hidden, Head(weight_VH=weight), teacher, None, Objective(), fuse=fuse)[0].mean()
+
+    def once(fuse: bool) -> torch.Tensor:
+        counts = at_once.Weights(divergence_P=each, cross_entropy_P=None)
+        with half:
+            return at_once.total(hidden, Head(weight_VH=weight), teacher, labels, Objective(), counts, fuse=fuse)[0]
 
     def plain() -> torch.Tensor:
-        log_q = (hidden @ weight.t()).float().log_softmax(-1)
+        log_q = (hidden @ weight.to(hidden.dtype).t()).float().log_softmax(-1)
         log_p = (teacher.hidden_PH @ teacher.head.weight_VH.t()).float().log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
-    return {"blocks": lambda: own(False), "blocks, compiled": lambda: own(True), "plain": plain}
+    return {
+        "at once, compiled": lambda: once(True),
+        "at once": lambda: once(False),
+        "blocks, compiled": lambda: blocks(True),
+        "blocks": lambda: blocks(False),
+        "plain": plain,
+    }
 
 
 def _liger(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str, Any]:
@@ -98,7 +115,8 @@ def _liger(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str
         return {}
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=1.0)
     labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-    return {"liger": lambda: loss(hidden, weight, teacher.hidden_PH, teacher.head.weight_VH, labels)}
+    own = teacher.head.weight_VH
+    return {"liger": lambda: loss(hidden, weight.to(hidden.dtype), teacher.hidden_PH, own, labels)}
 
 
 def _measured(way: Any, hidden: torch.Tensor, weight: torch.Tensor) -> Facts:
@@ -323,6 +341,24 @@ def curve(work: Work, options: argparse.Namespace) -> None:
             return {"looks": looks, "tokens_per_second": found["tokens_per_second"], "seconds": found["wall_seconds"]}
 
         work.job(f"curve {loss}", make)
+    if options.plot:
+        _plot({loss: work.results[f"curve {loss}"]["looks"] for loss in ("forward-kl", "cross-entropy")}, options.plot)
+
+
+def _plot(curves: dict[str, list[list[float]]], path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curve", "axes.grid": True}):
+        figure = Figure(figsize=(6, 3), layout="constrained")
+        axes = figure.subplots()
+        for (loss, looks), label in zip(curves.items(), ("from its teacher", "from the text alone"), strict=True):
+            color = "#0072b2" if loss == "forward-kl" else "#d55e00"
+            axes.plot([t / 1000 for t, _ in looks], [p for _, p in looks], "o-", label=label, color=color)
+        axes.set_xlabel("thousand tokens")
+        axes.set_ylabel("perplexity of held-out articles")
+        axes.legend()
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 # ---- tables ------------------------------------------------------------------------------------------
@@ -430,6 +466,7 @@ def parsed() -> argparse.Namespace:
     last.add_argument("--seq-len", type=int, default=256)
     last.add_argument("--lr", type=float)
     last.add_argument("--looks", type=int, default=5)
+    last.add_argument("--plot", type=Path, help="SVG file")
     last.add_argument("--watch-tokens", type=int, default=16_384)
     for verb in verbs.choices.values():
         verb.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "distill-bench")

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import calibration_data
+from compress.checkpoint import Checkpoint
 from compress.cli.main import main
 
 TEXT = str(calibration_data.default_calibration())
@@ -41,6 +43,33 @@ def test_trains_and_says_what_it_made(tmp_path: Path, student: Path, monkeypatch
     assert found["record"]["steps"] == 5 and found["out"] == "artifacts/model-distilled"
 
 
+@pytest.mark.parametrize(("scheme", "format"), [("w4a16", "awq-gemm"), ("w8a8", "compressed-tensors")])
+def test_codes_are_made_first_and_then_trained(
+    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, format: str
+) -> None:
+    """From a model that is not quantized to one that is, by one command: nearer to it than quantizing alone left it."""
+    monkeypatch.chdir(tmp_path)
+    asked = ["distill", "--teacher", str(student), "--scheme", scheme, "--data", TEXT, "--tokens", "10240"]
+    sizes = ["--seq-len", "32", "--batch", "16", "--device", "cpu", "--lr", "1e-2"]
+    # INT8 of random weights loses too little to be told from noise
+    watch = ["--watch", TEXT, "--watch-tokens", "2048"] if scheme == "w4a16" else []
+    made = call(*asked, *sizes, *watch, "--json")
+    assert made.exit_code == 0, made.output
+    found = json.loads(made.stdout)
+    record = found["record"]
+    assert found["out"] == f"artifacts/model-{scheme}-distilled" and record["format"] == format
+    if watch:
+        looks = [look["divergence"] for look in record["watch"]["looks"]]
+        assert record["kept_step"] > 0 and looks[-1] < looks[0]
+    start, end = (Checkpoint.open(tmp_path / "artifacts" / f"model-{scheme}-{x}") for x in ("start", "distilled"))
+    assert dict(start.config) == dict(end.config) and start.tensors.keys() == end.tensors.keys()
+    for name in start.tensors:
+        if name.rpartition(".")[2] in ("scales", "weight_scale"):
+            assert not torch.equal(start.tensor(name), end.tensor(name)), name
+    assert found["tensors_verified"] > len(end.tensors) - 1
+    assert "is not quantized: `compress" in made.stderr
+
+
 def test_teaches_and_learns_from_it(
     tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch, valid_json: Any
 ) -> None:
@@ -63,6 +92,8 @@ def test_teaches_and_learns_from_it(
     [
         (["--data", TEXT], "there is no pruned artifact in the workspace to train; pass --student MODEL"),
         (["--student", "S", "--data", TEXT], "has no manifest that names its original; pass --teacher MODEL"),
+        (["--scheme", "w3a16", "--data", TEXT], "--scheme w3a16 is not one of w4a16, w8a16, w8a8"),
+        (["--teacher", "S", "--scheme", "w8a8", "--lora", "4", "--data", TEXT], "leave out one"),
         (["--student", "S", "--teacher", "S"], "no text to learn on; pass --data FILE"),
         (["--student", "S", "--teacher", "S", "--data", TEXT, "--tensorboard"], "pass --report FOLDER as well"),
         (["--student", "S", "--teacher", "S", "--data", "none.txt"], "training file none.txt does not exist"),

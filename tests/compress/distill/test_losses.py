@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compress.distill import losses
+from compress.distill import at_once, losses
+from compress.distill.at_once import Weights
 from compress.distill.heads import DenseTeacher, Head, SparseTeacher
 from compress.distill.losses import IGNORED, KINDS, Objective
 
@@ -93,6 +94,84 @@ def test_equals_the_formula(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     for a, b in zip(gradients(found, hidden, head), gradients(wanted, hidden, head), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    tokens=st.integers(1, 9),
+    vocabulary=st.integers(2, 17),
+    budget=st.integers(1, 60),
+    capped=st.booleans(),
+    counts=st.sampled_from([(True, True), (True, False), (False, True)]),
+    seed=st.integers(0, 5),
+)
+def test_at_once_equals_the_formula(
+    kind: str,
+    temperature: float,
+    tokens: int,
+    vocabulary: int,
+    budget: int,
+    capped: bool,
+    counts: tuple[bool, bool],
+    seed: int,
+) -> None:
+    """Weights of the tokens given beforehand: the total, each token's losses, and every gradient, in float64."""
+    hidden, head, teacher, labels = case(torch.float64, tokens, vocabulary, capped=capped, seed=seed)
+    o = Objective(kind=kind, temperature=temperature, beta=0.3)
+    weight = torch.linspace(0.5, 1.5, tokens, dtype=torch.float64)
+    of = (weight, weight.flip(0))
+    wanted = reference(hidden, head, teacher, labels, o)
+    value = sum((x * w).sum() for x, w, c in zip(wanted, of, counts, strict=True) if c)
+    found, *each = at_once.total(
+        hidden, head, teacher, labels, o,
+        Weights(divergence_P=of[0] if counts[0] else None, cross_entropy_P=of[1] if counts[1] else None), budget=budget,
+    )  # fmt: skip
+    torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
+    for a, b, counted in zip(each, wanted, counts, strict=True):
+        torch.testing.assert_close(a, b.detach() * counted, rtol=1e-9, atol=1e-9)
+    inputs = [x for x in (hidden, head.weight_VH, head.bias_V) if x is not None]
+    for a, b in zip(torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * value, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_at_once_in_sixteen_bits() -> None:
+    """As `test_autocast_computes_in_sixteen_bits`; sums over parts of the tokens stay float32."""
+    hidden, head, teacher, labels = case(torch.float32, 32, 50)
+    weight = torch.full((32,), 1 / 32)
+    found = []
+    for coarse in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=coarse):
+            total, *_ = at_once.total(
+                hidden,
+                head,
+                teacher,
+                labels,
+                Objective(),
+                Weights(divergence_P=weight, cross_entropy_P=weight),
+                budget=200,
+            )
+        found.append((total.detach(), *torch.autograd.grad(total, [hidden, head.weight_VH])))
+    assert 0 < float((found[0][0] - found[1][0]).abs()) < 0.05
+    for a, b in zip(found[0][1:], found[1][1:], strict=True):
+        assert b.dtype == torch.float32 and (a - b).norm() < 0.02 * a.norm()
+
+
+def test_at_once_compiles_and_gives_its_gradient_once() -> None:
+    hidden, head, teacher, labels = case(torch.float32, 8, 12)
+    weight = torch.full((8,), 1 / 8)
+    step = torch.compile(at_once.whole_rows, backend="aot_eager", fullgraph=True, dynamic=False)
+    z, t = head.logits(hidden.detach()).detach(), teacher.head.logits(teacher.hidden_PH, slice(0, 12))
+    arguments = (z, t, labels, weight, weight, "forward-kl", 1.0, 0.5, 1.0, None, torch.float32)
+    for a, b in zip(step(*arguments), at_once.whole_rows(*arguments), strict=True):
+        torch.testing.assert_close(a, b)
+    total, *_ = at_once.total(
+        hidden, head, teacher, labels, Objective(), Weights(divergence_P=weight, cross_entropy_P=None)
+    )
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="asked for already"):
+        total.backward()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,7 +279,7 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def peak_bytes(chunked: bool, vocabulary: int, kind: str) -> int:
+def peak_bytes(way: str, vocabulary: int, kind: str) -> int:
     """Of the loss and its gradients, less the gradient of the output matrix, which every loss has to return."""
     tokens, width = 64, 16
     g = torch.Generator().manual_seed(0)
@@ -210,7 +289,14 @@ def peak_bytes(chunked: bool, vocabulary: int, kind: str) -> int:
     theirs = torch.randn(tokens, width, generator=g)
     labels = torch.randint(0, vocabulary, (tokens,), generator=g)
     with Peak() as peak:
-        if chunked:
+        if way == "at once":
+            each = torch.ones(tokens)
+            counts = Weights(divergence_P=each, cross_entropy_P=each)
+            teacher = DenseTeacher(hidden_PH=theirs, head=Head(weight_VH=other))
+            parts = at_once.total(
+                hidden, Head(weight_VH=weight), teacher, labels, Objective(kind=kind), counts, budget=1 << 18
+            )[:1]
+        elif way == "blocks":
             teacher = DenseTeacher(hidden_PH=theirs, head=Head(weight_VH=other))
             parts = losses.losses(hidden, Head(weight_VH=weight), teacher, labels, Objective(kind=kind))
         else:
@@ -219,17 +305,17 @@ def peak_bytes(chunked: bool, vocabulary: int, kind: str) -> int:
                 plain.divergence(z, t, kind, 1.0, 0.5),
                 torch.nn.functional.cross_entropy(z, labels, reduction="none"),
             )
-        (parts[0].sum() + parts[1].sum()).backward()
+        sum(part.sum() for part in parts).backward()
     return peak.most - weight.nbytes
 
 
-@pytest.mark.parametrize("kind", ["forward-kl", "jsd"])
-def test_memory_is_flat_in_the_vocabulary(kind: str) -> None:
+@pytest.mark.parametrize(("way", "kind"), [("blocks", "forward-kl"), ("blocks", "jsd"), ("at once", "forward-kl")])
+def test_memory_is_flat_in_the_vocabulary(way: str, kind: str) -> None:
     """At 128k and 262k entries: the same memory, and at most a fifth of the plain loss's (measured: far less)."""
-    chunked = {v: peak_bytes(True, v, kind) for v in (131_072, 262_144)}
+    chunked = {v: peak_bytes(way, v, kind) for v in (131_072, 262_144)}
     assert chunked[262_144] <= 1.02 * chunked[131_072]
     for vocabulary, size in chunked.items():
-        assert size <= 0.2 * peak_bytes(False, vocabulary, kind)
+        assert size <= 0.2 * peak_bytes("plain", vocabulary, kind)
 
 
 def test_the_tracer_sees_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ import torch
 from click.testing import CliRunner
 
 import calibration_data
+from compress import distributed
 from compress.artifact import read_manifest
 from compress.distill import memory, models
 from compress.distill.data import Mix
+from compress.distill.engine import EngineOptions
 from compress.distill.memory import Needs
 from compress.distill.request import DistillOutcome, DistillRequest
 from compress.distill.run import Prepared, distill
 from compress.distill.teach import TeachRequest, teach
 from compress.distill.train import Diverged, Stopped, Worse
-from compress.errors import ArtifactError, CompressError, ConfigError
+from compress.errors import ArtifactError, CompressError, ConfigError, UnsupportedError
 from compress.tell import Heard
 from compress.workspace import resolve
 
@@ -196,20 +199,28 @@ def test_vocabularies_that_differ(tmp_path: Path, pair: Pair, prose: Prose) -> N
         ({"compress_gradients": 2}, "--compress-gradients is for several processes and one runs"),
         (
             {"engine": "deepspeed"},
-            r'needs deepspeed, which is not installed; pip install "compress-toolkit\[deepspeed\]"',
+            "--engine deepspeed is for several GPUs under torchrun, and this is device cpu; start torchrun",
         ),
+        ({"engine": "deepspeed", "watch": "other.txt"}, "use --engine fsdp, or leave out --watch"),
         ({"lora": 4}, r'needs peft, which is not installed; pip install "compress-toolkit\[distill\]"'),
     ],
 )
 def test_refused_in_one_sentence(tmp_path: Path, pair: Pair, prose: Prose, more: dict[str, Any], message: str) -> None:
-    installed = {"engine": "deepspeed", "lora": "peft"}
-    for option, module in installed.items():
-        if option in more and __import__("importlib").util.find_spec(module):
-            pytest.skip(f"{module} is installed")
+    if "lora" in more and __import__("importlib").util.find_spec("peft"):
+        pytest.skip("peft is installed")
     with pytest.raises(CompressError, match=message) as caught:
         distill(request(pair, tmp_path / "out", prose(60), **more))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_deepspeed_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "running", lambda: True)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(
+        UnsupportedError, match=r'not installed; pip install "compress-toolkit\[deepspeed\]", or use --eng'
+    ):
+        EngineOptions(engine="deepspeed", device="cuda").resolved(2)
 
 
 def test_hidden_states_of_other_widths(
