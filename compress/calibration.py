@@ -98,6 +98,7 @@ def load(
             seq_len=seq_len,
             seed=seed,
             device=device,
+            chat=True,
             trust_remote_code=trust_remote_code,
             tell=tell,
         )

@@ -22,9 +22,10 @@ from compress.model import StreamedModel
 from compress.tell import SILENT, Tell
 from compress.tokens import ids_sha256, load_tokenizer
 
-# Calibration rows below which a stage that learns from them adds the model's own text, and the largest model it does
-# that with.
+# A stage that learns from the rows adds as many of the model's own as the text has, and more up to ENOUGH_ROWS in all;
+# not more than MOST_OWN_ROWS, as they are sampled token by token, and of no model larger than SAMPLED_FROM_BYTES.
 ENOUGH_ROWS = 128
+MOST_OWN_ROWS = 128
 SAMPLED_FROM_BYTES = 4_000_000_000
 
 
@@ -33,7 +34,7 @@ class Text:
     """What to calibrate on. calib: see `calibration.load`. samples, seq_len: rows, and tokens a row, at most.
 
     self_samples: rows sampled from the model itself and added to the text; None: none, or, with `top_up`, as many as
-    fill a short text up to `ENOUGH_ROWS`. seed: of sampling.
+    the text has, and at least what fills it up to `ENOUGH_ROWS`. seed: of sampling.
     """
 
     calib: str | None = None
@@ -99,6 +100,7 @@ def read_rows(
         seq_len=found.ids_NT.shape[1],
         seed=text.seed,
         device=device,
+        chat=True,
         trust_remote_code=trust_remote_code,
         tell=tell,
     )
@@ -109,15 +111,15 @@ def read_rows(
 def _own_rows(text: Text, found: CalibrationSet, model: StreamedModel) -> tuple[int, list[str]]:
     """How many rows to sample from the model itself, and what to tell the user.
 
-    Learning from little text fits that text. What the model writes itself costs no text and is what the model knows, so
-    a short calibration set is topped up, unless told otherwise or the model is too large to be sampled from (sampling
-    holds all of it in memory).
+    Learning from some text fits that text. What the model writes itself costs no text and is what the model knows, so
+    as much of that is added, unless told otherwise or the model is too large to be sampled from (sampling holds all of
+    it in memory).
     """
     if text.self_samples is not None or not text.top_up or found.source == "self":
         return text.self_samples or 0, []
-    missing = max(0, ENOUGH_ROWS - len(found.ids_NT))
+    missing = min(MOST_OWN_ROWS, max(ENOUGH_ROWS - len(found.ids_NT), len(found.ids_NT)))
     size = weight_bytes(model.checkpoint)
-    if missing and size > SAMPLED_FROM_BYTES:
+    if size > SAMPLED_FROM_BYTES:
         note = (
             f"the model ({size / 1e9:.1f} GB) was not sampled from for more calibration text: that holds all of it "
             f"in memory; give more text, or pass --self-samples {missing} if it fits"

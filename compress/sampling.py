@@ -6,7 +6,7 @@ Shapes: B rows sampled together, T seq_len, V vocabulary
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ConfigError, explained
 from compress.long_text import token_ids
 from compress.tell import SILENT, Tell
+from compress.turns import Turns, turns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,13 +50,16 @@ def sample_from_folder(
     seq_len: int,
     seed: int,
     device: str = "cpu",
+    chat: bool = False,
     trust_remote_code: bool = False,
     tell: Tell = SILENT,
 ) -> Tensor:
     """`sample_from_model` of the model in a folder, loaded for it and released."""
     tell.say(f"sampling {num_samples} rows of {seq_len} tokens from {model} itself, token by token")
     loaded = load_model_float32(model, device, trust_remote_code=trust_remote_code)
-    return sample_from_model(loaded, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, tell=tell)
+    return sample_from_model(
+        loaded, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, chat=chat, tell=tell
+    )
 
 
 def load_model_float32(model: Path, device: str = "cpu", *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -84,6 +88,7 @@ def sample_from_model(
     seed: int,
     batch_size: int = 32,
     first_row: int = 0,
+    chat: bool = False,
     tell: Tell = SILENT,
 ) -> Tensor:
     """int64 [num_samples, seq_len] drawn from `model` at temperature 1 with nothing cut off, on the CPU.
@@ -92,10 +97,14 @@ def sample_from_model(
     end-of-text token the row goes on with a new text. Ids are used as drawn, never decoded and encoded again.
     Ids behind the tokenizer's last are never drawn: many models pad their vocabulary.
 
+    chat: where the tokenizer has a chat template, every other row (those of odd number) holds conversations instead:
+    the model writes both the user's and the assistant's words, between what the template puts around them (`Turns`).
+
     A row depends on (seed, row number, from `first_row` on) and on rounding: same machine, same libraries, same result.
     It draws by inverting the cumulative distribution with a uniform number from PCG64, in float64.
     """
-    start = _start_ids(tokenizer)
+    turns = turns_of(tokenizer) if chat else None
+    text = _Text(_start_ids(tokenizer), tokenizer.eos_token_id)
     num_ids = len(tokenizer)
     rows = []
     tell.start("sampled position", seq_len * -(-num_samples // batch_size))
@@ -108,7 +117,8 @@ def sample_from_model(
         numbers = range(first, min(first + batch_size, num_samples))
         streams = [np.random.Generator(np.random.PCG64([seed, first_row + row])) for row in numbers]
         uniform_BT = torch.from_numpy(np.stack([stream.random(seq_len) for stream in streams]))
-        rows.append(_sample_batch(model, start, tokenizer.eos_token_id, num_ids, uniform_BT, step))
+        writers = [text.begun() if turns is None or (first_row + row) % 2 == 0 else _Talk(turns) for row in numbers]
+        rows.append(_sample_batch(model, writers, num_ids, uniform_BT, step))
     return torch.cat(rows)
 
 
@@ -127,26 +137,57 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     )
 
 
+class _Text:
+    """One row of plain text: which tokens it takes before it draws again."""
+
+    def __init__(self, start: list[int], end_of_text: int | None) -> None:
+        self.start, self.end_of_text = start, end_of_text
+        self.forced = list(start)
+        self.restart = [] if end_of_text is None or start == [end_of_text] else start
+
+    def begun(self) -> _Text:
+        return _Text(self.start, self.end_of_text)
+
+    def take(self, drawn: int) -> int:
+        """The row's next token: one that must come, or the one drawn."""
+        token = self.forced.pop(0) if self.forced else drawn
+        if not self.forced and token == self.end_of_text:
+            self.forced = list(self.restart)
+        return token
+
+
+class _Talk:
+    """One row of conversations, one after another: the user's words and the assistant's are drawn."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+        self.forced = list(turns.opening)
+        self.of_user = True
+
+    def take(self, drawn: int) -> int:
+        """The row's next token: one that must come, or the one drawn."""
+        if self.forced:
+            return self.forced.pop(0)
+        if drawn == self.turns.end:
+            self.forced = list(self.turns.bridge if self.of_user else (*self.turns.closing, *self.turns.opening))
+            self.of_user = not self.of_user
+        return drawn
+
+
 def _sample_batch(
     model: PreTrainedModel,
-    start: list[int],
-    end_of_text: int | None,
+    writers: Sequence[_Text | _Talk],
     num_ids: int,
     uniform_BT: Tensor,
     step: Callable[[], None],
 ) -> Tensor:
     num_rows, seq_len = uniform_BT.shape
     ids_BT = torch.empty(num_rows, seq_len, dtype=torch.int64)
-    forced = [list(start) for _ in range(num_rows)]  # tokens that a row takes before it draws again
-    restart = [] if end_of_text is None or start == [end_of_text] else start
     drawn_B = [0] * num_rows
     cache = None
     for position in range(seq_len):
-        for row in range(num_rows):
-            token = forced[row].pop(0) if forced[row] else drawn_B[row]
-            if not forced[row] and token == end_of_text:
-                forced[row] = list(restart)
-            ids_BT[row, position] = token
+        for row, writer in enumerate(writers):
+            ids_BT[row, position] = writer.take(drawn_B[row])
         step()
         if position + 1 == seq_len:
             break

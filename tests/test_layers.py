@@ -46,6 +46,7 @@ ROOMS = """
     passages
     positions
     rows
+    turns
     sampling
     skeleton
     model

@@ -66,7 +66,8 @@ class GroupSize(click.ParamType):  # type: ignore[type-arg]
     help="fast: AWQ scales and fitted ranges; balanced: with error feedback; best: each block tuned as well.",
 )
 @calibrated(
-    self_samples="Rows sampled from the model itself, added to the text [default: with `best`, up to 128 rows in all].",
+    self_samples="Rows sampled from the model itself, added to the text; of a chat model every other one is a "
+    "conversation [default: with `best`, as many as the text has].",
     seed="Seed of sampling from the model and of tuning.",
 )
 @click.option(

@@ -66,9 +66,9 @@ def _kept(_: click.Context, option: click.Parameter, value: str) -> int | None:
 )
 @click.option(
     "--sym-activations/--asym-activations",
-    default=True,
-    show_default=True,
-    help="Inputs without zero points, or with.",
+    default=None,
+    help="Inputs without zero points, or with [default: with, which vLLM on NVIDIA cards and CPUs and `onnx` compute; "
+    "without where --static, for TensorRT].",
 )
 @click.option(
     "--keep-inputs",
@@ -171,6 +171,6 @@ def _advice(record: Mapping[str, Any]) -> str:
         return "--group-size 128" if options["group_size"] == -1 else "--skip the worst layers"
     if options["static"]:
         return "leave --static out, if your reader quantizes by token"
-    ways = ["--asym-activations, which vLLM computes"] if options["sym_activations"] else []
+    ways = ["--asym-activations"] if options["sym_activations"] else []
     ways += ["--keep-inputs auto"] if options["keep_inputs"] == 0 else []
     return ", ".join([*ways, "or --scheme w8a16" if ways else "--scheme w8a16"])

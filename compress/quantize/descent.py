@@ -25,10 +25,10 @@ from torch import Tensor
 from compress import numerics
 from compress.plan import ActivationScheme
 
-STEPS = 120
-RATE = 0.05
-TOKENS_AT_ONCE = 256
-ROWS_AT_ONCE = 256
+STEPS = 100
+RATE = 0.06
+TOKENS_AT_ONCE = 128
+ROWS_AT_ONCE = 128
 
 
 def descended(
@@ -103,12 +103,10 @@ class Noise:
         power_S = step_S.square() / 12
         cost_I = s_I.square() * self.norm_I
         square_SI = seen_SI.square_()
-        lost_SI = square_SI <= power_S.unsqueeze(1)
-        kept_SI = lost_SI.logical_not().to(s_I.dtype)
-        lost = square_SI.mul_(lost_SI).sum(dim=0) @ cost_I
         # A value that is lost costs the same under every scale that loses it.
+        kept_SI = (square_SI > power_S.unsqueeze(1)).to(s_I.dtype)
         by_token_S = power_S * (kept_SI @ cost_I)
-        error = (by_token_S.sum() + lost) / len(x_SI)
+        error = torch.minimum(square_SI, power_S.unsqueeze(1)).sum(dim=0) @ cost_I / len(x_SI)
         gradient_I = 2 / len(x_SI) * cost_I * (power_S @ kept_SI)
         slope_S = 2 / len(x_SI) * by_token_S
         if not activation.dynamic:
@@ -131,11 +129,12 @@ class Noise:
 
 def _steps(seen_SI: Tensor, activation: ActivationScheme) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The step between codes of each token, `[S]`, and what sets it: its share, `[S]`, and where, 1 or 0, `[S, I]`."""
-    values = [seen_SI.abs()] if activation.symmetric else [seen_SI, -seen_SI]
-    tops = [value.amax(dim=1, keepdim=True) for value in values]
+    values = seen_SI.abs() if activation.symmetric else seen_SI
+    ends = [(1, values.amax(dim=1, keepdim=True))]
+    if not activation.symmetric:
+        ends.append((-1, values.amin(dim=1, keepdim=True)))  # which widens the range as it falls
     if not activation.dynamic:
-        tops = [top.amax().expand(len(seen_SI), 1) for top in tops]
-    range_S = sum(top[:, 0] for top in tops).clamp(min=1e-30)  # type: ignore[union-attr]
-    sets = [(value == top).to(seen_SI.dtype) for value, top in zip(values, tops, strict=True)]
-    levels = 127 if activation.symmetric else 255
-    return range_S / levels, [(top[:, 0] / range_S, where_SI) for top, where_SI in zip(tops, sets, strict=True)]
+        ends = [(sign, (end * sign).amax().mul(sign).expand(len(seen_SI), 1)) for sign, end in ends]
+    range_S = sum(sign * end[:, 0] for sign, end in ends).clamp(min=1e-30)  # type: ignore[union-attr]
+    sets = [(sign * end[:, 0] / range_S, (values == end).to(seen_SI.dtype)) for sign, end in ends]
+    return range_S / (127 if activation.symmetric else 255), sets

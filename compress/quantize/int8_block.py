@@ -43,6 +43,8 @@ EFFORTS = ("fast", "balanced")
 # Tokens of each group's inputs that are kept: to go down on, and, every so manieth, to measure on.
 SAMPLED_ROWS = 8192
 MEASURED_ROWS = 1024
+# Of those, every second is enough to tell scales from each other, and to report errors.
+SEARCHED = 2
 # The part of the weights' rounding error that error feedback leaves, as the search of scales counts it (METHODS.md).
 FEEDBACK_SHARE = 0.3
 
@@ -77,8 +79,8 @@ class Int8Options:
 
     @property
     def wanted(self) -> Wanted:
-        """What the method asks of the statistics."""
-        return Wanted(ranges=True, rows=SAMPLED_ROWS)
+        """What the method asks of the statistics: Gram matrices are for error feedback."""
+        return Wanted(gram=self.feedback, ranges=True, rows=SAMPLED_ROWS)
 
 
 @dataclass(kw_only=True)
@@ -98,15 +100,23 @@ class _Work:
 class _Members:
     """The linears of a group that are quantized, all in one scheme, and their inputs.
 
-    measured_MI: tokens that errors and ranges are measured on. Once the group is smoothed, they and the statistics are
-    those of the smoothed inputs, and of the statistics' own tokens none are left.
+    power_I: mean squares of the sampled inputs. measured_MI: tokens that errors and ranges are measured on. Once the
+    group is smoothed, these and the statistics are those of the smoothed inputs, and of the statistics' own tokens none
+    are left.
     """
 
     group: Group
     names: list[str]
     scheme: LayerScheme
     statistics: InputStatistics
+    power_I: Tensor
     measured_MI: Tensor
+
+    @property
+    def searched_MI(self) -> Tensor:
+        """Fewer of the measured tokens; all where one range is for all of them."""
+        dynamic = self.scheme.input is None or self.scheme.input.dynamic
+        return self.measured_MI[::SEARCHED] if dynamic else self.measured_MI
 
     @property
     def weight(self) -> Scheme:
@@ -132,6 +142,7 @@ def int8_block(loaded: LoadedBlock, plan: LayerPlan, options: Int8Options) -> Bl
         statistics.smooth_(s_I)
         if members is not None:
             members.measured_MI.div_(s_I)
+            members.power_I.div_(s_I.square())
         reports.append(report)
         groups.append((members, s_I, report))
     for members, s_I, report in groups:
@@ -169,6 +180,7 @@ def _members(
         names=names,
         scheme=different.pop(),
         statistics=statistics,
+        power_I=sampled_SI.square().mean(dim=0),
         measured_MI=torch.cat([measured_MI, more_SI]) if len(more_SI) else measured_MI.clone(),
     )
 
@@ -233,10 +245,11 @@ def _search(work: _Work, members: _Members, shared: Tensor, options: Int8Options
     return search_smoothing(
         weights,
         SampledInputs(
-            gram_II=statistics.gram_II,
+            gram_II=statistics.gram_II if options.feedback else None,
+            power_I=members.power_I,
             amax_I=statistics.amax_I,
             rows_SI=statistics.rows_SI,
-            measured_MI=members.measured_MI,
+            measured_MI=members.searched_MI,
         ),
         members.scheme.input,
         lambda w_OI: int8.round_to_nearest(w_OI, members.weight, options.dtype),
@@ -297,7 +310,7 @@ def _rounded(
     """The weight that is wanted behind inputs that are not rounded, and its codes."""
     statistics, scheme = members.statistics, members.weight
     if not options.feedback:
-        return w_OI, _to_nearest(w_OI, statistics.gram_II, scheme, options.dtype)
+        return w_OI, _to_nearest(w_OI, members.power_I, scheme, options.dtype)
     noise = InputNoise.of(members.measured_MI, seen_SI)
     hessian_II = noise.with_noise(statistics.gram_II)
     inputs = int8.prepare(hessian_II, scheme, kept_share(len(hessian_II), statistics.num_tokens))
@@ -308,9 +321,9 @@ def _rounded(
     return wanted_OI, int8.round_with_feedback(aimed_OI, inputs, scheme, options.dtype)
 
 
-def _to_nearest(w_OI: Tensor, gram_II: Tensor, scheme: Scheme, dtype: torch.dtype) -> Rounded:
+def _to_nearest(w_OI: Tensor, power_I: Tensor, scheme: Scheme, dtype: torch.dtype) -> Rounded:
     w_OGg = numerics.to_groups(w_OI, scheme)
-    scale_OG, factor_OG = int8.fit_scale(w_OGg, gram_II.diagonal(), dtype)
+    scale_OG, factor_OG = int8.fit_scale(w_OGg, power_I, dtype)
     codes = (w_OGg / scale_OG.unsqueeze(-1)).round_().clamp_(-128, 127).add_(128)
     return Rounded(
         codes_OI=codes.to(torch.uint8).reshape(w_OI.shape),
@@ -351,7 +364,8 @@ def _errors(
     wanted_OI: Tensor, made_OI: Tensor, s_I: Tensor, rows_O: Tensor, members: _Members, seen_SI: Tensor
 ) -> _Errors:
     """Of a stack of layers, on the sampled tokens. s_I: what is in the columns; rows_O: what rows were divided by."""
-    x_SI = members.measured_MI
+    x_SI = members.searched_MI
+    seen_SI = seen_SI[:: len(seen_SI) // len(x_SI)]
     with numerics.tensor_float32():
         output_SO = x_SI @ wanted_OI.t()
         plain_OI = int8.round_to_nearest(wanted_OI / s_I, members.weight, torch.float32)

@@ -45,17 +45,18 @@ class Int8Request(CalibratedRequest):
 
     scheme: `w8a8`, weights and inputs as integers, or `w8a16`, weights only. group_size: input channels that share a
     scale, -1 for one scale a row, which is all that readers take of w8a8. static: inputs with one calibrated range a
-    layer instead of one a token. sym_activations: without zero points. keep_inputs: how many groups of layers keep
-    their inputs as floats, those that lose most by rounding them; None: those that lose several times what is usual
-    (`keep_inputs`). kv_cache: `int8` or None. smoothing: a strength of SmoothQuant's formula for every group, 0 for
-    none, None to search. effort: see `int8_block`; `auto` is what the scheme gains by (METHODS.md). allow_damage: see
-    `Int8Options`; it decides no byte of a model that is not damaged.
+    layer instead of one a token. sym_activations: without zero points; None: with them by token, without where static
+    (METHODS.md). keep_inputs: how many groups of layers keep their inputs as floats, those that lose most by rounding
+    them; None: those that lose several times what is usual (`keep_inputs`). kv_cache: `int8` or None. smoothing: a
+    strength of SmoothQuant's formula for every group, 0 for none, None to search. effort: see `int8_block`; `auto` is
+    what the scheme gains by (METHODS.md). allow_damage: see `Int8Options`; it decides no byte of a model that is not
+    damaged.
     """
 
     scheme: str = "w8a8"
     group_size: int = -1
     static: bool = False
-    sym_activations: bool = True
+    sym_activations: bool | None = None
     keep_inputs: int | None = 0
     kv_cache: str | None = None
     smoothing: float | None = None
@@ -66,6 +67,9 @@ class Int8Request(CalibratedRequest):
     def __post_init__(self) -> None:
         if self.effort == "auto":
             object.__setattr__(self, "effort", "fast" if self.scheme == "w8a8" else "balanced")
+        asked_for_zero_points = self.sym_activations is False
+        if self.sym_activations is None:
+            object.__setattr__(self, "sym_activations", self.static or self.scheme != "w8a8")
         if self.scheme not in SCHEMES:
             raise ConfigError(f"--scheme {self.scheme} is not one of {', '.join(SCHEMES)}; choose one of these")
         if self.scheme == "w8a8" and self.group_size != -1:
@@ -73,7 +77,7 @@ class Int8Request(CalibratedRequest):
                 f"--scheme w8a8 has one scale a row, and --group-size {self.group_size} asks for more; use --scheme "
                 "w8a16, or leave --group-size out"
             )
-        if self.scheme == "w8a16" and (self.static or not self.sym_activations):
+        if self.scheme == "w8a16" and (self.static or asked_for_zero_points):
             asked = "--static" if self.static else "--asym-activations"
             raise ConfigError(f"{asked} is about inputs, which --scheme w8a16 does not quantize; use --scheme w8a8")
         if self.scheme == "w8a16" and self.keep_inputs != 0:
@@ -87,7 +91,7 @@ class Int8Request(CalibratedRequest):
         if self.scheme == "w8a16":
             return LayerScheme(weight=weight)
         return LayerScheme(
-            weight=weight, input=ActivationScheme(symmetric=self.sym_activations, dynamic=not self.static)
+            weight=weight, input=ActivationScheme(symmetric=bool(self.sym_activations), dynamic=not self.static)
         )
 
     def kv(self) -> KvScheme | None:
@@ -95,10 +99,11 @@ class Int8Request(CalibratedRequest):
         return KvScheme() if self.kv_cache == "int8" else None
 
     def label(self) -> str:
-        """Short name as used in file names: `w8a8`, `w8a8-static`, `w8a16g128`, `w8a8-keep3-kv8`."""
+        """Short name as used in file names: `w8a8`, `w8a8-sym`, `w8a8-static`, `w8a16g128`, `w8a8-keep3-kv8`."""
         parts = [self.scheme + (f"g{self.group_size}" if self.group_size != -1 else "")]
         parts += ["static"] if self.static else []
-        parts += [] if self.sym_activations else ["asym"]
+        if self.scheme == "w8a8" and self.sym_activations != self.static:
+            parts += ["sym" if self.sym_activations else "asym"]
         parts += [] if self.keep_inputs == 0 else [f"keep{'auto' if self.keep_inputs is None else self.keep_inputs}"]
         parts += ["kv8"] if self.kv_cache else []
         return "-".join(parts)

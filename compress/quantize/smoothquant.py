@@ -6,9 +6,10 @@ inputs with one scale a token, weights with one a row. Xiao et al., "SmoothQuant
     s_i = amax(x_i)^a / amax(w_i)^(1 - a)
 
 with one strength a for the whole model and never look at what it does. Here every group of linears has its own, which
-may be none, and the error of a candidate is measured: of the weights on the Gram matrix of all calibration tokens, of
-the inputs by quantizing sampled tokens as the engine will. And the formula is only where the search begins (`descent`).
-What that finds counts only if the measured error says so.
+may be none, and the error of a candidate is measured: by quantizing weights, and sampled tokens as the engine will, and
+multiplying them; or, where error feedback will take a part of the weights' error away, of the weights on the Gram
+matrix of all calibration tokens and of the inputs on sampled ones. And the formula is only where the search begins
+(`descent`). What that finds counts only if the measured error says so.
 
 Shapes: S sampled tokens, M measured ones, O out_features, I in_features
 """
@@ -35,10 +36,14 @@ _FLOOR = 1e-5  # SmoothQuant's own, of both maxima
 
 @dataclass(frozen=True, kw_only=True)
 class SampledInputs:
-    """What the search knows of a group's inputs: mean outer product `[I, I]`, largest |x| of each channel `[I]` over
-    all calibration tokens, many of the tokens `[S, I]` to go down on, and fewer `[M, I]` to measure on; float32."""
+    """What the search knows of a group's inputs; float32.
 
-    gram_II: Tensor
+    gram_II: mean outer product over all calibration tokens, or None. power_I: mean squares. amax_I: largest |x|, over
+    all calibration tokens. rows_SI: many of the tokens, to go down on. measured_MI: fewer, to measure on.
+    """
+
+    gram_II: Tensor | None
+    power_I: Tensor
     amax_I: Tensor
     rows_SI: Tensor
     measured_MI: Tensor
@@ -75,7 +80,8 @@ def search_smoothing(
 ) -> Smoothing:
     """The scale s_I of a group of linears `[O, I]` that loses least, among the identity, the formula and its descent.
 
-    weight_share: how much of the error of `round_weight` counts, because error feedback takes the rest away. shared:
+    weight_share: how much of the error of `round_weight` counts, because error feedback takes the rest away; other than
+    1 only with a Gram matrix. shared:
     int64 `[I]`, channels that must have one scale (grouped-query attention). activation: None for inputs that stay
     floats; a static one is taken with the range of the sampled tokens. strengths: one alone is taken as it is, whatever
     its error.
@@ -84,7 +90,13 @@ def search_smoothing(
     rows_OI = sampled_rows(w_OI, SEARCH_ROWS)
     amax_x, amax_w = pooled_max(inputs.amax_I, shared), pooled_max(w_OI.abs().amax(dim=0), shared)
 
+    assert inputs.gram_II is not None or weight_share == 1
+    with numerics.tensor_float32():
+        wanted_MO = None if inputs.gram_II is not None else inputs.measured_MI @ rows_OI.t()
+
     def error(s_I: Tensor) -> float:
+        if wanted_MO is not None:
+            return measured_error(rows_OI, s_I, inputs.measured_MI, wanted_MO, activation, round_weight)
         return smoothed_error(rows_OI, s_I, inputs, activation, round_weight, weight_share)
 
     ones = torch.ones_like(amax_x)
@@ -100,7 +112,7 @@ def search_smoothing(
         s_I = descended(
             best.s_I,
             w_OI,
-            inputs.gram_II.diagonal(),
+            inputs.power_I,
             inputs.rows_SI if dynamic else inputs.measured_MI,
             activation,
             weight_share=weight_share,
@@ -129,6 +141,7 @@ def smoothed_error(
     weight_share: float = 1.0,
 ) -> float:
     """Mean squared output error with scale s, summed over rows: of the weights' rounding and of the inputs'."""
+    assert inputs.gram_II is not None
     w_s = w_OI * s_I
     delta_OI = (round_weight(w_s) / s_I).sub_(w_OI)
     error = weight_share * output_error(delta_OI, inputs.gram_II)
@@ -136,6 +149,23 @@ def smoothed_error(
         return error
     rows_SI = inputs.measured_MI / s_I
     return error + input_error(w_s, rows_SI, fake_quantized(rows_SI, activation))
+
+
+def measured_error(
+    w_OI: Tensor,
+    s_I: Tensor,
+    rows_MI: Tensor,
+    wanted_MO: Tensor,
+    activation: ActivationScheme | None,
+    round_weight: RoundWeight,
+) -> float:
+    """Mean squared output error of the quantized layer with scale s, summed over rows. wanted_MO: `x w^T`."""
+    seen_MI = rows_MI / s_I
+    if activation is not None:
+        seen_MI = fake_quantized(seen_MI, activation)
+    with numerics.tensor_float32():  # as in `input_error`
+        change_MO = (seen_MI @ round_weight(w_OI * s_I).t()).sub_(wanted_MO)
+    return float(change_MO.square_().sum(dtype=torch.float64)) / max(1, len(rows_MI))
 
 
 def input_error(w_OI: Tensor, rows_SI: Tensor, quantized_SI: Tensor) -> float:

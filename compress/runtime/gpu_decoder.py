@@ -8,7 +8,8 @@ Shapes: B sequences, T tokens, H hidden size, A query heads, C key heads, D size
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,15 +22,15 @@ from compress.runtime.kernels import decode, weight_only
 from compress.runtime.kernels.decode import Heads
 from compress.runtime.kernels.weight_only import Packed
 
-# The input quantizer that the kernels have.
-BY_TOKEN = ActivationScheme()
+# The input quantizers that the kernels have.
+BY_TOKEN = (ActivationScheme(), ActivationScheme(symmetric=False))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerWeights:
     """One block. Norms are float32; qkv is stacked, gate_up interleaved (`weight_only`); biases float16 or None.
 
-    rounded: those of qkv, o, gate_up and down whose inputs are INT8, by token and symmetric.
+    rounded: of qkv, o, gate_up and down, how the inputs of those become INT8 that have such; one of `BY_TOKEN`.
     """
 
     input_norm: Tensor
@@ -42,7 +43,7 @@ class LayerWeights:
     post_norm: Tensor
     gate_up: Packed
     down: Packed
-    rounded: frozenset[str] = frozenset()
+    rounded: Mapping[str, ActivationScheme] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,13 +196,13 @@ class GpuDecoder:
 def _rounded(x_BK: Tensor, layer: LayerWeights, part: str) -> Tensor:
     """What a product of a step reads: x, in place where its inputs are INT8."""
     if part in layer.rounded:
-        decode.round_rows(x_BK)
+        decode.round_rows(x_BK, layer.rounded[part])
     return x_BK
 
 
 def _rounded_all(x: Tensor, layer: LayerWeights, part: str) -> Tensor:
     """The same of a prompt, in torch."""
-    return fake_quantize(x, BY_TOKEN) if part in layer.rounded else x
+    return fake_quantize(x, layer.rounded[part]) if part in layer.rounded else x
 
 
 def _many(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:

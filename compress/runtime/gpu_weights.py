@@ -20,6 +20,7 @@ from compress import activations
 from compress.dense import read_dense
 from compress.errors import ArtifactError, UnsupportedError
 from compress.model import StreamedModel
+from compress.plan import ActivationScheme
 from compress.runtime.gpu_decoder import BY_TOKEN, GpuDecoder, LayerWeights, Weights
 from compress.runtime.kernels import weight_only
 from compress.runtime.kernels.decode import Heads
@@ -65,7 +66,7 @@ def _refuse(model: StreamedModel, capacity: int) -> None:
     elif _head_size(config) % 64:
         reason = f"its heads have {_head_size(config)} values, not a multiple of 64"
     elif (other := _other_inputs(model)) is not None:
-        reason = f"its activations are {other}, and the kernels have {BY_TOKEN.label()} only"
+        reason = f"its activations are {other}, and the kernels have {' and '.join(s.label() for s in BY_TOKEN)} only"
     elif model.kv is not None:
         reason = "its KV cache is INT8"
     if reason:
@@ -75,7 +76,7 @@ def _refuse(model: StreamedModel, capacity: int) -> None:
 def _other_inputs(model: StreamedModel) -> str | None:
     """An input quantizer that the kernels do not have, if any."""
     inputs = [model.stored.scheme(layer).input for layer in model.stored.layers]
-    return next((i.label() for i in inputs if i is not None and i != BY_TOKEN), None)
+    return next((i.label() for i in inputs if i is not None and i not in BY_TOKEN), None)
 
 
 def _head_size(config: Any) -> int:
@@ -144,17 +145,17 @@ def _layer(model: StreamedModel, prefix: str, device: torch.device) -> LayerWeig
         post_norm=second,
         gate_up=_packed(model, parts["gate_up"], device, gated=True),
         down=_packed(model, parts["down"], device),
-        rounded=frozenset(part for part, names in parts.items() if _rounds(model, names)),
+        rounded={part: scheme for part, names in parts.items() if (scheme := _rounds(model, names)) is not None},
     )
 
 
-def _rounds(model: StreamedModel, names: Sequence[str]) -> bool:
-    """Whether the layers of one input quantize it. UnsupportedError where some do and some do not."""
+def _rounds(model: StreamedModel, names: Sequence[str]) -> ActivationScheme | None:
+    """How the layers of one input quantize it, if they do. UnsupportedError where they do not all do the same."""
     sources = [model.source_name(f"{name}.weight", suffix=".weight") for name in names]
-    found = {model.stored.scheme(s).input is not None if s in model.stored else False for s in sources}
+    found = {model.stored.scheme(s).input if s in model.stored else None for s in sources}
     if len(found) > 1:
         raise UnsupportedError(
-            f"{model.checkpoint.path}: of {', '.join(names)}, which read one input, some quantize it and some do not; "
+            f"{model.checkpoint.path}: of {', '.join(names)}, which read one input, some quantize it otherwise; "
             "use --runtime torch"
         )
     return found.pop()
@@ -213,7 +214,7 @@ def _prove(model: StreamedModel, weights: Weights) -> None:
         _compare(model, _decoded(weights, ids), wanted, TOLERANCE)
         return
     plain = _streamed(model, ids, plain=True)
-    whole = replace(weights, layers=[replace(layer, rounded=frozenset()) for layer in weights.layers])
+    whole = replace(weights, layers=[replace(layer, rounded={}) for layer in weights.layers])
     _compare(model, _decoded(whole, ids), plain, TOLERANCE)
     noise = float((wanted - plain).norm() / plain.norm())
     try:

@@ -3,7 +3,10 @@
 From its documentation (supported hardware: INT8 W8A8 on compute capability 7.5 to 9.0 and on CPUs) and its source:
 `compressed_tensors/schemes/compressed_tensors_w8a8_int8.py` (weights symmetric, by channel or tensor; inputs static by
 tensor or dynamic by token), `compressed_tensors_wNa16.py` with `utils/marlin_utils.py` (weights only: no zero points
-at 8 bits, Marlin's group sizes), `compressed_tensors/utils.py` (a fused layer's parts have one scheme).
+at 8 bits, Marlin's group sizes), `compressed_tensors/utils.py` (a fused layer's parts have one scheme), and
+`kernels/linear/scaled_mm` (CUTLASS and the CPU's take inputs with zero points, Triton's without only). SGLang's
+`compressed_tensors_w8a8_int8.py` rounds by token without zero points, whatever the config says. Read in 2026-11, not
+run.
 """
 
 from __future__ import annotations
@@ -56,8 +59,8 @@ def check(folder: Stored, sm: str | None) -> list[str]:
             )
         if not scheme.input.symmetric:
             notes.append(
-                f"inputs of {len(layers)} layers have zero points: vLLM and transformers compute them; SGLang was not "
-                "checked, `compress int8 --sym-activations` needs none"
+                f"inputs of {len(layers)} layers have zero points: vLLM computes them on NVIDIA cards and CPUs; SGLang "
+                "rounds without them, and vLLM on AMD refuses them: for these, `compress int8 --sym-activations`"
             )
     return notes
 

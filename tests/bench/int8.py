@@ -1,12 +1,13 @@
 """`compress int8` beside llm-compressor's INT8: same model, tokens and windows, each judged as it is run, one table.
 
-    python tests/bench/int8.py [--rival PYTHON] [--model FOLDER --calib TEXT --data TEXT] [--samples 32] [--windows 20]
+    python tests/bench/int8.py [--rival PYTHON] [--model FOLDER --calib TEXT --data TEXT...] [--samples 32]
+        [--windows 20] [--device cuda]
 
 Without --model the bundled reference model and its texts. PYTHON is an interpreter with tests/bench/quantizers/
-llmcompressor.txt; without it only our rows. Every entry runs in a process of its own, on so many threads, no GPU. A
-dense copy of a quantized model hides what rounding inputs costs, so every entry is judged with its quantizers on: ours
-by the streamed forward (the KV cache included), the rival by its own library's, on the same windows beside the same
-original (`quantizers/inside.py`).
+llmcompressor.txt; without it only our rows. Every entry runs in a process of its own, on so many threads. A dense copy
+of a quantized model hides what rounding inputs costs, so every entry is judged with its quantizers on: ours by the
+streamed forward (the KV cache included), the rival by its own library's, on the same windows beside the same original
+(`quantizers/inside.py`).
 
 ratio: perplexity over the original's; its standard error is over windows. KL: from the original's predictions, mean of
 a token. recovery: 1 / ratio. seconds, CPU: from rows that are there to a quantized model (for ours: verified on disk).
@@ -20,7 +21,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ from pool import environment, log, run_child  # noqa: E402
 
 OURS: dict[str, dict[str, Any]] = {
     "w8a16": {"scheme": "w8a16"},
-    "w8a8 fast": {"effort": "fast"},
+    "w8a8": {},
     "w8a8 balanced": {"effort": "balanced"},
-    "w8a8 asym": {"sym_activations": False},
+    "w8a8 sym": {"sym_activations": True},
     "w8a8 keep-inputs": {"keep_inputs": None},
     "w8a8 + KV int8": {"kv_cache": "int8"},
     "w8a8 static": {"static": True},
@@ -54,7 +55,8 @@ def main() -> None:
     parser.add_argument("--rival", type=Path, help="python of llm-compressor's environment")
     parser.add_argument("--model", type=Path, help="another model, with --calib and --data")
     parser.add_argument("--calib", help="calibration text of --model")
-    parser.add_argument("--data", help="evaluation text of --model")
+    parser.add_argument("--data", nargs="+", help="evaluation texts of --model; a table for each")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=20, help="of --seq-len tokens")
@@ -69,7 +71,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        given = {**vars(options), "json": None, "child": None, "rival": None, "out": scratch}
+        given = {**vars(options), "json": None, "child": None, "rival": None, "out": scratch, "only": ""}
         made = spawn({"do": "prepare", **{k: str(v) if isinstance(v, Path) else v for k, v in given.items()}}, options)
         for name, changes in OURS.items():
             if options.only in name:
@@ -80,8 +82,10 @@ def main() -> None:
             if options.only in name:
                 rows.append({"entry": name, **rival(words, made, options)})
                 log(table(rows[-1:]).splitlines()[-1])
-    print(table(rows))
-    print(f"{platform.processor() or platform.machine()}, {options.threads} thread(s); {made['said']}")
+    for name in rows[0]["texts"] if rows else ():
+        print(f"\n{name}\n{table(rows, name)}")
+    where = platform.processor() or platform.machine() if options.device == "cpu" else options.device
+    print(f"{where}, {options.threads} thread(s); {made['said']}")
     if options.json:
         options.json.write_text(json.dumps({"prepared": made, "rows": rows}, indent=2))
 
@@ -96,12 +100,13 @@ def spawn(given: Mapping[str, Any], options: argparse.Namespace) -> dict[str, An
 
 def rival(words: Sequence[str], made: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     script = str(BENCH / "quantizers" / "run_int8_llmcompressor.py")
-    command = [str(options.rival), script, made["model"], made["ids"], made["texts"], *words]
+    where = ["--device", options.device]
+    command = [str(options.rival), script, made["model"], made["ids"], made["texts"], *words, *where]
     with tempfile.TemporaryDirectory() as cwd:
         done = run_child(command, cwd=Path(cwd), environment=environment(options.threads))
     said = json.loads(done.stdout.strip().splitlines()[-1])
     seconds = {"seconds": said["quant_seconds"], "cpu_seconds": said["cpu_seconds"]}
-    return {**seconds, "peak_rss_mib": said["peak_rss_mib"], **figures(said["judged"]["text"])}
+    return {**seconds, "peak_rss_mib": said["peak_rss_mib"], "texts": judged(said["judged"])}
 
 
 # ---- children ------------------------------------------------------------------------------------------
@@ -129,19 +134,20 @@ def prepare(given: Mapping[str, Any]) -> dict[str, Any]:
         given["calib"], tokenizer, num_samples=given["samples"], seq_len=given["seq_len"], seed=0, model=model,
         is_reference=source.is_reference, vocab_size=vocab_size,
     )  # fmt: skip
-    data = given["data"] or str(calibration_data.default_evaluation())
-    windows = load_windows(
-        data, tokenizer, context=given["seq_len"], stride=None, min_context=None, bos="auto",
-        max_tokens=given["windows"] * given["seq_len"], model=model, vocab_size=vocab_size,
-    )  # fmt: skip
-    whole = [s.ids_T for s in windows.sequences if len(s.ids_T) == len(windows.sequences[0].ids_T)]
+    kept: dict[str, Any] = {}
+    for data in given["data"] or [str(calibration_data.default_evaluation())]:
+        windows = load_windows(
+            data, tokenizer, context=given["seq_len"], stride=None, min_context=None, bos="auto",
+            max_tokens=given["windows"] * given["seq_len"], model=model, vocab_size=vocab_size,
+        )  # fmt: skip
+        whole = [s.ids_T for s in windows.sequences if len(s.ids_T) == len(windows.sequences[0].ids_T)]
+        kept[Path(data).stem] = torch.stack([torch.as_tensor(w) for w in whole]).numpy()
     ids, texts = Path(given["out"], "ids.npy"), Path(given["out"], "texts.npz")
     np.save(ids, text.ids_NT.numpy())
-    np.savez(texts, text=torch.stack([torch.as_tensor(w) for w in whole]).numpy())
-    said = (
-        f"{text.ids_NT.shape[0]} x {text.ids_NT.shape[1]} calibration tokens, {len(whole)} windows of {len(whole[0])}"
-    )
-    recorded = {k: given[k] for k in ("calib", "samples", "seq_len")}
+    np.savez(texts, **kept)
+    shapes = ", ".join(f"{len(w)} windows of {w.shape[1]} of {name}" for name, w in kept.items())
+    said = f"{text.ids_NT.shape[0]} x {text.ids_NT.shape[1]} calibration tokens, {shapes}"
+    recorded = {k: given[k] for k in ("calib", "samples", "seq_len", "device")}
     return {"model": str(model), "ids": str(ids), "texts": str(texts), "said": said, **recorded}
 
 
@@ -162,9 +168,12 @@ def ours(given: Mapping[str, Any]) -> dict[str, Any]:
         """A folder with the call that `inside.judge` makes; all blocks stay loaded."""
 
         def __init__(self, folder: Path) -> None:
-            self.model = StreamedModel.open(folder)
+            self.model = StreamedModel.open(folder, device=given["device"])
             for index in range(self.model.num_blocks):
                 self.model.load_block(index)
+
+        def parameters(self) -> Iterator[torch.Tensor]:
+            yield from self.model.blocks[0].parameters()
 
         def __call__(self, ids: torch.Tensor, use_cache: bool) -> Any:
             hidden = self.model.embed(ids)
@@ -176,19 +185,23 @@ def ours(given: Mapping[str, Any]) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     request = Int8Request(
         source=resolve(given["model"]), out=out, calib=given["calib"], samples=given["samples"],
-        seq_len=given["seq_len"], **given["changes"],
+        seq_len=given["seq_len"], device=given["device"], **given["changes"],
     )  # fmt: skip
     original = Streamed(Path(given["model"]))  # a rival's model and library are loaded before its clock starts too
     clock, started = Clock(), time.process_time()
     quantize_int8(request)
     cpu = time.process_time() - started
     said = clock.stop()
-    judged = judge(Streamed(out), original, Path(given["texts"]))
+    found = judge(Streamed(out), original, Path(given["texts"]))
     took = {"seconds": said["quant_seconds"], "cpu_seconds": cpu, "peak_rss_mib": said["peak_rss_mib"]}
-    return {**took, **figures(judged["text"])}
+    return {**took, "texts": judged(found)}
 
 
 # ---- what is said --------------------------------------------------------------------------------------
+
+
+def judged(found: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
+    return {name: figures(windows) for name, windows in found.items()}
 
 
 def figures(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -202,15 +215,17 @@ def figures(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {"ratio": ratio, "ratio_error": error, "kl": kl, "same_top": same}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], text: str | None = None) -> str:
+    """Of one text; of the first without."""
     lines = [
         "| | perplexity ratio | KL, mean | same top token | recovery | seconds | CPU seconds | peak RSS, MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        said = row["texts"][text or next(iter(row["texts"]))]
         lines.append(
-            f"| {row['entry']} | {row['ratio']:.5f} +- {row['ratio_error']:.5f} | {row['kl']:.6f} | "
-            f"{row['same_top']:.2%} | {1 / row['ratio']:.2%} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | "
+            f"| {row['entry']} | {said['ratio']:.5f} +- {said['ratio_error']:.5f} | {said['kl']:.6f} | "
+            f"{said['same_top']:.2%} | {1 / said['ratio']:.2%} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | "
             f"{row['peak_rss_mib']:.0f} |"
         )
     return "\n".join(lines)

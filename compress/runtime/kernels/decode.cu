@@ -78,6 +78,30 @@ extern "C" __global__ void round_rows(half_bits* __restrict__ x, int size) {
     }
 }
 
+// The same with zero points: step = (high - low) / 255, zero = round(-128 - low / step), q = clamp(round(x / step) + zero),
+// x = (q - zero) * step; a row of equal values takes its own size for the step.
+extern "C" __global__ void round_rows_with_zeros(half_bits* __restrict__ x, int size) {
+    wait_for_earlier_kernels();
+    half_bits* row = x + (long long)blockIdx.x * size;
+    float high = -65504.f, low = 65504.f;
+    for (int i = threadIdx.x; i < size; i += blockDim.x) {
+        const float v = to_float(row[i]);
+        high = fmaxf(high, v);
+        low = fminf(low, v);
+    }
+    high = block_max(high);
+    low = -block_max(-low);
+    float step = (high - low) / 255.f, zero = 0.f;
+    if (step > 0.f) {
+        zero = rintf(-128.f - low / step);
+    } else {
+        step = low == 0.f ? 1.f : fabsf(low);
+    }
+    for (int i = threadIdx.x; i < size; i += blockDim.x) {
+        row[i] = to_half((fminf(fmaxf(rintf(to_float(row[i]) / step) + zero, -128.f), 127.f) - zero) * step);
+    }
+}
+
 // hidden += added (if any); out = hidden / rms(hidden) * weight. One block a row; size is a multiple of 4. The parameters' eps comes
 // as the bits of a float.
 extern "C" __global__ void add_norm(float* __restrict__ hidden, const half_bits* __restrict__ added,

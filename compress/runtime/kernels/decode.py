@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress.plan import ActivationScheme
 from compress.runtime.kernels import nvrtc
 
 SOURCE = Path(__file__).with_name("decode.cu")
@@ -57,11 +58,13 @@ def add_norm(hidden_BH: Tensor, added_BH: Tensor | None, weight_H: Tensor, eps: 
     kernel.launch(rows, threads, (hidden_BH, added_BH, weight_H, out_BH, size, _bits(eps)))
 
 
-def round_rows(x_BK: Tensor) -> None:
-    """x (float16, contiguous) to INT8 by rows and back, in place: `compress.activations`, by token, symmetric."""
+def round_rows(x_BK: Tensor, scheme: ActivationScheme) -> None:
+    """x (float16, contiguous) to INT8 by rows and back, in place: `compress.activations`, by token."""
+    assert scheme.dynamic
     rows, size = x_BK.shape
     threads = min(1024, max(32, -(-size // 8 // 32) * 32))
-    _kernel("round_rows", x_BK.device).launch(rows, threads, (x_BK, size))
+    name = "round_rows" if scheme.symmetric else "round_rows_with_zeros"
+    _kernel(name, x_BK.device).launch(rows, threads, (x_BK, size))
 
 
 def embed(embedding_VH: Tensor, ids_B: Tensor, hidden_BH: Tensor) -> None:

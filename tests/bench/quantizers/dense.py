@@ -39,6 +39,7 @@ def parser(description: str | None, methods: tuple[str, ...]) -> argparse.Argume
     out.add_argument("--bits", type=int, default=4)
     out.add_argument("--group-size", type=int, default=128)
     out.add_argument("--sym", action="store_true")
+    out.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     return out
 
 

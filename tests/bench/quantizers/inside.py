@@ -24,7 +24,7 @@ def judge(model: Any, original: Any, texts: Path) -> dict[str, dict[str, list[fl
         for name in found.files:
             rows: dict[str, list[float]] = {"nll": [], "base_nll": [], "kl": [], "same_top": []}
             for batch in torch.from_numpy(found[name]).split(BATCH):
-                for window in batch:
+                for window in batch.to(next(original.parameters()).device):
                     logp = [
                         m(window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
                         for m in (model, original)

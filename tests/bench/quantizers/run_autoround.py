@@ -42,7 +42,7 @@ def main() -> None:
         seqlen=len(rows[0]),
         nsamples=len(rows),
         batch_size=options.batch,
-        device_map="cpu",
+        device_map=options.device,
         enable_torch_compile=False,
         amp=False,
         disable_model_free=True,

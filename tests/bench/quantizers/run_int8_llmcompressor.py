@@ -1,6 +1,6 @@
 """llm-compressor 0.14 at INT8: round-to-nearest, SmoothQuant, GPTQ, SmoothQuant and GPTQ; judged inside itself.
 
-    run_int8_llmcompressor.py MODEL IDS.npy EVAL.npz --method METHOD [--static]
+    run_int8_llmcompressor.py MODEL IDS.npy EVAL.npz --method METHOD [--static] [--device cuda]
 
 The last line of stdout is a JSON object: seconds and CPU seconds of quantizing, peak memory, what `inside.judge` found.
 """
@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("--method", choices=METHODS, default=METHODS[-1])
     parser.add_argument("--static", action="store_true", help="one calibrated range of inputs a layer")
+    parser.add_argument(
+        "--device", default="cpu", help="where it is judged; it takes a GPU to quantize if there is one"
+    )
     options = parser.parse_args()
 
     import torch
@@ -65,7 +68,8 @@ def main() -> None:
     quantizers = sum(getattr(m, "quantization_scheme", None) is not None for m in model.modules())
     if not quantizers:
         raise SystemExit("no layer carries a quantization scheme: nothing would be judged")
-    original = dense.load(options.model, torch.float32)
+    model.to(options.device)
+    original = dense.load(options.model, torch.float32).to(options.device)
     version = importlib.metadata.version("llmcompressor")
     judged = inside.judge(model, original, options.texts)
     dense.report(tool="llmcompressor", version=version, layers=quantizers, judged=judged, **said)

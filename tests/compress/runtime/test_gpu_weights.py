@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from compress.activations import fake_quantize
 from compress.errors import ArtifactError, UnsupportedError
+from compress.plan import ActivationScheme
 from compress.quantize.int8_stage import Int8Request, quantize_int8
 from compress.runtime import gpu_weights
-from compress.runtime.gpu_decoder import BY_TOKEN, GpuDecoder
+from compress.runtime.gpu_decoder import GpuDecoder
 from compress.runtime.kernels import decode, weight_only
 from compress.runtime.kernels.weight_only import Packed
 from compress.runtime.resident import TorchDecoder
@@ -92,7 +93,7 @@ def definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, function in (
         ("add_norm", add_norm), ("rotate", rotate), ("attend", attend), ("advance_greedily", advance),
         ("embed", lambda table, ids, hidden: hidden.copy_(table[ids])),
-        ("round_rows", lambda x: x.copy_(fake_quantize(x, BY_TOKEN))),
+        ("round_rows", lambda x, scheme: x.copy_(fake_quantize(x, scheme))),
     ):  # fmt: skip
         monkeypatch.setattr(decode, name, function)
 
@@ -118,7 +119,8 @@ def test_the_decoder_is_the_model(rounded: bool, artifact: Path, reference_model
     """Prompt and steps; with INT8 inputs as far as two roundings are apart."""
     folder = artifact if rounded else reference_model
     decoder, wanted = opened(folder, batch=2), TorchDecoder.open(folder, capacity=32, batch=2)
-    assert decoder.weights.layers[0].rounded == (frozenset({"qkv", "o", "gate_up", "down"}) if rounded else frozenset())
+    parts = ("qkv", "o", "gate_up", "down") if rounded else ()
+    assert decoder.weights.layers[0].rounded == dict.fromkeys(parts, ActivationScheme(symmetric=False))
     prompt = torch.arange(14).reshape(2, 7) * 211 % 4000
     found, want = decoder.prefill(prompt).float(), wanted.prefill(prompt)
     for _ in range(5):
@@ -130,7 +132,7 @@ def test_the_decoder_is_the_model(rounded: bool, artifact: Path, reference_model
 
 def test_rounding_that_is_left_out_or_doubled_is_seen(artifact: Path, monkeypatch: Any) -> None:
     """Inputs of another scale: refused, so that transformers' forward runs the folder instead."""
-    monkeypatch.setattr(decode, "round_rows", lambda x: x.copy_(fake_quantize(x * 8, BY_TOKEN)))
+    monkeypatch.setattr(decode, "round_rows", lambda x, scheme: x.copy_(fake_quantize(x * 8, scheme)))
     with pytest.raises(UnsupportedError, match="the GPU decoder's logits differ .*; use --runtime torch"):
         opened(artifact)
 
@@ -144,5 +146,5 @@ def test_wrong_weights_are_seen(artifact: Path, monkeypatch: Any) -> None:
 
 def test_input_quantizers_that_the_kernels_lack(build_model: Any, tmp_path: Path) -> None:
     folder = quantized(build_model("Llama", head_dim=64), tmp_path, static=True)
-    with pytest.raises(UnsupportedError, match="its activations are a8-static, and the kernels have a8 only"):
+    with pytest.raises(UnsupportedError, match="are a8-static, and the kernels have a8 and a8-asym only"):
         opened(folder)

@@ -59,14 +59,16 @@ def test_blackwell_has_no_int8_kernels_for_inputs_but_takes_weights(make: Any) -
         vllm_int8.check(stored(Checkpoint.open(make())), "11.0")
 
 
-@pytest.mark.parametrize(("sm", "changes"), [("8.0", {}), (None, {}), ("11.0", {"scheme": "w8a16"})])
+@pytest.mark.parametrize(
+    ("sm", "changes"), [("8.0", {"sym_activations": True}), (None, {"static": True}), ("11.0", {"scheme": "w8a16"})]
+)
 def test_what_it_takes(sm: str | None, changes: dict[str, Any], make: Any) -> None:
     assert vllm_int8.check(stored(Checkpoint.open(make(**changes))), sm) == []
 
 
 def test_zero_points_of_inputs_are_noted(make: Any) -> None:
-    (note,) = vllm_int8.check(stored(Checkpoint.open(make(sym_activations=False))), "8.0")
-    assert "have zero points" in note and "--sym-activations" in note
+    (note,) = vllm_int8.check(stored(Checkpoint.open(make())), "8.0")
+    assert "have zero points" in note and "SGLang" in note and "--sym-activations" in note
 
 
 def test_parts_of_a_fused_layer_must_share_a_scheme(make: Any) -> None:

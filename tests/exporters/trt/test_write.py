@@ -149,7 +149,7 @@ def test_absent_onnx_is_one_sentence() -> None:
 def test_int8_that_tensorrt_does_not_take_is_refused(build_model: Any, calib_text: Path, tmp_path: Path) -> None:
     source, options = resolve(str(build_model())), {"calib": str(calib_text), "samples": 2, "seq_len": 64}
     for name, said, changes in (
-        ("by-token", "w8-sym-a8", {}),
+        ("by-token", "w8-sym-a8-asym", {}),
         ("zeros", "w8-sym-a8-asym-static", {"static": True, "sym_activations": False}),
         ("groups", "w8g32-sym", {"scheme": "w8a16", "group_size": 32}),
     ):
