@@ -67,7 +67,8 @@ def frontier_plot(found: Mapping[str, Any]) -> str | None:
         return None
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(3.8)
-        line = [p for p in found["frontier"] if p["predicted_kl"] > 0]
+        most = 1.05 * found["uniform"].get("w8", {"bytes": float("inf")})["bytes"]  # beyond, next to nothing is gained
+        line = [p for p in found["frontier"] if p["predicted_kl"] > 0 and p["bytes"] <= most]
         axes.plot([p["bytes"] / 1e6 for p in line], [p["predicted_kl"] for p in line], color=BLUE, label="chosen")
         uniform = {name: p for name, p in found["uniform"].items() if p["predicted_kl"] > 0}
         axes.plot(
