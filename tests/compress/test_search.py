@@ -90,6 +90,14 @@ def test_without_a_gate_the_best_within_the_bytes_is_made_once() -> None:
     assert choice.kl < min(c.kl for c in found.uniform().values() if c.num_bytes <= choice.num_bytes)
 
 
+def test_float16_alone_is_no_artifact(request_for: AutoRequest) -> None:
+    assert next_choice(choices(), Goal(gate=1 - 1e-12), []) is None
+    with pytest.raises(ConfigError, match="nothing but float16 is predicted to keep so much"):
+        search(request_for, Goal(gate=1 - 1e-12), lambda folder: pytest.fail("nothing is made"))
+    with pytest.raises(ConfigError, match="within 9.00 MB everything may stay in float16"):
+        search(request_for, Goal(gate=None, most=9_000_000), None)
+
+
 def test_goals_that_are_none() -> None:
     with pytest.raises(ConfigError, match="nothing is asked for"):
         Goal(gate=None)
@@ -214,7 +222,7 @@ def test_what_cannot_be_is_refused_before_work(request_for: AutoRequest) -> None
     with pytest.raises(ConfigError, match="bits are chosen for fast and balanced"):
         replace(request_for, effort="best")
     with pytest.raises(ConfigError, match="calibration rows are too few to measure"):
-        search(replace(request_for, samples=2), Goal(gate=None, most=10**9), None)
+        search(replace(request_for, samples=2), Goal(gate=None, most=budget_of(request_for, 0.5)), None)
     assert not request_for.out.parent.exists() or not list(request_for.out.parent.glob("auto"))
 
 
