@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     "--gate", type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Goal: the smallest artifact that keeps so much, on text held out [default: 0.98; with --bytes: none].",
 )  # fmt: skip
-@click.option("--data", metavar="TEXT", help="Text to judge on, held out, as for `compress evaluate`.")
-@click.option("--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Of it, at most.")
+@click.option("--data", metavar="TEXT", help="Text held out to judge on, as for `compress evaluate`.")
+@click.option(
+    "--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Tokens of DATA to judge on."
+)
 @click.option(
     "--tries", type=click.IntRange(1), default=4, show_default=True, help="Artifacts made and judged at most."
 )
