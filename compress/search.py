@@ -142,7 +142,7 @@ def search(request: AutoRequest, goal: Goal, judge: Judge | None, tell: Tell = S
             return _finished(request, place)
         find = partial(measure, model, rows.ids_NT, plan, request.menu, tell)
         found = Facts(run.folder, run.id).once("sensitivity", find)
-        maker = _Maker(request, Choices.of(request.menu, model, plan, found), rows, run, judge, tell)
+        maker = _Maker(request, Choices.of(request.menu, model, plan, found), rows, run, judge, tell, goal.gate)
         tried = maker.try_for(goal)
         if not tried:
             raise ConfigError(
@@ -193,6 +193,7 @@ class _Maker:
     run: Run
     judge: Judge | None
     tell: Tell
+    gate: float | None = None
     verified: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -226,9 +227,9 @@ class _Maker:
             return one
         self.tell.say(f"judging {size / 1e6:.2f} MB")
         judged = self.judge(folder)
-        verdict = "passes" if judged.passes else "does not pass"
+        verdict = "" if self.gate is None else " passes" if judged.passes else " does not pass"
         self.tell.say(
-            f"{size / 1e6:.2f} MB {verdict}: recovery {judged.recovery:.2%} (at least {judged.lower:.2%}), KL "
+            f"{size / 1e6:.2f} MB{verdict}: recovery {judged.recovery:.2%} (at least {judged.lower:.2%}), KL "
             f"{judged.kl:.4f} (predicted {choice.kl:.4f})"
         )
         return replace(one, judged=judged)

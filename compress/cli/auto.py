@@ -87,7 +87,7 @@ def command(
         check_page(report, source.path)
     gate = GATE if gate is None and num_bytes is None else gate
     data = text_to_judge(source, data, gate, rest["calib"])
-    opened, menu, most, reader = _asked(
+    opened, menu, most, reader = asked_for(
         source, target, format_, context, num_bytes, symmetric, int8, float16, rest["trust_remote_code"]
     )
     device = pick_device(device)
@@ -96,7 +96,7 @@ def command(
         source=source, out=out or WORKSPACE / f"{source.name}-auto", menu=menu, device=device, dtype=dtype, **rest
     )  # fmt: skip
     goal = Goal(gate=gate, most=most, tries=tries, judging={"data": data, "max_tokens": max_tokens})
-    plan = _refused_here(request, goal, opened)
+    plan = refused_here(request, goal, opened)
     if dry_run:
         _dry_run(opened, plan, menu, goal, as_json)
         return
@@ -121,7 +121,7 @@ def command(
 # ---- what is asked for ---------------------------------------------------------------------------------
 
 
-def _asked(
+def asked_for(
     source: Source, target: str | None, format_: str | None, context: int | None, num_bytes: str | None,
     symmetric: bool, int8: bool, float16: bool, trust: bool,
 ) -> tuple[StreamedModel, Menu, int | None, str | None]:  # fmt: skip
@@ -173,7 +173,7 @@ def _room(model: StreamedModel, machine: Any, reader: str, context: int | None) 
     return linears + bytes_outside(model, set(LayerPlan.dense(inside)))
 
 
-def _refused_here(request: AutoRequest, goal: Goal, model: StreamedModel) -> LayerPlan:
+def refused_here(request: AutoRequest, goal: Goal, model: StreamedModel) -> LayerPlan:
     """What would be refused once the work has begun, before it; the plan of what is chosen for."""
     from compress.quantize.auto_stage import base_plan
     from compress.search import check_budget
@@ -284,8 +284,9 @@ def _table(found: Found) -> Any:
     for name, choice in found.choices.uniform().items():
         rows.append((choice.num_bytes, f"all {name}", f"{choice.kl:.4f}", "", ""))
     made = {one.choice.num_bytes: one for one in found.tried}
+    shown = {*made, *(choice.num_bytes for choice in found.choices.uniform().values())}
     for choice in found.choices.frontier(9):
-        if choice.num_bytes not in made:
+        if choice.num_bytes not in shown:
             rows.append((choice.num_bytes, "chosen", f"{choice.kl:.4f}", "", ""))
     for size, one in made.items():
         judged = one.judged
