@@ -50,8 +50,9 @@ class Manifest:
 
     @property
     def root(self) -> Mapping[str, Any]:
-        """Path and content hash of the oldest ancestor: the original model."""
-        parent: Mapping[str, Any] = self.lineage[-1]["parent"]
+        """Path and content hash of the original model: the oldest ancestor, or what an adapter was merged to."""
+        merge = next((i for i, record in enumerate(self.lineage) if record["stage"] == "merge"), len(self.lineage))
+        parent: Mapping[str, Any] = self.lineage[max(0, merge - 1)]["parent"]
         return parent
 
     @property

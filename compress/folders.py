@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def check_model_file(path: Path) -> None:
 
 def _adapter(folder: Path) -> CompressError:
     base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "its base model"
-    merge = f"merge it into {base} (peft: merge_and_unload, then save_pretrained) and pass the merged folder"
+    option = f"--adapter {shlex.quote(str(folder))}"
+    merge = f"pass {base} with {option}, or merge it (peft: merge_and_unload) and pass the merged folder"
     if holds_safetensors(folder):
         return ArtifactError(
             f"{folder} holds a model and beside it a LoRA adapter ({ADAPTER}), which some readers would add to it; "

@@ -26,6 +26,7 @@ from compress.weights import holds_safetensors
 RUNS = "runs.json"
 KIND = "runs of recipes"
 REPORT = "report.json"
+ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,8 @@ def content(path: Path) -> str | None:
             return file_sha256(path)
         if is_file(path / MANIFEST):
             return file_sha256(path / MANIFEST)
+        if is_file(path / ADAPTER):
+            return file_sha256(path / ADAPTER)
         is_model = is_file(path / "config.json") and holds_safetensors(path)  # a plan may be of a config alone
         return Checkpoint.open(path).content_sha256() if is_model else None
     except (OSError, ValueError):

@@ -29,7 +29,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-STAGES = ("prune", "teach", "distill", "awq", "int8", "export", "evaluate")
+STAGES = ("prune", "teach", "distill", "awq", "int8", "auto", "export", "evaluate")
 # A recipe is written by hand.
 MOST_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -27,7 +27,7 @@ from compress.formats import compressed_tensors
 from compress.journal import Facts
 from compress.model import StreamedModel
 from compress.output import Place, Run
-from compress.plan import LayerPlan
+from compress.plan import DENSE, LayerPlan
 from compress.quantize.auto_stage import AutoRequest, Made, auto_stage, base_plan
 from compress.quantize.choices import Choice, Choices, bytes_outside
 from compress.quantize.menu import num_bytes
@@ -142,8 +142,12 @@ def search(request: AutoRequest, goal: Goal, judge: Judge | None, tell: Tell = S
             return _finished(request, place)
         find = partial(measure, model, rows.ids_NT, plan, request.menu, tell)
         found = Facts(run.folder, run.id).once("sensitivity", find)
-        maker = _Maker(request, Choices.of(request.menu, model, plan, found), rows, run, judge, tell)
+        maker = _Maker(request, Choices.of(request.menu, model, plan, found), rows, run, judge, tell, goal.gate)
         tried = maker.try_for(goal)
+        if not tried:
+            raise ConfigError(
+                f"--gate {goal.gate}: nothing but float16 is predicted to keep so much; the model is best left as it is"
+            )
         best = best_of(tried)
         return _publish(best, tried, maker, place)
 
@@ -152,6 +156,12 @@ def check_budget(request: AutoRequest, goal: Goal, model: StreamedModel, plan: L
     """ConfigError, before any work, when not even the smallest choice fits the goal's bytes; and for a full disk."""
     shapes = stage.shapes_of(model, plan)
     outside = bytes_outside(model, set(shapes))
+    dense = outside + sum(num_bytes(DENSE, shape) for shape in shapes.values())
+    if request.menu.dense and goal.gate is None and goal.most is not None and goal.most >= dense:
+        raise ConfigError(
+            f"within {goal.most / 1e6:.2f} MB everything may stay in float16 ({dense / 1e6:.2f} MB), so nothing is "
+            "to be made; ask for fewer bytes, or leave float16 out of the choice with --no-float16"
+        )
     least = outside + sum(num_bytes(request.menu.options(shape[1])[0], shape) for shape in shapes.values())
     if goal.most is not None and goal.most < least:
         raise ConfigError(
@@ -183,6 +193,7 @@ class _Maker:
     run: Run
     judge: Judge | None
     tell: Tell
+    gate: float | None = None
     verified: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -216,9 +227,9 @@ class _Maker:
             return one
         self.tell.say(f"judging {size / 1e6:.2f} MB")
         judged = self.judge(folder)
-        verdict = "passes" if judged.passes else "does not pass"
+        verdict = "" if self.gate is None else " passes" if judged.passes else " does not pass"
         self.tell.say(
-            f"{size / 1e6:.2f} MB {verdict}: recovery {judged.recovery:.2%} (at least {judged.lower:.2%}), KL "
+            f"{size / 1e6:.2f} MB{verdict}: recovery {judged.recovery:.2%} (at least {judged.lower:.2%}), KL "
             f"{judged.kl:.4f} (predicted {choice.kl:.4f})"
         )
         return replace(one, judged=judged)
@@ -304,6 +315,8 @@ def next_choice(choices: Choices, goal: Goal, tried: Sequence[Tried]) -> Choice 
     if wanted.num_bytes > cap:
         wanted = choices.within(cap)
     known = {t.choice.num_bytes for t in tried}
+    if not wanted.plan.quantized:  # float16 alone is the model as it is
+        return None
     return None if wanted.num_bytes in known or (passing is not None and wanted.num_bytes >= passing) else wanted
 
 

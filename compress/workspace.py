@@ -97,15 +97,18 @@ def resolve(
     workspace: Path = WORKSPACE,
     out: Path | None = None,
     force: bool = False,
+    revision: str | None = None,
 ) -> Source:
     """The model that the user named, or the workspace's newest artifact that `accept` takes, or the bundled model.
 
     With `quantizable`, artifacts that already are quantized stand for the original they came from, so that
     `compress awq --group-size 64` after `compress awq` starts from full precision again. An `out` that must not be
-    written is refused here: a model of many GB is not fetched for it.
+    written is refused here: a model of many GB is not fetched for it. revision: a branch, tag or commit of a hub model.
     """
     if out is not None:
         check(out, {}, force=force)
+    if revision is not None and (model is None or Path(model).exists()):
+        raise ConfigError(f"--revision {revision} is about a model of the hub; pass its id, such as org/name")
     if model is None:
         return _from_workspace(quantizable, accept, workspace)
     path = Path(model)
@@ -114,7 +117,9 @@ def resolve(
     if path.exists():
         check_model_file(path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
-        return Source(path=_download(model), name=_short(model.split("/")[1]), said=f"{model} from the hub")
+        found = _download(model, revision=revision)
+        at = f" at {revision}" if revision else ""
+        return Source(path=found, name=_short(model.split("/")[1]), said=f"{model}{at} from the hub")
     raise ConfigError(f"{model}: no such folder, and not a hub id such as org/name")
 
 
@@ -196,13 +201,14 @@ def _short(name: str) -> str:
 _FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 
 
-def _download(model: str, patterns: Sequence[str] = _FILES) -> Path:
+def _download(model: str, patterns: Sequence[str] = _FILES, *, revision: str | None = None) -> Path:
     """A hub model's folder in the local cache, fetched if need be; never anything that could be a pickle."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(patterns)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:160]
-        raise ArtifactError(f"{model}: no such folder here, and the hub did not give it ({reason})") from None
+        at = f" at revision {revision}" if revision else ""
+        raise ArtifactError(f"{model}: no such folder here, and the hub did not give it{at} ({reason})") from None

@@ -105,6 +105,18 @@ def refuse_int8(
             )
 
 
+def refuse_mix(path: Path, plan: LayerPlan, format: str, target: Target) -> None:
+    """Raise UnsupportedError for INT4 beside other codes where a graph is written, which holds one scheme of codes."""
+    groups = plan.groups()
+    if format == "hf" or len(groups) < 2 or all(is_int8(scheme) for scheme in groups):
+        return
+    said = " and ".join(scheme.label() for scheme in groups)
+    way = advice.command("auto", _original(path), "--target", target.name, "--format", format)
+    raise UnsupportedError(
+        f"{path} mixes {said}, and {format} holds one scheme of codes; this chooses between it and float16: {way}"
+    )
+
+
 def _instead(path: Path, format: str, target: Target, context: int, scheme: LayerScheme, layout: Layout) -> str | None:
     """What works on the target instead, where the format could not hold the original in 4 bits either."""
     original = _original(path)

@@ -180,6 +180,7 @@ def fitted(request: ExportRequest, name: str, module: Format, artifact: Artifact
     target = request.target
     context = context_for(artifact.model, target, request.context)
     answer.refuse_int8(artifact.path, artifact.folder.plan, module.LAYOUT, name, target, context)
+    answer.refuse_mix(artifact.path, artifact.folder.plan, name, target)
     # transformers' folders may hold anything; a graph is of a decoder, and what is none is named for what it is
     with suppress(UnsupportedError) if name == "hf" or module.__name__ != FORMATS[name] else nullcontext():
         refuse_model(artifact.streamed, request, name, module, context)

@@ -67,6 +67,7 @@ ROOMS = """
     workspace
     stage
     request
+    adapter
 
     quantize prune distill
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.calibrated import calibrated, console, say_where
+from compress.cli.calibrated import calibrated, console, model_of, say_where
 from compress.cli.help import Command
+from compress.cli.judges import GATE, Judges, text_to_judge
 from compress.cli.next import judge as judging_command
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError, GateFailed
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
     from compress.quantize.auto_stage import AutoRequest
     from compress.quantize.choices import Choice
     from compress.quantize.menu import Menu
-    from compress.search import Found, Goal, Judge, Judged
+    from compress.search import Found, Goal, Judged
     from compress.workspace import Source
-    from evaluators.results import Report
-
-GATE = 0.98
 
 
 @click.command("auto", cls=Command)
@@ -42,8 +39,10 @@ GATE = 0.98
     "--gate", type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Goal: the smallest artifact that keeps so much, on text held out [default: 0.98; with --bytes: none].",
 )  # fmt: skip
-@click.option("--data", metavar="TEXT", help="Text to judge on, held out, as for `compress evaluate`.")
-@click.option("--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Of it, at most.")
+@click.option("--data", metavar="TEXT", help="Text held out to judge on, as for `compress evaluate`.")
+@click.option(
+    "--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Tokens of DATA to judge on."
+)
 @click.option(
     "--tries", type=click.IntRange(1), default=4, show_default=True, help="Artifacts made and judged at most."
 )
@@ -80,14 +79,17 @@ def command(
     from compress.devices import pick_device, pick_dtype
     from compress.quantize.auto_stage import AutoRequest
     from compress.search import Goal, search
-    from compress.workspace import WORKSPACE, is_model, resolve
+    from compress.workspace import WORKSPACE
 
-    source = resolve(model, quantizable=True, accept=is_model, out=None if dry_run else out, force=rest["force"])
+    source = model_of(
+        model, out=None if dry_run else out, force=rest["force"], revision=rest.pop("revision"),
+        adapter=rest.pop("adapter"), trust=rest["trust_remote_code"],
+    )  # fmt: skip
     if report is not None:
         check_page(report, source.path)
     gate = GATE if gate is None and num_bytes is None else gate
-    data = _text(source, data, gate, rest["calib"])
-    opened, menu, most, reader = _asked(
+    data = text_to_judge(source, data, gate, rest["calib"])
+    opened, menu, most, reader = asked_for(
         source, target, format_, context, num_bytes, symmetric, int8, float16, rest["trust_remote_code"]
     )
     device = pick_device(device)
@@ -96,11 +98,11 @@ def command(
         source=source, out=out or WORKSPACE / f"{source.name}-auto", menu=menu, device=device, dtype=dtype, **rest
     )  # fmt: skip
     goal = Goal(gate=gate, most=most, tries=tries, judging={"data": data, "max_tokens": max_tokens})
-    plan = _refused_here(request, goal, opened)
+    plan = refused_here(request, goal, opened)
     if dry_run:
         _dry_run(opened, plan, menu, goal, as_json)
         return
-    judges = None if data is None else _Judges(source.path, data, gate, max_tokens, device)
+    judges = None if data is None else Judges(source.path, data, gate, max_tokens, device)
     say_where(source, device, dtype)
     print(_goal_text(goal, reader), file=sys.stderr)
     with Shown(quiet=as_json) as shown:
@@ -121,21 +123,7 @@ def command(
 # ---- what is asked for ---------------------------------------------------------------------------------
 
 
-def _text(source: Source, data: str | None, gate: float | None, calib: str | None) -> str | None:
-    """The text to judge on; None where none is needed and none is there. ConfigError for the calibration text."""
-    from compress.cli.evaluate import text_for
-    from compress.workspace import is_reference
-
-    if data is None and gate is None and not is_reference(source.path):
-        return None
-    text = text_for(source.path, data)
-    if calib is not None and os.path.exists(calib) and os.path.exists(text) and os.path.samefile(calib, text):
-        raise ConfigError(f"--data {text} is the calibration text, of which the artifact has seen the answers; hold "
-                          "another text out")  # fmt: skip
-    return text
-
-
-def _asked(
+def asked_for(
     source: Source, target: str | None, format_: str | None, context: int | None, num_bytes: str | None,
     symmetric: bool, int8: bool, float16: bool, trust: bool,
 ) -> tuple[StreamedModel, Menu, int | None, str | None]:  # fmt: skip
@@ -187,7 +175,7 @@ def _room(model: StreamedModel, machine: Any, reader: str, context: int | None) 
     return linears + bytes_outside(model, set(LayerPlan.dense(inside)))
 
 
-def _refused_here(request: AutoRequest, goal: Goal, model: StreamedModel) -> LayerPlan:
+def refused_here(request: AutoRequest, goal: Goal, model: StreamedModel) -> LayerPlan:
     """What would be refused once the work has begun, before it; the plan of what is chosen for."""
     from compress.quantize.auto_stage import base_plan
     from compress.search import check_budget
@@ -229,79 +217,6 @@ def _dry_run(model: StreamedModel, plan: LayerPlan, menu: Menu, goal: Goal, as_j
         print(f"  all {name}: {size / 1e6:.2f} MB")
     print("what lies between them is measured by the run, which makes and judges "
           f"{'one artifact' if goal.gate is None else f'at most {goal.tries} artifacts'}")  # fmt: skip
-
-
-# ---- judging -------------------------------------------------------------------------------------------
-
-
-class _Judges:
-    """Evaluates artifacts of a search against the original, and keeps the reports until one of them has its place."""
-
-    def __init__(self, original: Path, data: str, gate: float | None, max_tokens: int, device: str) -> None:
-        from compress.cli.next import EVALUATED_CONTEXT
-        from compress.positions import positions_of
-
-        self.original, self.data, self.gate, self.max_tokens, self.device = original, data, gate, max_tokens, device
-        limit = positions_of(original)
-        self.context = min(EVALUATED_CONTEXT, limit[1] if limit else EVALUATED_CONTEXT)
-        self.reports: dict[int, Report] = {}
-        self._check_text()
-
-    def _check_text(self) -> None:
-        """ConfigError, before anything is made, for a text that gives too few windows to judge by."""
-        from compress.texts import documents
-        from evaluators.gate import LEAST_WINDOWS
-
-        least = LEAST_WINDOWS * self.context
-        if self.gate is not None and self.max_tokens < least:
-            raise ConfigError(f"--max-tokens {self.max_tokens}: a gate needs {LEAST_WINDOWS} windows of {self.context} "
-                              f"tokens to judge by; ask for {least} or more")  # fmt: skip
-        if self.data != "self" and not self.data.startswith("hf:"):
-            next(iter(documents(self.data)), None)
-
-    def judge(self, shown: Shown) -> Judge:
-        """What `compress.search` asks of every artifact."""
-        from compress.search import Judged
-        from evaluators import cache
-        from evaluators.evaluate import evaluate
-        from evaluators.request import EvaluationRequest
-
-        def judged(folder: Path) -> Judged:
-            report = evaluate(
-                EvaluationRequest(
-                    candidate=folder, reference=self.original, data=self.data, threshold=self.gate or GATE,
-                    context=self.context, max_tokens=self.max_tokens, device=self.device,
-                    cache_folder=cache.default_folder(),
-                ),
-                shown,
-            )  # fmt: skip
-            self.reports[folder.stat().st_ino] = report
-            verdict = report.verdicts[0]
-            if verdict.outcome == "INCONCLUSIVE" and self.gate is not None and verdict.needed is None:
-                _refuse_text(verdict.reason)
-            kl = next(metric.value for metric in report.metrics if metric.name == "kl_mean")
-            passes = self.gate is not None and verdict.outcome == "PASS"
-            bounds = verdict.recovery
-            return Judged(passes=passes, recovery=bounds.value, lower=bounds.lower, upper=bounds.upper, kl=kl)
-
-        return judged
-
-    def keep(self, found: Found) -> str | None:
-        """Remember the report of what was published, beside it; a note when that could not be."""
-        from dataclasses import replace
-
-        from evaluators import memory
-
-        report = self.reports.get(found.out.stat().st_ino)
-        if report is None or self.gate is None:
-            return None
-        report = replace(report, candidate=replace(report.candidate, path=str(found.out)))
-        return memory.remember(found.out, report)
-
-
-def _refuse_text(reason: str) -> None:
-    if "windows are too few" in reason:
-        raise ConfigError(f"--data: {reason}")
 
 
 # ---- what is said --------------------------------------------------------------------------------------
@@ -371,8 +286,9 @@ def _table(found: Found) -> Any:
     for name, choice in found.choices.uniform().items():
         rows.append((choice.num_bytes, f"all {name}", f"{choice.kl:.4f}", "", ""))
     made = {one.choice.num_bytes: one for one in found.tried}
+    shown = {*made, *(choice.num_bytes for choice in found.choices.uniform().values())}
     for choice in found.choices.frontier(9):
-        if choice.num_bytes not in made:
+        if choice.num_bytes not in shown:
             rows.append((choice.num_bytes, "chosen", f"{choice.kl:.4f}", "", ""))
     for size, one in made.items():
         judged = one.judged

@@ -13,6 +13,7 @@ from compress.cli.calibrated import (
     block_text,
     calibrated,
     console,
+    model_of,
     print_found,
     print_json,
     print_written,
@@ -95,10 +96,13 @@ def command(
     from compress.devices import pick_device, pick_dtype
     from compress.quantize.awq_stage import AwqRequest, check_codes, quantize_awq
     from compress.quantize.group_size import asked_scheme
-    from compress.workspace import WORKSPACE, is_model, resolve
+    from compress.workspace import WORKSPACE
 
     symmetric = check_codes(bits, sym)
-    source = resolve(model, quantizable=True, accept=is_model, out=out, force=rest["force"])
+    source = model_of(
+        model, out=out, force=rest["force"], revision=rest.pop("revision"), adapter=rest.pop("adapter"),
+        trust=rest["trust_remote_code"],
+    )  # fmt: skip
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     say_where(source, device, dtype)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.cli.console import Console
-from compress.cli.options import RUN, Table, adder
+from compress.cli.options import MODEL, RUN, Table, adder
 from compress.cli.progress import peak_memory_bytes, seconds_text
 
 if TYPE_CHECKING:
@@ -73,11 +73,30 @@ _OPTIONS: Table = {
         is_flag=True,
         help="Go on when a layer's output would be mostly error, and list it.",
     ),
+    **MODEL,
     **RUN,
 }
 
 
 calibrated = adder(_OPTIONS)
+
+
+def model_of(
+    model: str | None, *, out: Path | None, force: bool, revision: str | None, adapter: Path | None, trust: bool
+) -> Source:
+    """The full-precision model that MODEL means, with the adapter in it."""
+    from compress.adapter import merged
+    from compress.tell import Tell
+    from compress.workspace import WORKSPACE, is_model, resolve
+
+    class Said(Tell):
+        def say(self, text: str) -> None:
+            print(text, file=sys.stderr)
+
+    source = resolve(model, quantizable=True, accept=is_model, out=out, force=force, revision=revision)
+    if adapter is None:
+        return source
+    return merged(source, adapter, WORKSPACE, trust_remote_code=trust, tell=Said())
 
 
 def say_where(source: Source, device: str, dtype: str) -> None:

@@ -13,6 +13,7 @@ from compress.cli.calibrated import (
     block_text,
     calibrated,
     console,
+    model_of,
     print_found,
     print_json,
     print_written,
@@ -118,11 +119,14 @@ def command(
 
     # Options that do not fit each other are refused before a model is looked for.
     from compress.quantize.int8_stage import Int8Request, quantize_int8
-    from compress.workspace import WORKSPACE, Source, is_model, resolve
+    from compress.workspace import WORKSPACE, Source
 
     nowhere = Source(path=Path(), name="", said="")
+    revision, adapter = rest.pop("revision"), rest.pop("adapter")
     label = Int8Request(source=nowhere, out=Path(), **rest).label()
-    source = resolve(model, quantizable=True, accept=is_model, out=out, force=rest["force"])
+    source = model_of(
+        model, out=out, force=rest["force"], revision=revision, adapter=adapter, trust=rest["trust_remote_code"]
+    )  # fmt: skip
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     say_where(source, device, dtype)

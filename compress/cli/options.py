@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -31,6 +32,18 @@ RUN: Table = {
         help="Run the Python code that the model's folder ships.",
     ),
     "json": partial(click.option, "--json", "as_json", is_flag=True, help="Print the result as one JSON object."),
+}
+
+
+# Of every command that makes something of a model.
+MODEL: Table = {
+    "adapter": partial(
+        click.option,
+        "--adapter",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="LoRA adapter of MODEL, a folder that peft saved; merged into a model of its own first.",
+    ),
+    "revision": partial(click.option, "--revision", help="Branch, tag or commit of a hub model."),
 }
 
 

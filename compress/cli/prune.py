@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.calibrated import print_json
+from compress.cli.calibrated import model_of, print_json
 from compress.cli.help import Command
 from compress.cli.next import judge
+from compress.cli.options import MODEL, adder
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError
 from compress.files import write_bytes_atomically
@@ -46,6 +47,7 @@ _AMOUNT = "whole number, or share below 1"
 )
 @click.option("--candidates", type=click.IntRange(1), default=10, show_default=True, help="Shapes judged for a goal.")
 @click.option("--repair/--no-repair", default=True, show_default=True, help="Refit what reads the units that stay.")
+@adder(MODEL)()
 @click.option("--calib", metavar="TEXT", help="Calibration text, as for `compress awq`.")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration rows.")
 @click.option("--seq-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens in a row.")
@@ -75,9 +77,12 @@ def command(
     started = time.monotonic()
     from compress.devices import described, pick_device, pick_dtype
     from compress.prune.prune_stage import PruneRequest, prune
-    from compress.workspace import WORKSPACE, is_model, resolve
+    from compress.workspace import WORKSPACE
 
-    source = resolve(model, quantizable=True, accept=is_model, out=None if dry_run else out, force=rest["force"])
+    source = model_of(
+        model, out=None if dry_run else out, force=rest["force"], revision=rest.pop("revision"),
+        adapter=rest.pop("adapter"), trust=rest["trust_remote_code"],
+    )  # fmt: skip
     amounts = {name: rest.pop(name) for name in AMOUNTS}
     asked = asked_of(
         amounts, params=params, num_bytes=num_bytes, target=target, context=context, max_kl=max_kl,
@@ -92,7 +97,7 @@ def command(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     print(f"computed on: {described(device)}, {dtype}", file=sys.stderr)
-    place = out or WORKSPACE / f"{source.name}-prune-{_label(amounts, params, num_bytes, target, max_kl)}"
+    place = out or WORKSPACE / f"{source.name}-prune-{label(amounts, params, num_bytes, target, max_kl)}"
     request = PruneRequest(
         source=source, out=place, asked=asked, max_kl=max_kl, device=device, dtype=dtype, **rest
     )  # fmt: skip
@@ -141,7 +146,7 @@ def asked_of(
     )
 
 
-def _label(amounts: Mapping[str, str | None], *goal: Any) -> str:
+def label(amounts: Mapping[str, str | None], *goal: Any) -> str:
     """What the folder is called after: the amounts, or the goal."""
     parts = [f"{name.replace('_', '-')}{value}" for name, value in amounts.items() if value]
     return "-".join(parts) or "-".join(str(value) for value in goal if value) or "nothing"

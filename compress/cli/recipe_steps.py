@@ -23,7 +23,8 @@ _RUNS_OWN = frozenset({"out", "force", "resume", "as_json", "dry_run"})
 _REFERENCE = "@"
 # Where a stage takes the model that the steps before it made.
 TAKES = {
-    "prune": "model", "teach": "teacher", "distill": "student", "awq": "model", "int8": "model", "export": "artifact",
+    "prune": "model", "teach": "teacher", "distill": "student", "awq": "model", "int8": "model", "auto": "model",
+    "export": "artifact",
     "evaluate": "candidate",
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,23 +45,45 @@ def command(
     the same options and inputs as before is not run again, and a killed one goes on. The exit code is the gate's: 0
     PASS, 3 FAIL, 4 INCONCLUSIVE.
     """
-    from compress.cli.recipe_steps import check_fields
-    from compress.pipeline import Runs
-    from compress.recipe import read_recipe, with_overrides
-    from compress.workspace import WORKSPACE
-
-    asked = [*settings, *([f"model={model}"] if model is not None else [])]
-    wanted = with_overrides(read_recipe(recipe), asked)
-    check_fields(wanted)
-    found = _model(wanted, config_is_enough=dry_run)
-    run = _Run(recipe=wanted, model=found, runs=Runs(WORKSPACE), workspace=WORKSPACE, force=force, as_json=as_json)
+    run = prepared(recipe, settings, model, config_is_enough=dry_run, force=force, as_json=as_json)
     if not as_json:
-        print(f"recipe: {wanted.said}{f' ({wanted.about})' if wanted.about else ''}\nmodel: {found}", file=sys.stderr)
+        about = f" ({run.recipe.about})" if run.recipe.about else ""
+        print(f"recipe: {run.recipe.said}{about}\nmodel: {run.model}", file=sys.stderr)
     foreseen = run.check()
     if dry_run:
         run.print_plan(foreseen)
         return
     run.go()
+
+
+def prepared(
+    recipe: str,
+    settings: Sequence[str],
+    model: str | None,
+    *,
+    config_is_enough: bool = False,
+    force: bool,
+    as_json: bool,
+) -> RecipeRun:
+    """The recipe as it is to be run, its fields checked. ConfigError with the line of what is wrong."""
+    from compress import distributed
+    from compress.cli.recipe_steps import check_fields
+    from compress.pipeline import Runs
+    from compress.recipe import read_recipe, with_overrides
+    from compress.workspace import WORKSPACE
+
+    if distributed.started() > 1:
+        raise ConfigError(
+            f"a recipe is run by one process, and {distributed.started()} were started; start it without torchrun, "
+            "or run the step that is to be shared by its own command"
+        )
+    asked = [*settings, *([f"model={model}"] if model is not None else [])]
+    wanted = with_overrides(read_recipe(recipe), asked)
+    check_fields(wanted)
+    found = _model(wanted, config_is_enough=config_is_enough)
+    return RecipeRun(
+        recipe=wanted, model=found, runs=Runs(WORKSPACE), workspace=WORKSPACE, force=force, as_json=as_json
+    )  # fmt: skip
 
 
 def _model(recipe: Recipe, *, config_is_enough: bool) -> Path:
@@ -83,7 +105,7 @@ def _model(recipe: Recipe, *, config_is_enough: bool) -> Path:
 
 
 @dataclass(kw_only=True)
-class _Run:
+class RecipeRun:
     """One run of a recipe. Steps are planned anew as their folders become known."""
 
     recipe: Recipe

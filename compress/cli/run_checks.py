@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.cli.recipe_steps import Planned
 from compress.errors import ConfigError, UnsupportedError
+from compress.plan import LayerPlan
 
 if TYPE_CHECKING:
     from compress.request import CalibratedRequest
@@ -63,6 +64,41 @@ def _int8(params: Params, source: Source, folder: Path) -> Foreseen:
 
     request = Int8Request(source=source, out=folder, **_fields(Int8Request, params))
     return _quantized(int8_stage(request), request, folder)
+
+
+def _auto(params: Params, source: Source, folder: Path) -> Foreseen:
+    """What bits it will choose is measured; what stands in for it has two kinds of the menu, as what is made may."""
+    from compress import foreseen
+    from compress.cli.auto import asked_for, refused_here
+    from compress.cli.judges import GATE, Judges, text_to_judge
+    from compress.quantize.auto_stage import AutoRequest, Made, auto_stage
+    from compress.quantize.choices import Choice
+    from compress.search import Goal
+    from compress.stage import estimated_bytes, shapes_of
+
+    gate = GATE if params["gate"] is None and params["num_bytes"] is None else params["gate"]
+    data = text_to_judge(source, params["data"], gate, params["calib"])
+    model, menu, most, _ = asked_for(
+        source, params["target"], params["format_"], params["context"], params["num_bytes"], params["symmetric"],
+        params["int8"], params["float16"], params["trust_remote_code"],
+    )  # fmt: skip
+    request = AutoRequest(source=source, out=folder, menu=menu, **_fields(AutoRequest, params))
+    plan = refused_here(request, Goal(gate=gate, most=most, tries=params["tries"]), model)
+    if data is not None:
+        Judges(source.path, data, gate, params["max_tokens"], request.device)
+    _check_calibration(request)
+    shapes, first = shapes_of(model, plan), model.block_prefix(0)
+    layers = dict(plan.layers)
+    for name, (_, columns) in shapes.items():
+        options = [option for option in menu.options(columns) if not option.is_dense]
+        layers[name] = options[0] if name.startswith(first) else options[-1]
+    chosen = LayerPlan(layers)
+    stand_in = Choice(plan=chosen, labels=(), kl=0.0, num_bytes=0)
+    made = Made(request=request, choice=stand_in, budget=0, found={"sets": []})
+    foreseen.quantized(folder, source.path, auto_stage(made, shapes), model, chosen)
+    return Foreseen(
+        bytes=most or estimated_bytes(model, chosen), note="its size is found by measuring: this is at most"
+    )
 
 
 def _fields(request: type[Any], params: Params) -> dict[str, Any]:
@@ -255,6 +291,6 @@ def _evaluate(params: Params, source: Source, folder: Path) -> Foreseen:
 
 
 _CHECKS: Mapping[str, Check] = {
-    "awq": _awq, "int8": _int8, "prune": _prune, "teach": _teach, "distill": _distill, "export": _export,
+    "awq": _awq, "int8": _int8, "auto": _auto, "prune": _prune, "teach": _teach, "distill": _distill, "export": _export,
     "evaluate": _evaluate,
 }  # fmt: skip

@@ -109,8 +109,9 @@ class Checkpoints:
             if theirs.get(key) == mine:
                 continue
             if key == "processes":
+                then = theirs.get(key)
                 raise ConfigError(
-                    f"{path} was written by {theirs.get(key)} processes and {mine} run now; start {theirs.get(key)} of "
+                    f"{path} was written by {then} process{'es' * (then != 1)} and {mine} run now; start {then} of "
                     "them (torchrun --nproc-per-node), or pass --no-resume to begin again"
                 )
             raise ConfigError(

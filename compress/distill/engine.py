@@ -87,6 +87,7 @@ class Engine:
         self.optimizer = optimizer
         self.options = options
         self.device: torch.device = accelerator.device
+        self._named: list[tuple[str, nn.Parameter]] = []
 
     @classmethod
     def start(
@@ -120,7 +121,9 @@ class Engine:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The student's trained parameters, by names that no wrapper changes, in one order everywhere."""
-        return [(name, p) for name, p in self.inner.named_parameters() if p.requires_grad]
+        if not self._named:
+            self._named = [(name, p) for name, p in self.inner.named_parameters() if p.requires_grad]
+        return self._named
 
     def rehearse(self, *arguments: Any) -> None:
         """One pass that changes nothing, after which DDP's buckets keep their layout; see `gradients`."""

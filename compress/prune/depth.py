@@ -147,24 +147,27 @@ def measure_depth(
         latest = swept.influence[chosen[best]]
         tried = {c[0]: cost for c, cost in zip(chosen, costs, strict=True)}
         removals.append(Removal(block=chosen[best][0], divergence=costs[best], tried=tried))
-    runs: dict[tuple[int, int], float] = {}
-    for length in range(2, remove + 1) if spans else ():
-        runs.update(_spans(model, entering, whole, length, spans, tell))
+    runs = _spans(model, entering, whole, range(2, remove + 1), spans, tell) if spans and remove > 1 else {}
     influence = whole.influence[()]
     return Depth(influence=[influence[i] for i in everything], removals=removals, spans=runs)
 
 
 def _spans(
-    model: StreamedModel, entering: Batches, whole: Swept, length: int, most: int, tell: Tell
+    model: StreamedModel, entering: Batches, whole: Swept, lengths: Sequence[int], most: int, tell: Tell
 ) -> dict[tuple[int, int], float]:
-    """KL of the `most` runs of `length` neighbours whose ends are nearest in angle."""
+    """Of every length, KL of the `most` runs of neighbours whose ends are nearest in angle."""
     everything = list(range(model.num_blocks))
-    influence = span_influence(model, entering[:1], length)
-    starts = sorted(range(len(influence)), key=lambda i: (influence[i], i))[:most]
-    chosen = [tuple(range(start, start + length)) for start in sorted(starts)]
-    swept = sweep(model, entering, everything, chosen, tell=tell)
-    costs = divergences(model, whole.final, [swept.candidates[c] for c in chosen])
-    return {(c[0], length): cost for c, cost in zip(chosen, costs, strict=True)}
+    chosen: list[tuple[int, ...]] = []
+    for length, influence in span_influence(model, entering[:1], lengths).items():
+        starts = sorted(range(len(influence)), key=lambda i: (influence[i], i))[:most]
+        chosen += [tuple(range(start, start + length)) for start in sorted(starts)]
+    out: dict[tuple[int, int], float] = {}
+    for first in range(0, len(chosen), CANDIDATES):  # as many sets of hidden states at once as a removal needs
+        some = chosen[first : first + CANDIDATES]
+        swept = sweep(model, entering, everything, some, tell=tell)
+        costs = divergences(model, whole.final, [swept.candidates[c] for c in some])
+        out.update({(c[0], len(c)): cost for c, cost in zip(some, costs, strict=True)})
+    return out
 
 
 @torch.no_grad()
@@ -214,17 +217,19 @@ def _turned(before: Tensor, after: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def span_influence(model: StreamedModel, entering: Batches, length: int) -> list[float]:
-    """How far `length` blocks in a row turn the hidden state, for each first block."""
-    held = [[h.clone() for h in entering]]
-    out = []
-    hidden = list(entering)
+def span_influence(model: StreamedModel, entering: Batches, lengths: Sequence[int]) -> dict[int, list[float]]:
+    """How far so many blocks in a row turn the hidden state, for each length and first block; one pass."""
+    held = [list(entering)]
+    out: dict[int, list[float]] = {length: [] for length in lengths}
     for index in range(model.num_blocks):
         model.load_block(index)
-        hidden = [model.run_block(index, h) for h in hidden]
+        if model.device.type == "cuda" and index + 1 < model.num_blocks:
+            model.prefetch_block(index + 1)
+        held.append([model.run_block(index, h) for h in held[-1]])
         model.release_block(index)
-        held.append(hidden)
-        if len(held) > length:
-            turned = [_turned(a, b).mean() for a, b in zip(held.pop(0), hidden, strict=True)]
-            out.append(float(torch.stack(turned).mean()))
+        del held[: -max(lengths) - 1]
+        for length in lengths:
+            if len(held) > length:
+                turned = [_turned(a, b).mean() for a, b in zip(held[-1 - length], held[-1], strict=True)]
+                out[length].append(float(torch.stack(turned).mean()))
     return out

@@ -98,10 +98,11 @@ class Choices:
         return {name: self._choice([places[name] for places in names]) for name in common}
 
     def frontier(self, points: int = POINTS) -> list[Choice]:
-        """The best choices at even distances of bytes, on a logarithmic scale of what is chosen."""
+        """The best choices within the bytes of every uniform one, and at even distances on a logarithmic scale."""
         low, high = max(1, self.table.least), max(1, self.table.most)
-        budgets = [round(low * (high / low) ** (i / (points - 1))) for i in range(points)]
-        return [self.within(self.outside + max(low, min(high, budget))) for budget in budgets]
+        budgets = {self.outside + round(low * (high / low) ** (i / (points - 1))) for i in range(points)}
+        budgets |= {choice.num_bytes for choice in self.uniform().values()}
+        return [self.within(max(self.least, min(self.most, budget))) for budget in sorted(budgets)]
 
     def smallest_below(self, kl: float) -> Choice:
         """The smallest choice that is predicted to diverge by at most `kl`; else the best there is."""

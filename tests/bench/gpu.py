@@ -1,12 +1,15 @@
 """How long does one GPU take from a model on disk to a verified artifact on disk, with how much memory?
 
-    python tests/bench/gpu.py [--stage awq|int8] [--shape llama-3-8b] [--blocks N] [--effort fast balanced] [--profile]
+    python tests/bench/gpu.py [--stage awq|int8|prune] [--shape llama-3-8b] [--blocks N] [--effort fast balanced]
 
 Makes a Llama of random weights in the shape of a real one (16-bit, sharded at 5 GB, full vocabulary), drops it from the
-page cache, and runs the quantizer on it in a process of its own with 128 x 512 random token ids. Prints seconds by
+page cache, and runs the stage on it in a process of its own with 128 x 512 random token ids. Prints seconds by
 stage, peak GPU memory, peak resident memory, and the arithmetic and bytes that the run cannot avoid against what the
 same card and disk did when measured just before. With --blocks below the real number, the time of the whole model is
 extrapolated from a block's median and said to be.
+
+`--stage prune` takes an eighth of the blocks and a quarter of the neurons out; which blocks go is measured as well, on
+8192 of the tokens.
 
 Random weights say nothing about accuracy; shapes, bytes and operations are those of the real model.
 """
@@ -206,12 +209,18 @@ def counts(shape: dict[str, int], blocks: int, tokens: int, passes: int, stage: 
     weights = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
     attention = 2 * SEQ_LEN * hidden  # causal: half of q k^T and half of the product with v
     outside = 2 * shape["vocab_size"] * hidden
+    written = {"awq": weights * (0.5 + 2.5 / 128), "int8": weights, "prune": 2 * weights - 1.5 * hidden * inner}[stage]
     return {
         "forward_FLOP": passes * blocks * tokens * (2.0 * weights + attention),
         "gram_FLOP": blocks * tokens * (3.0 * hidden**2 + inner**2),  # a symmetric product needs half of 2 n^2
         "read_bytes": 2.0 * (blocks * weights + outside),
-        "written_bytes": blocks * weights * (1.0 if stage == "int8" else 0.5 + 2.5 / 128) + 2.0 * outside,
+        "written_bytes": (blocks if stage != "prune" else blocks - prune_depth(blocks)) * written + 2.0 * outside,
     }
+
+
+def prune_depth(blocks: int) -> int:
+    """Blocks that `--stage prune` takes out."""
+    return max(1, blocks // 8)
 
 
 # ---- one run -----------------------------------------------------------------------------------------
@@ -225,6 +234,8 @@ def child(arguments: argparse.Namespace) -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from compress import assemble, model, stage
+    from compress.prune.decide import Asked
+    from compress.prune.prune_stage import PruneRequest, prune
     from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.quantize.int8_stage import Int8Request, quantize_int8
     from compress.scheme import Scheme
@@ -248,7 +259,7 @@ def child(arguments: argparse.Namespace) -> None:
 
         def step(self, done: int | None = None, doing: str = "", **_: Any) -> None:
             if done is None:
-                enter(doing)
+                enter("measuring which blocks can go" if doing.startswith("block ") else doing)
                 return
             enter("loading and between blocks")
             blocks.append(time.perf_counter() - state["block"])
@@ -276,6 +287,9 @@ def child(arguments: argparse.Namespace) -> None:
     def work() -> Any:
         if arguments.stage == "int8":
             return quantize_int8(Int8Request(**options), Clock())  # w8a8
+        if arguments.stage == "prune":
+            asked = Asked(depth=str(prune_depth(arguments.blocks)), intermediate="0.25")
+            return prune(PruneRequest(asked=asked, **options), Clock())
         return quantize_awq(AwqRequest(scheme=Scheme(), **options), Clock())
 
     if arguments.profile:
@@ -338,6 +352,8 @@ def measure(arguments: argparse.Namespace, model: Path, text: Path, out: Path, e
         arguments.dtype,
         "--samples",
         str(arguments.samples),
+        "--blocks",
+        str(arguments.blocks),
     ]
     command += ["--effort", effort] if effort else []
     command += ["--profile"] if arguments.profile else []
@@ -352,7 +368,7 @@ def measure(arguments: argparse.Namespace, model: Path, text: Path, out: Path, e
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--stage", choices=["awq", "int8"], default="awq", help="int8: w8a8 [awq: INT4]")
+    parser.add_argument("--stage", choices=["awq", "int8", "prune"], default="awq")
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3-8b")
     parser.add_argument("--blocks", type=int, help="decoder blocks to make [all]")
     parser.add_argument("--samples", type=int, default=SAMPLES)
@@ -377,7 +393,7 @@ def main() -> None:
         raise SystemExit("no CUDA device; pass --device cpu --shape small to try the benchmark itself")
     shape = dict(SHAPES[arguments.shape])
     real = shape["num_hidden_layers"]
-    shape["num_hidden_layers"] = blocks = arguments.blocks or real
+    shape["num_hidden_layers"] = blocks = arguments.blocks = arguments.blocks or real
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         started = time.perf_counter()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from compress import search as module
 from compress.checkpoint import Checkpoint
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256
 from compress.formats import stored
 from compress.model import StreamedModel
@@ -88,6 +88,14 @@ def test_without_a_gate_the_best_within_the_bytes_is_made_once() -> None:
     choice = next_choice(found, goal, [])
     assert choice is not None and choice.num_bytes <= (goal.most or 0)
     assert choice.kl < min(c.kl for c in found.uniform().values() if c.num_bytes <= choice.num_bytes)
+
+
+def test_float16_alone_is_no_artifact(request_for: AutoRequest) -> None:
+    assert next_choice(choices(), Goal(gate=1 - 1e-12), []) is None
+    with pytest.raises(ConfigError, match="nothing but float16 is predicted to keep so much"):
+        search(request_for, Goal(gate=1 - 1e-12), lambda folder: pytest.fail("nothing is made"))
+    with pytest.raises(ConfigError, match="within 9.00 MB everything may stay in float16"):
+        search(request_for, Goal(gate=None, most=9_000_000), None)
 
 
 def test_goals_that_are_none() -> None:
@@ -206,7 +214,7 @@ def test_a_killed_search_goes_on_and_ends_with_the_same_bytes(
     assert sorted(p.name for p in found.out.parent.iterdir()) == ["again", "auto"]
 
 
-def test_what_cannot_be_is_refused_before_work(request_for: AutoRequest) -> None:
+def test_what_cannot_be_is_refused_before_work(request_for: AutoRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="0.10 MB are too few: the smallest that can be chosen takes"):
         search(request_for, Goal(gate=None, most=100_000), None)
     with pytest.raises(ConfigError, match="a gate needs a text to judge on"):
@@ -214,7 +222,11 @@ def test_what_cannot_be_is_refused_before_work(request_for: AutoRequest) -> None
     with pytest.raises(ConfigError, match="bits are chosen for fast and balanced"):
         replace(request_for, effort="best")
     with pytest.raises(ConfigError, match="calibration rows are too few to measure"):
-        search(replace(request_for, samples=2), Goal(gate=None, most=10**9), None)
+        search(replace(request_for, samples=2), Goal(gate=None, most=budget_of(request_for, 0.5)), None)
+    goal = Goal(gate=None, most=budget_of(request_for, 0.5))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match="measures the model in one process, and 2 were started"):
+        search(request_for, goal, None)
     assert not request_for.out.parent.exists() or not list(request_for.out.parent.glob("auto"))
 
 

@@ -147,7 +147,7 @@ def test_a_file_that_the_config_names(folder: Path) -> None:
     [
         (
             {"adapter_config.json": '{"base_model_name_or_path": "org/base"}'},
-            "is a LoRA adapter.*merge it into org/base",
+            "is a LoRA adapter.*pass org/base with --adapter",
         ),
         ({"adapter_config.json": "{}", SINGLE: "", "config.json": "{}"}, "and beside it a LoRA adapter"),
         ({"m.Q4_K_M.gguf": ""}, "holds m.Q4_K_M.gguf, llama.cpp's own format"),

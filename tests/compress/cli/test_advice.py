@@ -234,7 +234,7 @@ def test_what_comes_next_runs(words: list[str], here: Path) -> None:
         ("bert", "reads a text in both directions (an encoder, as BERT is)"),
         ("vit", "ViTModel (type 'vit') is not a causal language model"),
         ("mixtral", "mixture-of-experts models are not supported yet, use a dense model"),
-        ("lora", "is a LoRA adapter, not a model; merge it into org/base"),
+        ("lora", "is a LoRA adapter, not a model; pass org/base with --adapter "),
         ("gguf", "holds model-Q4_0.gguf, llama.cpp's own format, which is not read"),
         ("org/model", "no such folder here, and the hub did not give it"),
     ],

@@ -47,6 +47,26 @@ def settings(name: str, calib: Path | None = None) -> list[str]:
     return [part for s in [*SMALL[name], *AT_LAST] for part in ("--set", s.replace("CALIB", str(calib)))]
 
 
+@pytest.mark.slow
+def test_bits_are_chosen_in_a_recipe(compress: Any, tmp_path: Path) -> None:
+    """What the reader of the export does not take of a mix is refused before anything is measured."""
+    recipe = tmp_path / "mix.toml"
+    recipe.write_text(
+        '[auto]\nbytes = "9M"\neffort = "fast"\nsamples = 8\nseq-len = 64\nmax-tokens = 1024\n'
+        '[export]\ntarget = "a100"\nformat = "hf"\n'
+    )
+    for settings in (["export.target=cpu", "export.format=onnx"], ["auto.bytes=1M"], ["auto.data=absent.txt"]):
+        refused = compress("run", recipe, *(part for s in settings for part in ("--set", s)))
+        assert refused.exit_code == 1 and "would be refused" in refused.stderr, refused.stderr
+    assert not (tmp_path / "artifacts").exists()
+    done = compress("run", recipe)
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "artifacts" / "mix-export" / "compress.json").read_text())
+    assert [record["stage"] for record in manifest["lineage"]] == ["export", "auto"]
+    again = compress("run", recipe)
+    assert again.exit_code == 0 and "0 steps made" in again.stdout
+
+
 def test_every_ready_recipe_is_run_here() -> None:
     assert set(SMALL) == set(ready_recipes())
 
@@ -109,6 +129,7 @@ FEW = ("--set", "awq.samples=2", "--set", "awq.seq-len=64", "--set", "awq.effort
         ("[prune]\ndepth = 1\n[distill]", "[distill] would be refused: no text to learn on"),
         ("[prune]\ndepth = 1\n[distill]\ndata = ['self']", "--tokens is needed"),
         ("[prune]\ndepth = 1\n[distill]\ndata = ['gone.txt']\ntokens = 99999", "gone.txt does not exist"),
+        ("[distill]\ndata = ['self']\ntokens = 9999\nscheme = 'w8a8'", "quantized student; put a step [int8] before"),
         ("[distill]\ncache = '@teach'", "r.toml line 2: @teach is no step before [distill]"),
         ("[prune]\nheads = 2\nkv-heads = 1\n[prune2]\nstage = 'prune'\ndepth = 1", "is pruned already"),
         ("[awq]\n[evaluate]\ncontext = 4096", "--context 4096 is more than"),

@@ -104,8 +104,10 @@ def test_influence_is_one_minus_the_cosine(folder: Path) -> None:
 
     expected = [turned(states[i], states[i + 1]) for i in range(BLOCKS)]
     assert [swept.influence[()][i] for i in range(BLOCKS)] == pytest.approx(expected, rel=1e-3)
-    spans = [turned(states[i], states[i + 2]) for i in range(BLOCKS - 1)]
-    assert span_influence(model, entering, 2) == pytest.approx(spans, rel=1e-3)
+    found = span_influence(model, entering, (2, 3))
+    for length in (2, 3):
+        spans = [turned(states[i], states[i + length]) for i in range(BLOCKS + 1 - length)]
+        assert found[length] == pytest.approx(spans, rel=1e-3)
 
 
 def test_nothing_to_remove(folder: Path) -> None:
