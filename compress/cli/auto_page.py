@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
 from evaluators.html import document, section, table
@@ -67,47 +68,56 @@ def frontier_plot(found: Mapping[str, Any]) -> str | None:
         return None
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(3.8)
-        most = 1.05 * found["uniform"].get("w8", {"bytes": float("inf")})["bytes"]  # beyond, next to nothing is gained
-        line = [p for p in found["frontier"] if p["predicted_kl"] > 0 and p["bytes"] <= most]
-        axes.plot([p["bytes"] / 1e6 for p in line], [p["predicted_kl"] for p in line], color=BLUE, label="chosen")
-        uniform = {name: p for name, p in found["uniform"].items() if p["predicted_kl"] > 0}
-        axes.plot(
-            [p["bytes"] / 1e6 for p in uniform.values()], [p["predicted_kl"] for p in uniform.values()], "s",
-            color=ORANGE, label="one scheme",
-        )  # fmt: skip
-        for name, point in uniform.items():
-            axes.annotate(
-                name, (point["bytes"] / 1e6, point["predicted_kl"]), xytext=(5, 4), textcoords="offset points"
-            )
-        for one in found["tried"]:
-            if one["kl"]:
-                kept = one["bytes"] == found["out_bytes"]
-                axes.plot(one["bytes"] / 1e6, one["kl"], "o", color=RED if kept else INK, markersize=8 if kept else 5)
-        axes.set_yscale("log")
-        axes.set_xlabel("weights, MB")
-        axes.set_ylabel("KL, nats a token")
-        axes.legend()
+        draw_frontier(axes, found)
         return to_svg(figure, "frontier", "Bytes of weights against KL divergence, chosen and uniform")
+
+
+def draw_frontier(axes: Axes, found: Mapping[str, Any]) -> None:
+    """The best choices as a line, uniform artifacts as squares, what was judged as dots."""
+    most = 1.05 * found["uniform"].get("w8", {"bytes": float("inf")})["bytes"]  # beyond, next to nothing is gained
+    line = [p for p in found["frontier"] if p["predicted_kl"] > 0 and p["bytes"] <= most]
+    axes.plot([p["bytes"] / 1e6 for p in line], [p["predicted_kl"] for p in line], color=BLUE, label="chosen")
+    uniform = {name: p for name, p in found["uniform"].items() if p["predicted_kl"] > 0}
+    axes.plot(
+        [p["bytes"] / 1e6 for p in uniform.values()], [p["predicted_kl"] for p in uniform.values()], "s", color=ORANGE,
+        label="one scheme",
+    )  # fmt: skip
+    for name, point in uniform.items():
+        axes.annotate(name, (point["bytes"] / 1e6, point["predicted_kl"]), xytext=(6, 3), textcoords="offset points")
+    for one in found["tried"]:
+        if one["kl"]:
+            kept = one["bytes"] == found["out_bytes"]
+            axes.plot(one["bytes"] / 1e6, one["kl"], "o", color=RED if kept else INK, markersize=8 if kept else 5)
+    axes.set_yscale("log")
+    axes.set_xlabel("weights, MB")
+    axes.set_ylabel("KL, nats a token")
+    axes.legend()
 
 
 def chosen_plot(found: Mapping[str, Any]) -> str | None:
     """A cell for each set, coloured by its scheme."""
-    rows, names = _grid(found)
-    options = [o for o in _options(found) if any(o == one["chosen"] for row in rows.values() for one in row.values())]
+    rows, _ = _grid(found)
     if not rows:
         return None
-    cells = [[options.index(row[n]["chosen"]) if n in row else -1 for n in names] for row in rows.values()]
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(1.6 + 0.22 * len(rows))
-        every = _options(found)
-        shades = [_SHADES[min(len(_SHADES) - 1, every.index(o))] for o in options]
-        axes.imshow(cells, aspect="auto", cmap=ListedColormap(shades), vmin=-0.5, vmax=len(options) - 0.5)
-        for y, row in enumerate(cells):
-            for x, option in enumerate(row):
-                if option >= 0 and len(rows) <= 40:
-                    axes.text(x, y, options[option], ha="center", va="center", fontsize=8, color="#000000")
-        _label_grid(axes, rows, names)
+        draw_chosen(axes, found)
         return to_svg(figure, "chosen", "The scheme chosen for each set of linears, by block")
+
+
+def draw_chosen(axes: Axes, found: Mapping[str, Any]) -> None:
+    """Blocks down, sets of linears across."""
+    rows, names = _grid(found)
+    every = _options(found)
+    options = [o for o in every if any(o == one["chosen"] for row in rows.values() for one in row.values())]
+    cells = [[options.index(row[n]["chosen"]) if n in row else -1 for n in names] for row in rows.values()]
+    shades = [_SHADES[min(len(_SHADES) - 1, every.index(o))] for o in options]
+    axes.imshow(cells, aspect="auto", cmap=ListedColormap(shades), vmin=-0.5, vmax=len(options) - 0.5)
+    for y, row in enumerate(cells):
+        for x, option in enumerate(row):
+            if option >= 0 and len(rows) <= 40:
+                axes.text(x, y, options[option], ha="center", va="center", fontsize=8, color="#000000")
+    _label_grid(axes, rows, names)
 
 
 def cost_plot(found: Mapping[str, Any]) -> str | None:

@@ -2,9 +2,10 @@
 
 `losses.losses` computes every logit twice, forward and backward, because a token's part of the gradient is known only
 when the backward pass comes. A training step knows it before: the weights of the means. Then some tokens' logits over
-the whole vocabulary are computed once, turned into losses and gradient, and dropped. A tenth of a step's products less
-where the output matrix is a fifth of the model; memory is that of `BUDGET` logits of each model, whatever the
-vocabulary. On a GPU, compiled: a CPU is quicker with blocks that fit its cache.
+the whole vocabulary are computed once, turned into losses and gradient, and dropped, as Liger Kernel's chunked losses
+do (Hsu et al., arXiv:2410.10989); logits, and sums of the output matrix's gradient over the parts, are float32 here. A
+tenth of a step's products less where the output matrix is a fifth of the model; memory is that of `BUDGET` logits of
+each model, whatever the vocabulary. On a GPU, compiled: a CPU is quicker with blocks that fit its cache.
 
 Shapes: P tokens, p tokens at a time, V vocabulary, H hidden size
 """

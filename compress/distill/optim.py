@@ -31,11 +31,15 @@ class Rate:
 
 
 def adamw(
-    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, share: Callable[[str], float] = lambda name: 1.0
+    named: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    share: Callable[[str], float] = lambda name: 1.0,
+    eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """AdamW over the parameters that need a gradient; matrices decay, vectors (norms, biases) do not.
 
-    share: of the run's rate that a parameter takes, by its name; see `set_rate`. Fused on a GPU.
+    share: of the run's rate that a parameter takes, by its name; see `set_rate`. eps: far below the gradients' size.
+    Fused on a GPU.
     """
     trained = [(name, p) for name, p in named if p.requires_grad]
     by_kind: dict[tuple[bool, float], list[nn.Parameter]] = {}
@@ -46,7 +50,7 @@ def adamw(
         for (matrix, scale), found in by_kind.items()
     ]
     fused = all(p.is_cuda for _, p in trained)
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=1e-8, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=eps, fused=fused or None)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -35,6 +35,8 @@ LATENT, FACTOR = "latent_OI", "factor_OG"
 # order of a hundredth of a step.
 RATES = {LATENT: 1.0, FACTOR: 0.1}
 OTHER_RATE = 0.02
+# A latent code's gradient is a weight's times a step of the grid: at INT8 it would come near AdamW's usual 1e-8.
+EPS = 1e-12
 
 
 class _Dequantize(torch.autograd.Function):

@@ -273,6 +273,7 @@ def _training(
             student.named_parameters(),
             0.0 if request.scheme else request.weight_decay,
             qad.rate_of if request.scheme else lambda name: 1.0,
+            eps=qad.EPS if request.scheme else 1e-8,
         ),
         options,
         block_class=type(ready.student.blocks[0]).__name__,

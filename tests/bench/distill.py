@@ -312,7 +312,8 @@ def qad(work: Work, options: argparse.Namespace) -> None:
         )  # fmt: skip
     shorts = {rate: work.results[f"qad short {rate:g}"] for rate in rates if f"qad short {rate:g}" in work.results}
     best = min(shorts, key=lambda rate: shorts[rate]["looks"][-1][1]) if shorts else rates[0]
-    tokens = options.tokens or int(60 * options.minutes * max(s["tokens_per_second"] for s in shorts.values()))
+    speeds = [s["tokens_per_second"] for s in shorts.values() if s["tokens_per_second"]]
+    tokens = options.tokens or (int(60 * options.minutes * max(speeds)) if speeds else _tokens_of(work, options))
     out = folder / f"qad-long-{best:g}"
     name = f"qad long {best:g}"
     work.job(name, lambda: _train(work, options, model, start, out, tokens, read, best, "--scheme", "w4a16"))

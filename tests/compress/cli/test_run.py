@@ -129,6 +129,7 @@ FEW = ("--set", "awq.samples=2", "--set", "awq.seq-len=64", "--set", "awq.effort
         ("[prune]\ndepth = 1\n[distill]", "[distill] would be refused: no text to learn on"),
         ("[prune]\ndepth = 1\n[distill]\ndata = ['self']", "--tokens is needed"),
         ("[prune]\ndepth = 1\n[distill]\ndata = ['gone.txt']\ntokens = 99999", "gone.txt does not exist"),
+        ("[distill]\ndata = ['self']\ntokens = 9999\nscheme = 'w8a8'", "quantized student; put a step [int8] before"),
         ("[distill]\ncache = '@teach'", "r.toml line 2: @teach is no step before [distill]"),
         ("[prune]\nheads = 2\nkv-heads = 1\n[prune2]\nstage = 'prune'\ndepth = 1", "is pruned already"),
         ("[awq]\n[evaluate]\ncontext = 4096", "--context 4096 is more than"),
