@@ -34,7 +34,6 @@ from compress.prune.structure import Section
 from compress.statistics import InputStatistics
 
 DECILES = 10
-READER_STRENGTH = 0.5  # see `repair`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +211,7 @@ class _Work:
     # ---- what reads the hidden state -----------------------------------------------------------------
 
     def readers(self, names: Sequence[str]) -> None:
-        """Refit linears that read the hidden state as it is now, on its channels that stay, towards the original's
-        outputs: in full where channels are gone, for then nothing else gives what they carried."""
+        """Refit linears that read the hidden state as it is now, on its channels that stay, towards what they gave."""
         weights = [weight_OI(self.layers[name]).float() for name in names]
         channels = self.cut.channels
         kept = slice(None) if channels is None else channels.to(weights[0].device)
@@ -230,8 +228,7 @@ class _Work:
         assert statistics.cross is not None
         moved_OI = torch.cat(weights) @ (share * statistics.cross)
         stacked = torch.cat([self._weight(name) for name in names])
-        strength = READER_STRENGTH if channels is None else 1.0
-        new_OI, _ = refit(stacked, hessian_II, None, moved_OI, strength)
+        new_OI, _ = refit(stacked, hessian_II, None, moved_OI, strength=1.0)
         for name, part_OI in zip(names, new_OI.split([len(w) for w in weights]), strict=True):
             self._set_weight(name, part_OI)
         self.touched = True

@@ -14,7 +14,7 @@ from compress.model import StreamedModel
 from compress.prune.cut import Cut, plan_cut
 from compress.prune.decide import find_whole_structure
 from compress.prune.judge import WANTED, reshaping_of, stored_dtype
-from compress.prune.prune_block import READER_STRENGTH, PruneOptions, prune_block
+from compress.prune.prune_block import PruneOptions, prune_block
 from compress.prune.repair import DAMPING
 from compress.prune.shape import shape_of
 from compress.statistics import kept_share
@@ -162,7 +162,7 @@ def refitted_readers(made: Made) -> dict[str, Tensor]:
     for name in ("gate_proj", "up_proj"):
         w_OI = made.original.model.layers[0].mlp.get_submodule(name).weight.detach().double()
         moved_TO = (before - x_TI) @ w_OI.t()
-        out[name] = w_OI + READER_STRENGTH * slow_move(x_TI, moved_TO, torch.arange(HIDDEN))
+        out[name] = w_OI + slow_move(x_TI, moved_TO, torch.arange(HIDDEN))
     return out
 
 
