@@ -36,7 +36,7 @@ def joined(device: str) -> Iterator[str]:
     Reads torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Each process of a host gets a
     GPU of its own when `device` is a GPU.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started() == 1:
         yield device
         return
     on_gpu = torch.device(device).type == "cuda"
@@ -54,6 +54,11 @@ def joined(device: str) -> Iterator[str]:
         ) from e
     finally:
         dist.destroy_process_group()
+
+
+def started() -> int:
+    """How many processes `torchrun` started, met or not; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def running() -> bool:

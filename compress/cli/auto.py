@@ -12,7 +12,7 @@ import click
 
 from compress.cli.calibrated import calibrated, console, model_of, say_where
 from compress.cli.help import Command
-from compress.cli.judges import GATE, Judges, text_to_judge
+from compress.cli.judges import GATE, Judges, text_to_judge, unvetted
 from compress.cli.next import judge as judging_command
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError, GateFailed
@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     "--gate", type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Goal: the smallest artifact that keeps so much, on text held out [default: 0.98; with --bytes: none].",
 )  # fmt: skip
-@click.option("--data", metavar="TEXT", help="Text to judge on, held out, as for `compress evaluate`.")
-@click.option("--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Of it, at most.")
+@click.option("--data", metavar="TEXT", help="Text held out to judge on, as for `compress evaluate`.")
+@click.option(
+    "--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Tokens of DATA to judge on."
+)
 @click.option(
     "--tries", type=click.IntRange(1), default=4, show_default=True, help="Artifacts made and judged at most."
 )
@@ -104,7 +106,9 @@ def command(
     say_where(source, device, dtype)
     print(_goal_text(goal, reader), file=sys.stderr)
     with Shown(quiet=as_json) as shown:
-        found = search(request, goal, judges.judge(shown) if judges else None, shown)
+        found = search(
+            request, goal, judges.judge(shown) if judges else None, shown, vet=judges.vet if judges else unvetted
+        )  # fmt: skip
     kept = judges.keep(found) if judges else None
     seconds = time.monotonic() - started
     if as_json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import tempfile
 import time
@@ -67,14 +66,15 @@ def prepared(
     as_json: bool,
 ) -> RecipeRun:
     """The recipe as it is to be run, its fields checked. ConfigError with the line of what is wrong."""
+    from compress import distributed
     from compress.cli.recipe_steps import check_fields
     from compress.pipeline import Runs
     from compress.recipe import read_recipe, with_overrides
     from compress.workspace import WORKSPACE
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.started() > 1:
         raise ConfigError(
-            f"a recipe is run by one process, and {os.environ['WORLD_SIZE']} were started; start it without torchrun, "
+            f"a recipe is run by one process, and {distributed.started()} were started; start it without torchrun, "
             "or run the step that is to be shared by its own command"
         )
     asked = [*settings, *([f"model={model}"] if model is not None else [])]

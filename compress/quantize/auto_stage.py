@@ -79,10 +79,10 @@ def base_plan(request: AutoRequest, model: StreamedModel) -> LayerPlan:
 
     Says no, in one sentence, to what cannot be done, before any work.
     """
-    if distributed.running():
+    if distributed.started() > 1:
         raise UnsupportedError(
-            f"compress auto measures the model in one process, and {distributed.num_processes()} were started; start "
-            "it without torchrun"
+            f"compress auto measures the model in one process, and {distributed.started()} were started; start it "
+            "without torchrun"
         )
     anything = LayerScheme(weight=Scheme(num_bits=8, group_size=-1, symmetric=True))
     plan = awq_stage.plan_blocks(model, anything, skip=request.skip)

@@ -17,6 +17,7 @@ Shapes: S tokens, O out_features, R some of them, I in_features, K channels with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +49,7 @@ def descended(
     None for inputs that stay floats; one range for all tokens is taken from all of `rows_SI` at every step. shared:
     int64 `[I]`, channels that must have one scale.
     """
-    index = torch.arange(len(start_I)) if shared is None else shared
-    index = index.to(start_I.device)
+    index, pooled = _pooling(torch.arange(len(start_I)) if shared is None else shared, start_I.device)
     log_s = torch.zeros(int(index.max()) + 1, device=start_I.device).scatter_(0, index, start_I.log())
     noise = Noise(norm_I=w_OI.square().sum(dim=0), power_I=power_I, num_rows=len(w_OI), weight_share=weight_share)
     all_at_once = activation is None or not activation.dynamic
@@ -58,15 +58,28 @@ def descended(
         x_SI = rows_SI if all_at_once else _turn(rows_SI, TOKENS_AT_ONCE, step)
         s_I = log_s[index].exp()
         _, gradient_I = noise.error_and_gradient(s_I, _turn(w_OI, ROWS_AT_ONCE, step), x_SI, activation)
-        gradient_K = gradient_I
-        if shared is not None:
-            gradient_K = numerics.add_by_index_(torch.zeros_like(log_s), index, gradient_I)
+        gradient_K = pooled(gradient_I)
         mean_K = 0.9 * mean_K + 0.1 * gradient_K
         square_K = 0.99 * square_K + 0.01 * gradient_K.square()
         rate = RATE * (1 - (step - 1) / steps)
         log_s = log_s - rate * (mean_K / (1 - 0.9**step)) / ((square_K / (1 - 0.99**step)).sqrt() + 1e-12)
     s_I = log_s[index].exp()
     return (s_I / s_I.log().mean().exp()).clamp(1e-4, 1e4)
+
+
+def _pooling(shared: Tensor, device: torch.device) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Of each channel its scale, `[I]`, and what adds up the values of the channels of each scale, `[I]` -> `[K]`.
+
+    Where each scale has as many channels (which heads that share a key head have), without a round trip to the CPU.
+    """
+    index, counts = shared.to(device), torch.bincount(shared.cpu())
+    first = int(counts[0])
+    if bool((counts == 1).all()) and torch.equal(shared.cpu(), torch.arange(len(shared))):
+        return index, lambda x_I: x_I
+    if bool((counts == first).all()):
+        order = torch.argsort(shared.cpu(), stable=True).to(device)
+        return index, lambda x_I: x_I[order].reshape(len(counts), first).sum(dim=1)
+    return index, lambda x_I: numerics.add_by_index_(torch.zeros(len(counts), device=device), index, x_I)
 
 
 def _turn(rows: Tensor, at_once: int, step: int) -> Tensor:

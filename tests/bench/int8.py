@@ -1,13 +1,13 @@
-"""`compress int8` beside llm-compressor's INT8: same model, tokens and windows, each judged as it is run, one table.
+"""`compress int8` beside llm-compressor's and ModelOpt's INT8: same model, tokens and windows, judged as it is run.
 
-    python tests/bench/int8.py [--rival PYTHON] [--model FOLDER --calib TEXT --data TEXT...] [--samples 32]
-        [--windows 20] [--device cuda]
+    python tests/bench/int8.py [--rival PYTHON] [--modelopt PYTHON] [--model FOLDER --calib TEXT --data TEXT...]
+        [--samples 32] [--windows 20] [--device cuda]
 
 Without --model the bundled reference model and its texts. PYTHON is an interpreter with tests/bench/quantizers/
-llmcompressor.txt; without it only our rows. Every entry runs in a process of its own, on so many threads. A dense copy
-of a quantized model hides what rounding inputs costs, so every entry is judged with its quantizers on: ours by the
-streamed forward (the KV cache included), the rival by its own library's, on the same windows beside the same original
-(`quantizers/inside.py`).
+llmcompressor.txt (or modelopt.txt); without it only our rows. Every entry runs in a process of its own, on so many
+threads. A dense copy of a quantized model hides what rounding inputs costs, so every entry is judged with its
+quantizers on: ours by the streamed forward (the KV cache included), a rival by its own library's, on the same windows
+beside the same original (`quantizers/inside.py`).
 
 ratio: perplexity over the original's; its standard error is over windows. KL: from the original's predictions, mean of
 a token. recovery: 1 / ratio. seconds, CPU: from rows that are there to a quantized model (for ours: verified on disk).
@@ -41,18 +41,23 @@ OURS: dict[str, dict[str, Any]] = {
     "w8a8 static": {"static": True},
     "w8a8 static + KV int8": {"static": True, "kv_cache": "int8"},
 }
-RIVALS = {
+LLMCOMPRESSOR = {
     "llm-compressor w8a16": ["--method", "w8a16"],
     "llm-compressor w8a8 round-to-nearest": ["--method", "w8a8"],
     "llm-compressor SmoothQuant": ["--method", "smoothquant"],
     "llm-compressor SmoothQuant + GPTQ": ["--method", "smoothquant+gptq"],
     "llm-compressor SmoothQuant + GPTQ, static": ["--method", "smoothquant+gptq", "--static"],
 }
+MODELOPT = {
+    "ModelOpt SmoothQuant, static": ["--method", "smoothquant"],
+    "ModelOpt ranges alone, static": ["--method", "max"],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rival", type=Path, help="python of llm-compressor's environment")
+    parser.add_argument("--modelopt", type=Path, help="python of ModelOpt's environment")
     parser.add_argument("--model", type=Path, help="another model, with --calib and --data")
     parser.add_argument("--calib", help="calibration text of --model")
     parser.add_argument("--data", nargs="+", help="evaluation texts of --model; a table for each")
@@ -71,17 +76,29 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        given = {**vars(options), "json": None, "child": None, "rival": None, "out": scratch, "only": ""}
+        given = {
+            **vars(options),
+            "json": None,
+            "child": None,
+            "rival": None,
+            "modelopt": None,
+            "out": scratch,
+            "only": "",
+        }
         made = spawn({"do": "prepare", **{k: str(v) if isinstance(v, Path) else v for k, v in given.items()}}, options)
         for name, changes in OURS.items():
             if options.only in name:
                 said = spawn({"do": "ours", "changes": changes, "out": str(work / "made"), **made}, options)
                 rows.append({"entry": name, **said})
                 log(table(rows[-1:]).splitlines()[-1])
-        for name, words in RIVALS.items() if options.rival else ():
-            if options.only in name:
-                rows.append({"entry": name, **rival(words, made, options)})
-                log(table(rows[-1:]).splitlines()[-1])
+        for python, script, entries in (
+            (options.rival, "run_int8_llmcompressor.py", LLMCOMPRESSOR),
+            (options.modelopt, "run_int8_modelopt.py", MODELOPT),
+        ):
+            for name, words in entries.items() if python else ():
+                if options.only in name:
+                    rows.append({"entry": name, **rival(python, script, words, made, options)})
+                    log(table(rows[-1:]).splitlines()[-1])
     for name in rows[0]["texts"] if rows else ():
         print(f"\n{name}\n{table(rows, name)}")
     where = platform.processor() or platform.machine() if options.device == "cpu" else options.device
@@ -98,10 +115,12 @@ def spawn(given: Mapping[str, Any], options: argparse.Namespace) -> dict[str, An
     return found
 
 
-def rival(words: Sequence[str], made: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    script = str(BENCH / "quantizers" / "run_int8_llmcompressor.py")
+def rival(
+    python: Path, script: str, words: Sequence[str], made: Mapping[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
     where = ["--device", options.device]
-    command = [str(options.rival), script, made["model"], made["ids"], made["texts"], *words, *where]
+    run = str(BENCH / "quantizers" / script)
+    command = [str(python), run, made["model"], made["ids"], made["texts"], *words, *where]
     with tempfile.TemporaryDirectory() as cwd:
         done = run_child(command, cwd=Path(cwd), environment=environment(options.threads))
     said = json.loads(done.stdout.strip().splitlines()[-1])

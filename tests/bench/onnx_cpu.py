@@ -1,11 +1,13 @@
 """Decode speed, first token and peak memory on a CPU: our ONNX bundle beside transformers and llama.cpp.
 
-    python tests/bench/onnx_cpu.py ARTIFACT [--llama PYTHON] [--threads 2] [--rounds 7] [--tokens 128] [--json FILE]
+    python tests/bench/onnx_cpu.py ARTIFACT... [--model PARENT] [--llama PYTHON] [--only REGEX] [--threads 2]
+        [--rounds 7] [--tokens 128] [--json FILE]
 
-ARTIFACT is an INT4 folder of `compress awq`; its parent is the model that the rivals get. PYTHON is an interpreter that
-has llama-cpp-python, gguf and safetensors. Every entry generates the same number of tokens greedily from the same token
-ids, in a process of its own; the entries take turns, round after round, so that other load on the machine hits all
-alike, and the figures are medians over the rounds with the extremes beside them.
+ARTIFACT is a folder of `compress awq` or `compress int8`; the model it was made from is what the rivals get. PYTHON is
+an interpreter that has llama-cpp-python, gguf and safetensors. Every entry generates the same number of tokens greedily
+from the same token ids, in a process of its own; the entries take turns, round after round, so that other load on the
+machine hits all alike, and the figures are medians over the rounds with the extremes beside them. Ratios are taken
+inside a round, by the median token; the second table has their medians.
 
 first token: from the start of the process, imports and loading included. decode: tokens after the first over the time
 they took. median step: the same from the median time of a token, which one interruption does not move.
@@ -23,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -37,7 +40,25 @@ PROMPT = "The old house stood at the end of the lane, and nobody had lived there
 
 # llama.cpp's names of tensor types and of file types (ggml.h, llama.h)
 F16 = 1
-FILE_TYPES = {"Q4_0": 2, "Q4_K_M": 15}
+FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}
+# What each kind of artifact is exported as.
+EXPORTS: dict[str, list[tuple[str, dict[str, str]]]] = {
+    "INT4": [
+        ("float32 activations", {}),
+        ("int16 activations", {"activations": "int16"}),
+        ("int8 activations", {"activations": "int8"}),
+        ("int16 activations, int8 lm_head", {"activations": "int16", "head": "int8"}),
+        ("int8 activations and lm_head", {"activations": "int8", "head": "int8"}),
+    ],
+    "INT8": [
+        ("int16 activations", {}),
+        ("int8 activations", {"activations": "int8"}),
+        ("int16 activations, int8 lm_head", {"activations": "int16", "head": "int8"}),
+        ("int8 activations and lm_head", {"activations": "int8", "head": "int8"}),
+    ],
+    "W8A8": [("inputs as it says", {})],
+}
+DENSE = "ours, dense (float16 stored, float32 computed)"
 
 
 def log(text: str) -> None:
@@ -236,22 +257,23 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     model = options.model
     ids = run_child(python, "tokenize", {"tokenizer": str(model / "tokenizer.json")}, threads)["ids"]
     entries: dict[str, Any] = {}
-    for name, source, changes in (
-        ("ours, INT4, float32 activations", options.artifact, {}),
-        ("ours, INT4, int16 activations", options.artifact, {"activations": "int16"}),
-        ("ours, INT4, int8 activations", options.artifact, {"activations": "int8"}),
-        ("ours, INT4, int16 activations, int8 lm_head", options.artifact, {"activations": "int16", "head": "int8"}),
-        ("ours, INT4, int8 activations and lm_head", options.artifact, {"activations": "int8", "head": "int8"}),
-        ("ours, dense (float16 stored, float32 computed)", model, {}),
-    ):
+    exports = [
+        (f"ours, {kind_of(folder)}, {label}", folder, changes)
+        for folder in options.artifacts
+        for label, changes in EXPORTS[kind_of(folder)]
+    ]
+    for name, source, changes in [*exports, (DENSE, model, {})]:
+        if not options.only.search(name):
+            continue
         folder = work / name.replace(" ", "-").replace(",", "")
         given = {"source": str(source), "out": str(folder), "options": changes}
         log(f"{name}: {run_child(python, 'export', given, threads)}")
         entries[name] = (lambda f=folder: run_bundle(f, tokens, threads), size(folder, ".onnx", ".data"))
     given = {"model": str(model), "ids": ids, "tokens": tokens, "threads": threads}
-    entries["transformers, float32"] = (
-        lambda: run_child(python, "transformers", given, threads), size(model, ".safetensors")
-    )  # fmt: skip
+    if options.only.search("transformers, float32"):
+        entries["transformers, float32"] = (
+            lambda: run_child(python, "transformers", given, threads), size(model, ".safetensors")
+        )  # fmt: skip
     if options.llama:
         for name, path in ggufs(options, work).items():
             mine = given | {"model": str(path)}
@@ -273,7 +295,33 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {cpu_name()}, {os.cpu_count()} cores", "threads": threads, "tokens": tokens,
         "prompt_tokens": len(ids), "rounds": options.rounds, "load": [round(x, 1) for x in load],
         "entries": {name: {"bytes": entries[name][1], **spread(results)} for name, results in runs.items()},
+        "ratios": ratios(runs),
     }  # fmt: skip
+
+
+def kind_of(folder: Path) -> str:
+    """INT4, INT8 (weights only) or W8A8, as the folder's config says."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if "bits" in config:
+        return f"INT{config['bits']}"
+    groups = list(config["config_groups"].values())
+    return "W8A8" if any(g["input_activations"] for g in groups) else f"INT{groups[0]['weights']['num_bits']}"
+
+
+def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
+    """Of each of our entries, how many times as quick as each other entry it was in each round, sorted."""
+    return {
+        name: {
+            other: sorted(
+                round(b["median_step_seconds"] / a["median_step_seconds"], 3)
+                for a, b in zip(results, runs[other], strict=True)
+            )
+            for other in runs
+            if other != name and (other == DENSE or not other.startswith("ours"))
+        }
+        for name, results in runs.items()
+        if name.startswith("ours")
+    }
 
 
 def spread(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -292,7 +340,11 @@ def ggufs(options: argparse.Namespace, work: Path) -> dict[str, Path]:
         ("Q4_0", "F16", "Q4_0, F16 embedding and lm_head"),
         ("Q4_0", "", "Q4_0, its default"),
         ("Q4_K_M", "", "Q4_K_M, its default"),
+        ("Q8_0", "F16", "Q8_0, F16 embedding and lm_head"),
+        ("Q8_0", "", "Q8_0, its default"),
     ):
+        if not options.only.search(f"llama.cpp, {label}"):
+            continue
         path = work / f"{type_}-{head or 'default'}.gguf"
         given = {"type": type_, "head": head, "source": str(dense), "out": str(path), "threads": options.threads}
         run_child(options.llama, "quantize", given, options.threads)
@@ -307,7 +359,7 @@ def check_same_model(runs: dict[str, list[dict[str, Any]]]) -> None:
         for name, r in runs.items()
         if "dense" in name or "float32" == name[-7:] or "F16" == name[-3:]
     }
-    if len({tuple(ids) for ids in dense.values()}) != 1:
+    if len({tuple(ids) for ids in dense.values()}) > 1:
         raise SystemExit(f"the dense entries continue differently, so a conversion is wrong: {dense}")
 
 
@@ -334,6 +386,11 @@ def table(result: dict[str, Any]) -> str:
             values = entry[key]
             cells.append(f"{statistics.median(values):.{digits}f} ({values[0]:.{digits}f} to {values[-1]:.{digits}f})")
         lines.append(f"| {name} | {entry['bytes'] / 1e6:.1f} | {' | '.join(cells)} |")
+    lines += ["", "| times as quick, median token | than | median | least | most |", "|---|---|---|---|---|"]
+    for name, others in result["ratios"].items():
+        for other, values in others.items():
+            said = " | ".join(f"{v:.2f}" for v in (statistics.median(values), values[0], values[-1]))
+            lines.append(f"| {name} | {other} | {said} |")
     return "\n".join(lines)
 
 
@@ -342,15 +399,17 @@ def main() -> None:
         print(json.dumps(globals()[f"child_{sys.argv[2]}"](json.loads(sys.argv[3]))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path, help="INT4 folder written by `compress awq`")
+    parser.add_argument("artifacts", type=Path, nargs="+", help="folders of `compress awq` or `compress int8`")
     parser.add_argument("--model", type=Path, default=ROOT / "calibration_data" / "reference_lm", help="its parent")
     parser.add_argument("--llama", default="", metavar="PYTHON", help="interpreter with llama-cpp-python")
+    parser.add_argument("--only", type=re.compile, default=re.compile(""), help="entries whose name this is found in")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    options.artifact, options.model = options.artifact.resolve(), options.model.resolve()
+    options.artifacts = [folder.resolve() for folder in options.artifacts]
+    options.model = options.model.resolve()
     with tempfile.TemporaryDirectory() as work:
         result = measure(options, Path(work))
     print(table(result))

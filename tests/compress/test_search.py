@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from compress import search as module
 from compress.checkpoint import Checkpoint
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
 from compress.files import file_sha256
 from compress.formats import stored
 from compress.model import StreamedModel
@@ -214,7 +214,7 @@ def test_a_killed_search_goes_on_and_ends_with_the_same_bytes(
     assert sorted(p.name for p in found.out.parent.iterdir()) == ["again", "auto"]
 
 
-def test_what_cannot_be_is_refused_before_work(request_for: AutoRequest) -> None:
+def test_what_cannot_be_is_refused_before_work(request_for: AutoRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="0.10 MB are too few: the smallest that can be chosen takes"):
         search(request_for, Goal(gate=None, most=100_000), None)
     with pytest.raises(ConfigError, match="a gate needs a text to judge on"):
@@ -223,6 +223,10 @@ def test_what_cannot_be_is_refused_before_work(request_for: AutoRequest) -> None
         replace(request_for, effort="best")
     with pytest.raises(ConfigError, match="calibration rows are too few to measure"):
         search(replace(request_for, samples=2), Goal(gate=None, most=budget_of(request_for, 0.5)), None)
+    goal = Goal(gate=None, most=budget_of(request_for, 0.5))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match="measures the model in one process, and 2 were started"):
+        search(request_for, goal, None)
     assert not request_for.out.parent.exists() or not list(request_for.out.parent.glob("auto"))
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from compress import activations
 from compress.plan import ActivationScheme
-from compress.quantize.descent import Noise, _turn, descended
+from compress.quantize.descent import Noise, _pooling, _turn, descended
 
 SCHEMES = [
     ActivationScheme(),
@@ -69,3 +69,11 @@ def test_every_token_has_its_turn_as_often_as_any_other() -> None:
     assert [len(turn) for turn in turns] == [250] * 8
     assert torch.bincount(torch.cat(turns), minlength=1000).tolist() == [2] * 1000
     assert torch.equal(_turn(rows[:7], 256, 3), rows[:7])
+
+
+@pytest.mark.parametrize("shared", [[0, 1, 2, 3], [2, 0, 1, 3], [0, 0, 1, 1, 0, 1], [0, 0, 1, 0]])
+def test_channels_of_one_scale_are_added_up(shared: list[int]) -> None:
+    index, pooled = _pooling(torch.tensor(shared), torch.device("cpu"))
+    values = torch.arange(1.0, len(shared) + 1)
+    expected = [sum(float(v) for v, s in zip(values, shared, strict=True) if s == k) for k in range(max(shared) + 1)]
+    assert index.tolist() == shared and pooled(values).tolist() == expected
