@@ -1,4 +1,4 @@
-"""Pruning on a GPU: the shape that the CPU chooses, about its divergence (other rows are held out), the same bytes twice.
+"""Pruning on a GPU: the shape that the CPU chooses, about its divergence (other rows are held out), equal bytes twice.
 
 Not run on a GPU yet.
 """
