@@ -120,9 +120,18 @@ class Found:
     notes: list[str]
 
 
-def search(request: AutoRequest, goal: Goal, judge: Judge | None, tell: Tell = SILENT) -> Found:
+def search(
+    request: AutoRequest,
+    goal: Goal,
+    judge: Judge | None,
+    tell: Tell = SILENT,
+    *,
+    vet: Callable[[Mapping[str, Any]], None] = lambda text: None,
+) -> Found:
     """Find the best artifact for a goal and publish it at `request.out`. Raises CompressError subclasses.
 
+    vet: told what a manifest keeps of the calibration text, before anything is measured; raises where the judge's text
+    is that text.
     Where nothing passes, the one that misses least is published; the caller says so.
     """
     if goal.gate is not None and judge is None:
@@ -136,6 +145,7 @@ def search(request: AutoRequest, goal: Goal, judge: Judge | None, tell: Tell = S
         plan = base_plan(request, model)
         check_budget(request, goal, model, plan)
         rows = stage.rows_of(job, model, tell)
+        vet(rows.text.record())
         run = _start(request, goal, model, rows, place)
         if run.is_published():
             run.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,20 +29,26 @@ def refuse_calibration_text(candidate: Path, windows: Windows, tokenizer: PreTra
     notes on shares that are too small to matter.
     """
     manifest = read_manifest(candidate)
+    used = _texts(manifest.lineage if manifest else [])
+    return refuse_used(used, windows, tokenizer, f"{candidate} was calibrated on")
+
+
+def refuse_used(
+    texts: Sequence[Mapping[str, Any]], windows: Windows, tokenizer: PreTrainedTokenizerBase, said: str
+) -> list[str]:
+    """See `refuse_calibration_text`. texts: what manifests keep of them. said: what they were for, in words."""
     text = tokens.text_of(tokenizer, torch.cat([s.ids_T for s in windows.sequences]))
     notes = []
-    for used in _texts(manifest.lineage if manifest else []):
+    for used in texts:
         if {windows.text_sha256, windows.source_sha256} & (
             {used.get("text_sha256"), used.get("source_sha256")} - {None}
         ):
-            raise ConfigError(
-                f"{windows.source} is the text that {candidate} was calibrated on; pass other text with --data"
-            )
+            raise ConfigError(f"{windows.source} is the text that {said}; pass other text with --data")
         kept = Passages.from_json(used.get("passages"))
         found, told = kept.found_in(text) if kept else (0, 0)
         if found > told * SHARED_AT_MOST:
             raise ConfigError(
-                f"{found / told:.1%} of {windows.source} is text that {candidate} was calibrated on "
+                f"{found / told:.1%} of {windows.source} is text that {said} "
                 f"({used.get('source')}); pass other text with --data"
             )
         if found:

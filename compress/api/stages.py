@@ -169,7 +169,7 @@ def auto(
     judged at most. symmetric: INT4 without zero points, for transformers. What is found has `out`, `best` (with what
     it was `judged`), all that was `tried`, and `choices.frontier()`. Where nothing passes, `best` is what misses least.
     """
-    from compress.cli.judges import Judges, text_to_judge
+    from compress.cli.judges import Judges, text_to_judge, unvetted
     from compress.devices import pick_device, pick_dtype
     from compress.quantize.auto_stage import AutoRequest
     from compress.quantize.menu import Menu
@@ -190,7 +190,9 @@ def auto(
     goal = Goal(gate=gate, most=num_bytes, tries=tries, judging={"data": text, "max_tokens": max_tokens})
     judges = None if text is None else Judges(source.path, text, gate, max_tokens, device)
     with told(tell) as listener:
-        found = search(request, goal, judges.judge(listener) if judges else None, listener)
+        found = search(
+            request, goal, judges.judge(listener) if judges else None, listener, vet=judges.vet if judges else unvetted
+        )  # fmt: skip
     if judges is not None:
         judges.keep(found)
     return found

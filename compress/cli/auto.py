@@ -12,7 +12,7 @@ import click
 
 from compress.cli.calibrated import calibrated, console, model_of, say_where
 from compress.cli.help import Command
-from compress.cli.judges import GATE, Judges, text_to_judge
+from compress.cli.judges import GATE, Judges, text_to_judge, unvetted
 from compress.cli.next import judge as judging_command
 from compress.cli.progress import Shown, peak_memory_bytes, seconds_text
 from compress.errors import ConfigError, GateFailed
@@ -106,7 +106,9 @@ def command(
     say_where(source, device, dtype)
     print(_goal_text(goal, reader), file=sys.stderr)
     with Shown(quiet=as_json) as shown:
-        found = search(request, goal, judges.judge(shown) if judges else None, shown)
+        found = search(
+            request, goal, judges.judge(shown) if judges else None, shown, vet=judges.vet if judges else unvetted
+        )  # fmt: skip
     kept = judges.keep(found) if judges else None
     seconds = time.monotonic() - started
     if as_json:

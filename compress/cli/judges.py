@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import ConfigError
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from compress.tell import Tell
     from compress.workspace import Source
     from evaluators.results import Report
+    from evaluators.windows import Windows
 
 GATE = 0.98
 
@@ -42,19 +44,39 @@ class Judges:
         limit = positions_of(original)
         self.context = min(EVALUATED_CONTEXT, limit[1] if limit else EVALUATED_CONTEXT)
         self.reports: dict[int, Report] = {}
-        self._check_text()
+        self.windows = self._windows()
 
-    def _check_text(self) -> None:
-        """ConfigError, before anything is made, for a text that gives too few windows to judge by."""
-        from compress.texts import documents
+    def _windows(self) -> Windows | None:
+        """What is judged on; None for text that is sampled. ConfigError for too little of it."""
+        from compress.model import StreamedModel
+        from compress.tokens import load_tokenizer
         from evaluators.gate import LEAST_WINDOWS
+        from evaluators.windows import load_windows
 
         least = LEAST_WINDOWS * self.context
         if self.gate is not None and self.max_tokens < least:
             raise ConfigError(f"--max-tokens {self.max_tokens}: a gate needs {LEAST_WINDOWS} windows of {self.context} "
                               f"tokens to judge by; ask for {least} or more")  # fmt: skip
-        if self.data != "self" and not self.data.startswith("hf:"):
-            next(iter(documents(self.data)), None)
+        if self.data == "self":
+            return None
+        self.tokenizer = load_tokenizer(self.original)
+        found = load_windows(
+            self.data, self.tokenizer, context=self.context, stride=None, min_context=None, bos="auto",
+            max_tokens=self.max_tokens, model=self.original, vocab_size=StreamedModel.open(self.original).vocab_size,
+        )  # fmt: skip
+        if self.gate is not None and len(found.sequences) < LEAST_WINDOWS:
+            raise ConfigError(
+                f"--data {self.data} gives {len(found.sequences)} windows of {self.context} tokens, and a gate needs "
+                f"{LEAST_WINDOWS} to judge by; pass more text"
+            )
+        return found
+
+    def vet(self, calibration: Mapping[str, Any]) -> None:
+        """ConfigError for a text that was calibrated on. calibration: what a manifest keeps of that."""
+        from evaluators.overlap import refuse_used
+
+        if self.windows is not None:
+            refuse_used([calibration], self.windows, self.tokenizer, "is calibrated on")
 
     def judge(self, shown: Tell) -> Judge:
         """What `compress.search` asks of every artifact."""
@@ -74,8 +96,6 @@ class Judges:
             )  # fmt: skip
             self.reports[folder.stat().st_ino] = report
             verdict = report.verdicts[0]
-            if verdict.outcome == "INCONCLUSIVE" and self.gate is not None and verdict.needed is None:
-                _refuse_text(verdict.reason)
             kl = next(metric.value for metric in report.metrics if metric.name == "kl_mean")
             passes = self.gate is not None and verdict.outcome == "PASS"
             bounds = verdict.recovery
@@ -96,6 +116,5 @@ class Judges:
         return memory.remember(found.out, report)
 
 
-def _refuse_text(reason: str) -> None:
-    if "windows are too few" in reason:
-        raise ConfigError(f"--data: {reason}")
+def unvetted(calibration: Mapping[str, Any]) -> None:
+    """Where nothing is judged, any text may be calibrated on."""

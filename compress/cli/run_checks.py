@@ -96,9 +96,8 @@ def _auto(params: Params, source: Source, folder: Path) -> Foreseen:
     stand_in = Choice(plan=chosen, labels=(), kl=0.0, num_bytes=0)
     made = Made(request=request, choice=stand_in, budget=0, found={"sets": []})
     foreseen.quantized(folder, source.path, auto_stage(made, shapes), model, chosen)
-    return Foreseen(
-        bytes=most or estimated_bytes(model, chosen), note="its size is found by measuring: this is at most"
-    )
+    dense = estimated_bytes(model, LayerPlan.dense(layers))
+    return Foreseen(bytes=dense if most is None else min(most, dense), note="its size is measured: at most this")
 
 
 def _fields(request: type[Any], params: Params) -> dict[str, Any]:

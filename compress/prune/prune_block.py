@@ -3,7 +3,7 @@
 The hidden states that enter differ from the original's once a block before is gone or pruned. In the order in which
 the block computes:
 
-    hidden channels   linears that read the hidden state are refitted on the channels that stay
+    readers           linears that read the hidden state are refitted on it as it is now, towards what they had computed
     heads             chosen, the output projection refitted and aimed at the original's hidden state behind it
     neurons           chosen, the last linear refitted and aimed at where the original is when the next block begins
 
@@ -15,8 +15,8 @@ Shapes: B batch, T tokens, H hidden size, O out_features, I in_features, U units
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from compress.prune.structure import Section
 from compress.statistics import InputStatistics
 
 DECILES = 10
+READER_STRENGTH = 0.5  # see `repair`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def prune_block(
         if section is not None:
             found = work.section(section)
             report["sections"] += [found] if found else []
-        elif cut.channels is not None:
+        elif options.repair and (cut.channels is not None or work.wrong_before or work.touched):
             work.readers(group.layers)
     return BlockResult(quantized={}, dense=work.stored(dtype), report=report)
 
@@ -92,14 +93,28 @@ class _Work:
 
     # ---- running -------------------------------------------------------------------------------------
 
-    def run(self, hidden: Tensor) -> Tensor:
-        """The block with the weights as they are by now."""
-        with with_attributes(self.module, self.attributes):
-            return self.loaded.forward(hidden, self.weights)
+    def tap(self, layer: str, hidden: Tensor, *, original: bool = False, to_end: bool = False) -> _Tap:
+        """What a linear reads and returns, with the weights as they are by now or the `original` ones.
 
-    def original(self, hidden: Tensor) -> Tensor:
-        """The block with its own weights."""
-        return self.loaded.forward(hidden, {})
+        The block stops there unless it runs `to_end`, and then `out` is what leaves it.
+        """
+        tap = _Tap()
+
+        def note(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            x = args[0].detach()
+            if torch.is_autocast_enabled(x.device.type):  # what the linear has just computed with
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            tap.x, tap.y = x, y.detach()
+            if not to_end:
+                raise _EnoughError
+
+        handle = self.layers[layer].register_forward_hook(note)
+        try:
+            with with_attributes(self.module, {} if original else self.attributes), suppress(_EnoughError):
+                tap.out = self.loaded.forward(hidden, {} if original else self.weights)
+        finally:
+            handle.remove()
+        return tap
 
     def on_channels(self, hidden: Tensor) -> Tensor:
         """The hidden channels that stay."""
@@ -148,14 +163,12 @@ class _Work:
         for i in self.batches:
             entering, source, target = (of[i] for of in (self.loaded.inputs, self.loaded.sources, self.loaded.targets))
             ends = section.adds and not is_heads
-            with _tapped(self.layers[section.consumer]) as tap:
-                self.original(source) if aim and not ends else None
-                meant = tap.y
-                out = self.run(entering)
+            meant = self.tap(section.consumer, source, original=True).y if aim and not ends else None
+            tap = self.tap(section.consumer, entering, to_end=ends)
             x, y = tap.x, tap.y
             if ends:
                 reference = wanted = self.on_channels(target)
-                now = out
+                now = tap.out
             elif section.adds:
                 now = entering + y
                 reference = wanted = now if meant is None else self.on_channels(source + meant)
@@ -196,31 +209,32 @@ class _Work:
     def _set_weight(self, name: str, w_OI: Tensor) -> None:
         self.weights[f"{name}.weight"] = (w_OI.t() if is_conv1d(self.layers[name]) else w_OI).contiguous()
 
-    # ---- hidden channels -----------------------------------------------------------------------------
+    # ---- what reads the hidden state -----------------------------------------------------------------
 
     def readers(self, names: Sequence[str]) -> None:
-        """Refit linears that read the hidden state, on the channels that stay, towards the original's outputs."""
-        if not self.options.repair:
-            return
-        rows = [len(self._weight(name)) for name in names]
+        """Refit linears that read the hidden state as it is now, on its channels that stay, towards the original's
+        outputs: in full where channels are gone, for then nothing else gives what they carried."""
+        weights = [weight_OI(self.layers[name]).float() for name in names]
+        channels = self.cut.channels
+        kept = slice(None) if channels is None else channels.to(weights[0].device)
         size = self._weight(names[0]).shape[1]
-        statistics = InputStatistics.empty(size, self.weights[f"{names[0]}.weight"].device, by_output=True)
-        first = self.layers[names[0]]
+        statistics = InputStatistics.empty(size, weights[0].device)
         for i in self.batches:
-            with _tapped(first) as tap:
-                self.original(self.loaded.sources[i])
-                before = tap.x
-                self.run(self.loaded.inputs[i])
-            x, meant = tap.x.flatten(0, -2), before.flatten(0, -2).float()
-            shift = [meant @ weight_OI(self.layers[n]).float().t() - x.float() @ self._weight(n).t() for n in names]
-            statistics.add(x, torch.cat(shift, dim=1))
+            before = self.tap(names[0], self.loaded.sources[i], original=True).x
+            x = self.tap(names[0], self.loaded.inputs[i]).x.flatten(0, -2)
+            shift = before.flatten(0, -2).to(torch.float32, copy=True)  # it may be the hidden state itself
+            shift[:, kept] -= x.float()
+            statistics.add(x, shift)
         statistics.finish()
         hessian_II, share = hessian(statistics)
         assert statistics.cross is not None
+        moved_OI = torch.cat(weights) @ (share * statistics.cross)
         stacked = torch.cat([self._weight(name) for name in names])
-        new_OI, _ = refit(stacked, hessian_II, None, share * statistics.cross, strength=1.0)
-        for name, part_OI in zip(names, new_OI.split(rows), strict=True):
+        strength = READER_STRENGTH if channels is None else 1.0
+        new_OI, _ = refit(stacked, hessian_II, None, moved_OI, strength)
+        for name, part_OI in zip(names, new_OI.split([len(w) for w in weights]), strict=True):
             self._set_weight(name, part_OI)
+        self.touched = True
 
     # ---- the end -------------------------------------------------------------------------------------
 
@@ -239,26 +253,15 @@ class _Work:
 
 @dataclass
 class _Tap:
+    """What a linear read, as it computed with it, what it returned, and what left the block if it ran to its end."""
+
     x: Tensor = field(default_factory=lambda: torch.empty(0))
-    y: Any = None
+    y: Tensor = field(default_factory=lambda: torch.empty(0))
+    out: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-@contextmanager
-def _tapped(layer: nn.Module) -> Iterator[_Tap]:
-    """What a linear last read, as it computed with it, and what it returned."""
-    tap = _Tap()
-
-    def note(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        x = args[0].detach()
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        tap.x, tap.y = x, y.detach()
-
-    handle = layer.register_forward_hook(note)
-    try:
-        yield tap
-    finally:
-        handle.remove()
+class _EnoughError(Exception):
+    """What was wanted of a block has been computed."""
 
 
 def kept_heads(section: Section, keep: int, cut: Cut, w_OI: Tensor, inverse_II: Tensor) -> tuple[Tensor, list[float]]:

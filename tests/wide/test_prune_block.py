@@ -14,7 +14,7 @@ from compress.model import StreamedModel
 from compress.prune.cut import Cut, plan_cut
 from compress.prune.decide import find_whole_structure
 from compress.prune.judge import WANTED, reshaping_of, stored_dtype
-from compress.prune.prune_block import PruneOptions, prune_block
+from compress.prune.prune_block import READER_STRENGTH, PruneOptions, prune_block
 from compress.prune.repair import DAMPING
 from compress.prune.shape import shape_of
 from compress.statistics import kept_share
@@ -60,8 +60,8 @@ class Made:
         found = self.sections[layer]
         return found.get("kept") or [i for i in range(found["units"]) if int(found["kept_mask"], 16) >> i & 1]
 
-    def without_heads(self) -> nn.Module:
-        """The model as transformers builds it with the attention as it was made and the MLP as it was."""
+    def without_heads(self, **mlp: Tensor) -> nn.Module:
+        """The model as transformers builds it with the attention as it was made; of the MLP what is given, or was."""
         import transformers
 
         config = transformers.LlamaConfig.from_dict(
@@ -69,6 +69,7 @@ class Made:
         )
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         made = {f"model.layers.0.{n}": v for n, v in self.dense.items() if n.startswith("self_attn.")}
+        made |= {f"model.layers.0.mlp.{n}.weight": v.float() for n, v in mlp.items()}
         model.load_state_dict({**self.original.state_dict(), **made})
         return model
 
@@ -96,19 +97,33 @@ def seen(model: nn.Module, layer: str, ids_NT: Tensor) -> tuple[Tensor, Tensor, 
     return entering, x, out
 
 
-def slow_refit(x_TI: Tensor, w_OI: Tensor, kept: Tensor, moved_TO: Tensor | None) -> Tensor:
-    """`repair.refit` by least squares on the tokens themselves, the ridge as rows of its own; no Gram matrix."""
+def slow_rows(x_TI: Tensor, kept: Tensor) -> tuple[Tensor, float, Tensor]:
+    """The rows of a least-squares problem whose Gram matrix is `repair.hessian`'s: tokens, then the ridge.
+
+    Also what targets of tokens are multiplied by, and the ridge of each channel.
+    """
     tokens, size = x_TI.shape
     share = kept_share(size, tokens)
     energy_I = x_TI.square().mean(0)
     ridge_I = ((1 - share) * energy_I + DAMPING * energy_I.mean()).sqrt()
     times = (share / tokens) ** 0.5
-    rows = torch.cat([times * x_TI[:, kept], torch.diag(ridge_I[kept])])
+    return torch.cat([times * x_TI[:, kept], torch.diag(ridge_I[kept])]), times, ridge_I
+
+
+def slow_refit(x_TI: Tensor, w_OI: Tensor, kept: Tensor) -> Tensor:
+    """The weight on some channels that gives what all gave."""
+    rows, times, ridge_I = slow_rows(x_TI, kept)
     own = torch.cat([times * x_TI @ w_OI.t(), ridge_I[kept, None] * w_OI.t()[kept]])
     found: Tensor = torch.linalg.lstsq(rows, own).solution.t()
-    if moved_TO is not None:
-        moved = torch.cat([times * moved_TO, torch.zeros(len(kept), moved_TO.shape[1], dtype=torch.float64)])
-        found = found + OPTIONS.strength * torch.linalg.lstsq(rows, moved).solution.t()
+    return found
+
+
+def slow_move(x_TI: Tensor, moved_TO: Tensor, kept: Tensor) -> Tensor:
+    """What added to a weight moves its outputs."""
+    rows, times, _ = slow_rows(x_TI, kept)
+    found: Tensor = torch.linalg.lstsq(
+        rows, torch.cat([times * moved_TO, torch.zeros(len(kept), moved_TO.shape[1], dtype=torch.float64)])
+    ).solution.t()
     return found
 
 
@@ -126,8 +141,7 @@ def test_shapes_and_what_stays(made: Made) -> None:
     assert torch.equal(made.dense["self_attn.q_proj.weight"], old["self_attn.q_proj.weight"][rows])
     for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
         assert torch.equal(made.dense[name], old[name])
-    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
-        assert torch.equal(made.dense[name], old[name][neurons])
+    assert made.dense["mlp.gate_proj.weight"].shape == made.dense["mlp.up_proj.weight"].shape == (KEPT, HIDDEN)
 
 
 def test_the_output_projection_is_the_least_squares_solution(made: Made) -> None:
@@ -135,17 +149,38 @@ def test_the_output_projection_is_the_least_squares_solution(made: Made) -> None
     w_OI = made.original.model.layers[0].self_attn.o_proj.weight.detach().double()
     each = (entering + x_TI @ w_OI.t()).square().mean(1, keepdim=True).rsqrt()
     kept = torch.cat([torch.arange(h * HEAD, (h + 1) * HEAD) for h in made.units("self_attn.o_proj")])
-    wanted = slow_refit(x_TI * each, w_OI, kept, None)
+    wanted = slow_refit(x_TI * each, w_OI, kept)
     assert close(made.dense["self_attn.o_proj.weight"], wanted) < 1e-3
     assert close(w_OI[:, kept], wanted) > 0.02  # cutting alone is something else
 
 
+def refitted_readers(made: Made) -> dict[str, Tensor]:
+    """Gate and up, all rows: as they were, moved by what the heads that are gone have changed in what they read."""
+    _, before, _ = seen(made.original, "mlp.gate_proj", made.ids_NT)
+    _, x_TI, _ = seen(made.without_heads(), "mlp.gate_proj", made.ids_NT)
+    out = {}
+    for name in ("gate_proj", "up_proj"):
+        w_OI = made.original.model.layers[0].mlp.get_submodule(name).weight.detach().double()
+        moved_TO = (before - x_TI) @ w_OI.t()
+        out[name] = w_OI + READER_STRENGTH * slow_move(x_TI, moved_TO, torch.arange(HIDDEN))
+    return out
+
+
+def test_readers_make_up_for_what_they_read(made: Made) -> None:
+    neurons = made.units("mlp.down_proj")
+    for name, wanted in refitted_readers(made).items():
+        old = made.original.model.layers[0].mlp.get_submodule(name).weight.detach().double()
+        assert close(made.dense[f"mlp.{name}.weight"], wanted[neurons]) < 1e-3
+        assert close(old[neurons], wanted[neurons]) > 0.02
+
+
 def test_the_last_linear_is_that_and_aims_at_the_original(made: Made) -> None:
-    _, x_TI, now = seen(made.without_heads(), "mlp.down_proj", made.ids_NT)
+    _, x_TI, now = seen(made.without_heads(**refitted_readers(made)), "mlp.down_proj", made.ids_NT)
     _, _, target = seen(made.original, "mlp.down_proj", made.ids_NT)
     w_OI = made.original.model.layers[0].mlp.down_proj.weight.detach().double()
     each = target.square().mean(1, keepdim=True).rsqrt()
     kept = torch.tensor(made.units("mlp.down_proj"))
-    wanted = slow_refit(x_TI * each, w_OI, kept, (target - now) * each)
+    own = slow_refit(x_TI * each, w_OI, kept)
+    wanted = own + OPTIONS.strength * slow_move(x_TI * each, (target - now) * each, kept)
     assert close(made.dense["mlp.down_proj.weight"], wanted) < 1e-3
-    assert close(made.dense["mlp.down_proj.weight"], slow_refit(x_TI * each, w_OI, kept, None)) > 0.02
+    assert close(made.dense["mlp.down_proj.weight"], own) > 0.02

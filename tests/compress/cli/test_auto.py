@@ -80,5 +80,12 @@ def test_the_calibration_text_judges_nothing(compress: Any, build_model: Any, ca
     folder = build_model()
     done = compress("auto", folder, "--calib", calib_text, "--data", calib_text)
     assert done.exit_code == 1 and "is the calibration text" in done.stderr
+    copy = calib_text.with_name("copy.txt")
+    copy.write_text(calib_text.read_text() + "\nand more of it\n")
+    done = compress("auto", folder, "--calib", calib_text, "--data", copy, "--samples", "12", "--seq-len", "64")
+    assert done.exit_code == 1 and "windows of 256 tokens, and a gate needs 20" in done.stderr
+    args = ("--samples", "12", "--seq-len", "64", "--bytes", "1.13M", "--data", copy)
+    done = compress("auto", folder, "--calib", calib_text, *args)
+    assert done.exit_code == 1 and "is text that is calibrated on" in done.stderr and "measuring" not in done.stderr
     done = compress("auto", folder, "--calib", calib_text)
     assert done.exit_code == 1 and "no --data" in done.stderr
