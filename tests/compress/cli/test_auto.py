@@ -78,6 +78,17 @@ def test_refused_before_any_work(args: tuple[str, ...], said: str, compress: Any
     assert done.stderr.count("\n") == 1 and not Path("artifacts").exists()
 
 
+def test_a_page_that_cannot_be_drawn_is_refused_before_work(compress: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    for args in (("auto", "--bytes", "9M"), ("prune", "--depth", "1")):
+        done = compress(*args, "--report", "page.html")
+        assert done.exit_code == 1 and 'pip install "compress-toolkit[report]"' in done.stderr
+        assert not Path("artifacts").exists()
+
+
 def test_the_calibration_text_judges_nothing(compress: Any, build_model: Any, calib_text: Path) -> None:
     folder = build_model()
     done = compress("auto", folder, "--calib", calib_text, "--data", calib_text)
