@@ -85,7 +85,7 @@ def _auto(params: Params, source: Source, folder: Path) -> Foreseen:
     request = AutoRequest(source=source, out=folder, menu=menu, **_fields(AutoRequest, params))
     plan = refused_here(request, Goal(gate=gate, most=most, tries=params["tries"]), model)
     if data is not None:
-        Judges(source.path, data, gate, params["max_tokens"], request.device)
+        Judges(source.path, data, gate, params["max_tokens"], request.device, params["tries"])
     _check_calibration(request)
     shapes, first = shapes_of(model, plan), model.block_prefix(0)
     layers = dict(plan.layers)

