@@ -74,8 +74,6 @@ def check(model: StreamedModel, format: str, context: int, scheme: Scheme | None
             f"{path}: {conv} is a transformers Conv1D, which readers of quantized folders do not take"
         )
     if scheme.num_bits == 8:
-        if format == "edge":
-            edge.check_int8(path, config)
         return compressed_tensors.check(plan, shapes)
     sizes = LAYOUTS[format].group_sizes
     other = next((n for n in plan if shapes[n][1] % scheme.group_size), None)

@@ -188,7 +188,7 @@ def auto(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     goal = Goal(gate=gate, most=num_bytes, tries=tries, judging={"data": text, "max_tokens": max_tokens})
-    judges = None if text is None else Judges(source.path, text, gate, max_tokens, device)
+    judges = None if text is None else Judges(source.path, text, gate, max_tokens, device, tries)
     with told(tell) as listener:
         found = search(
             request, goal, judges.judge(listener) if judges else None, listener, vet=judges.vet if judges else unvetted

@@ -44,7 +44,11 @@ if TYPE_CHECKING:
     "--max-tokens", type=click.IntRange(2), default=102_400, show_default=True, help="Tokens of DATA to judge on."
 )
 @click.option(
-    "--tries", type=click.IntRange(1), default=4, show_default=True, help="Artifacts made and judged at most."
+    "--tries",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Artifacts made and judged at most; bounds allow for so many.",
 )
 @click.option(
     "--effort", type=click.Choice(["fast", "balanced"]), default="balanced", show_default=True,
@@ -102,7 +106,7 @@ def command(
     if dry_run:
         _dry_run(opened, plan, menu, goal, as_json)
         return
-    judges = None if data is None else Judges(source.path, data, gate, max_tokens, device)
+    judges = None if data is None else Judges(source.path, data, gate, max_tokens, device, tries)
     say_where(source, device, dtype)
     print(_goal_text(goal, reader), file=sys.stderr)
     with Shown(quiet=as_json) as shown:

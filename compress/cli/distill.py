@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 @click.command("distill", cls=Command)
 @click.option("--teacher", metavar="MODEL", help="Whom to learn from [default: the student's original].")
-@click.option("--student", metavar="MODEL", help="Who learns [default: the newest pruned artifact].")
+@click.option("--student", metavar="MODEL", help="Who learns [default: the newest pruned artifact; with --scheme "
+              "the --teacher].")  # fmt: skip
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="How often each row is read.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Rows an update.")
 @click.option(
@@ -169,8 +170,10 @@ def request_of(
 
 
 def student_of(asked: str | None, scheme: str | None, teacher: str | None) -> Source:
-    """The model named, or the workspace's newest pruned artifact; with a scheme, its newest quantized one, or, where
-    there is none, the teacher."""
+    """The model named, or the workspace's newest pruned artifact.
+
+    With a scheme: the teacher named, which is to be quantized, or the newest quantized artifact.
+    """
     from compress.artifact import read_manifest
     from compress.files import read_json
     from compress.workspace import holds_weights, resolve
@@ -185,10 +188,10 @@ def student_of(asked: str | None, scheme: str | None, teacher: str | None) -> So
             )
         return bool(manifest.record["stage"] == "prune")
 
+    if asked is None and scheme is not None and teacher is not None:
+        return resolve(teacher)
     found = resolve(asked, accept=is_meant)
     if asked is None and read_manifest(found.path) is None:
-        if scheme is not None and teacher is not None:
-            return resolve(teacher)
         kind = "pruned" if scheme is None else "quantized"
         raise ConfigError(f"there is no {kind} artifact in the workspace to train; pass --student MODEL")
     return found

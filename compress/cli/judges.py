@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from evaluators.windows import Windows
 
 GATE = 0.98
+# The chance that an artifact passes which is below the gate, at most, over all that are tried.
+DOUBT = 0.05
 
 
 def text_to_judge(source: Source, data: str | None, gate: float | None, calib: str | None) -> str | None:
@@ -34,13 +36,21 @@ def text_to_judge(source: Source, data: str | None, gate: float | None, calib: s
 
 
 class Judges:
-    """Evaluates artifacts of a search against the original, and keeps the reports until one of them has its place."""
+    """Evaluates artifacts of a search against the original, and keeps the reports until one of them has its place.
 
-    def __init__(self, original: Path, data: str, gate: float | None, max_tokens: int, device: str) -> None:
+    Of several artifacts that are judged on one text, the smallest that passes is also the luckiest. So each one's
+    bounds are stated at a confidence of `1 - 0.05 / tries` (Bonferroni): that any of them passes which should not has
+    then a chance of 5 % at most, however alike they are.
+    """
+
+    def __init__(
+        self, original: Path, data: str, gate: float | None, max_tokens: int, device: str, tries: int = 1
+    ) -> None:
         from compress.cli.next import EVALUATED_CONTEXT
         from compress.positions import positions_of
 
         self.original, self.data, self.gate, self.max_tokens, self.device = original, data, gate, max_tokens, device
+        self.confidence = 1 - DOUBT / (tries if gate is not None else 1)
         limit = positions_of(original)
         self.context = min(EVALUATED_CONTEXT, limit[1] if limit else EVALUATED_CONTEXT)
         self.reports: dict[int, Report] = {}
@@ -89,6 +99,7 @@ class Judges:
             report = evaluate(
                 EvaluationRequest(
                     candidate=folder, reference=self.original, data=self.data, threshold=self.gate or GATE,
+                    confidence=self.confidence,
                     context=self.context, max_tokens=self.max_tokens, device=self.device,
                     cache_folder=cache.default_folder(),
                 ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -121,6 +122,8 @@ def check_page(page: Path, model: Path) -> None:
 
     if page.suffix != ".html" or page.is_dir():
         raise ConfigError(f"--report {page}: name the page to write, such as prune.html")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError('--report needs matplotlib, which is not installed; pip install "compress-toolkit[report]"')
     check_apart(page, {"the model": model}, "--report")
     if not os.access(page.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"--report {page}: {page.parent} is no folder that can be written; choose another place")

@@ -85,7 +85,7 @@ def _auto(params: Params, source: Source, folder: Path) -> Foreseen:
     request = AutoRequest(source=source, out=folder, menu=menu, **_fields(AutoRequest, params))
     plan = refused_here(request, Goal(gate=gate, most=most, tries=params["tries"]), model)
     if data is not None:
-        Judges(source.path, data, gate, params["max_tokens"], request.device)
+        Judges(source.path, data, gate, params["max_tokens"], request.device, params["tries"])
     _check_calibration(request)
     shapes, first = shapes_of(model, plan), model.block_prefix(0)
     layers = dict(plan.layers)
@@ -96,9 +96,8 @@ def _auto(params: Params, source: Source, folder: Path) -> Foreseen:
     stand_in = Choice(plan=chosen, labels=(), kl=0.0, num_bytes=0)
     made = Made(request=request, choice=stand_in, budget=0, found={"sets": []})
     foreseen.quantized(folder, source.path, auto_stage(made, shapes), model, chosen)
-    return Foreseen(
-        bytes=most or estimated_bytes(model, chosen), note="its size is found by measuring: this is at most"
-    )
+    dense = estimated_bytes(model, LayerPlan.dense(layers))
+    return Foreseen(bytes=dense if most is None else min(most, dense), note="its size is measured: at most this")
 
 
 def _fields(request: type[Any], params: Params) -> dict[str, Any]:

@@ -35,29 +35,48 @@ def start_of(source: Source, scheme: str, tell: Tell, *, data: tuple[str, ...], 
 
     rest: the command's options; device, dtype, seq_len, seed, resume and trust_remote_code are used.
     """
+    from compress.artifact import read_manifest
     from compress.devices import pick_device, pick_dtype
     from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.quantize.group_size import asked_scheme
     from compress.quantize.int8_stage import Int8Request, quantize_int8
-    from compress.workspace import WORKSPACE, resolve
+    from compress.workspace import WORKSPACE
 
     check_scheme(scheme)
     if is_quantized(source.path):
         return source
+    out = WORKSPACE / f"{source.name}-{scheme}-start"
+    made = replace(source, path=out, name=f"{source.name}-{scheme}", said=f"{out}, made of {source.said}")
+    if read_manifest(out) is not None:
+        _check_parent(out, source)
+        return made
     device = pick_device(rest["device"])
     common: dict[str, Any] = {
         "source": source,
-        "out": WORKSPACE / f"{source.name}-{scheme}-start",
+        "out": out,
         "calib": data[0] if data else None,
         "device": device,
         "dtype": pick_dtype(rest["dtype"], device),
         "effort": "balanced",
         **{name: rest[name] for name in ("seq_len", "seed", "resume", "trust_remote_code")},
     }
-    tell.say(f"{source.path} is not quantized: `compress {COMMANDS[scheme]}` makes {common['out']} first")
+    tell.say(f"{source.path} is not quantized: `compress {COMMANDS[scheme]}` makes {out} first")
     if scheme == "w4a16":
         codes, _ = asked_scheme(source.path, 4, None, False, (), trust_remote_code=rest["trust_remote_code"])
         quantize_awq(AwqRequest(scheme=codes, **common), tell)
     else:
         quantize_int8(Int8Request(scheme=scheme, **common), tell)
-    return replace(resolve(str(common["out"])), name=f"{source.name}-{scheme}")
+    return made
+
+
+def _check_parent(folder: Path, source: Source) -> None:
+    """ConfigError for an artifact that was made of another model, or of one that changed."""
+    from compress.artifact import read_manifest
+    from compress.distill.manifest import content
+
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.record["parent"]["sha256"] != content(source):
+        raise ConfigError(
+            f"{folder} was made of another model than {source.path}, or of what it was before; remove it, or pass "
+            "--student the quantized artifact to train"
+        )

@@ -189,7 +189,8 @@ def _check_outside(model: StreamedModel, made: nn.Module, cut: Cut) -> None:
         scale = next((k for k, v in vars(module).items() if isinstance(v, float) and vars(old).get(k) != v), None)
         tables = dict(old._buffers)
         for key, buffer in module._buffers.items():
-            if buffer is not None and tables.get(key) is not None and not torch.equal(buffer, tables[key]):
+            there = tables.get(key)  # of the model, which may lie on a GPU
+            if buffer is not None and there is not None and not torch.equal(buffer, there.to(buffer.device)):
                 scale = key
         if scale is not None:
             raise UnsupportedError(

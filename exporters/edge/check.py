@@ -18,10 +18,11 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
 from compress.files import read_json
 from compress.formats import compressed_tensors, stored
-from exporters.edge.folder import GROUP_SIZE, Handed, expected_dense, expected_int4, head_dim, rope_of
+from exporters.edge.folder import GROUP_SIZE, Handed, expected_dense, expected_int4, rope_of
 from exporters.edge.graph import PAGE_TOKENS, Graph, attributes
 from exporters.edge.int8 import expected as expected_int8
 from exporters.edge.layout import unpack_fragments
+from exporters.edge.split import head_dim
 
 INT4 = "Int4GroupwiseGemmPluginV2"
 ATTENTION = "AttentionPlugin"

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from compress.artifact import carried_files
 from compress.checkpoint import INDEX, Checkpoint
-from compress.errors import ArtifactError, UnsupportedError
+from compress.errors import UnsupportedError
 from compress.files import json_bytes
 from compress.formats import awq_gemm, compressed_tensors, stored
 from compress.quantized import QuantizedWeight
 from compress.shards import save_atomically
 from exporters.edge import int8
+from exporters.edge.split import check_heads, head_dim, parts
 from exporters.reader import Layout
 
 # model_type -> where that comes from. Every other type is refused before any work.
@@ -72,7 +73,7 @@ def check_model(checkpoint: Checkpoint, context: int) -> None:
         raise UnsupportedError(f"{path}: its lm_head is quantized, and edge takes it in float16; quantize without it")
     schemes = folder.plan.groups()
     if folder.format is compressed_tensors and schemes and all(LAYOUT.takes_int8(scheme) for scheme in schemes):
-        return int8.check_config(path, config)
+        return
     if folder.format not in (None, awq_gemm):
         raise UnsupportedError(
             f"{path}: quant_method {folder.format.QUANT_METHOD!r} is not supported by edge: TensorRT Edge-LLM "
@@ -86,9 +87,6 @@ def check_model(checkpoint: Checkpoint, context: int) -> None:
                 f"{GROUP_SIZE}; quantize with `compress awq --bits 4 --sym --group-size {GROUP_SIZE}`"
             )
     check_rows(path, config, {name: folder.shape(name) for name in folder.layers})
-
-
-check_int8 = int8.check_config
 
 
 def check_config(path: Path, config: Mapping[str, Any], context: int) -> None:
@@ -125,7 +123,7 @@ def check_config(path: Path, config: Mapping[str, Any], context: int) -> None:
 def check_rows(path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> None:
     """Raise UnsupportedError for a quantized layer, by its `(out_features, in_features)`, that edge does not pack."""
     for name, (rows, _) in shapes.items():
-        for part, size in _parts(name, rows, config):
+        for part, size in parts(name, rows, config):
             if size % MULTIPLE_N:
                 raise UnsupportedError(
                     f"{path}: {part} has {size} out_features, not a multiple of {MULTIPLE_N}, which edge's INT4 "
@@ -162,17 +160,18 @@ def hand_over(checkpoint: Checkpoint, folder: Path) -> Handed:
         (folder / TEMPLATE).write_text(PLAIN_TEMPLATE, encoding="utf-8")
         notes.append("the model has no chat template: one that passes the text through was added")
     config.pop("sliding_window", None)  # check_model: the context never reaches it
-    if config["model_type"] == "phi3":
-        names = _split_shards(checkpoint, folder)
-        config["model_type"], config["architectures"] = "llama", ["LlamaForCausalLM"]
-    elif stored(checkpoint).format is compressed_tensors:
+    if stored(checkpoint).format is compressed_tensors:
         names = int8.write_folder(checkpoint, folder)
         config.pop("quantization_config")  # ModelOpt's own file says it
+    elif config["model_type"] == "phi3":
+        names = _split_shards(checkpoint, folder)
     else:
         names = list(checkpoint.tensors)
         for file in sorted({info.file for info in checkpoint.tensors.values()} | {INDEX}):
             if (checkpoint.path / file).exists():
                 os.symlink((checkpoint.path / file).resolve(), folder / file)
+    if config["model_type"] == "phi3":
+        config["model_type"], config["architectures"] = "llama", ["LlamaForCausalLM"]
     (folder / "config.json").write_bytes(json_bytes(config))
     ignorable = sum(name.endswith(_FREQUENCIES) for name in names)
     return Handed(tensors=len(names) - ignorable, ignorable=ignorable, notes=notes)
@@ -197,7 +196,7 @@ def expected_dense(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         value = checkpoint.tensor(name).to(torch.float16)
         layer, _, leaf = name.rpartition(".")
         start = 0
-        for part, size in _parts(layer, value.shape[0], checkpoint.config):
+        for part, size in parts(layer, value.shape[0], checkpoint.config):
             yield f"{part}.{leaf}", value[start : start + size]
             start += size
 
@@ -209,10 +208,6 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     return rope
-
-
-def head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 # ---- helpers -------------------------------------------------------------------------------------------
@@ -228,22 +223,10 @@ def _window(config: Mapping[str, Any]) -> int | None:
     return int(window) if window else None
 
 
-def _parts(layer: str, size: int, config: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """A layer's rows under the names that they get: (name, out_features); Phi-3's fused projections become several."""
-    above, _, last = layer.rpartition(".")
-    if config["model_type"] == "phi3" and last == "qkv_proj":
-        dim = head_dim(config)
-        query, key = int(config["num_attention_heads"]) * dim, int(config["num_key_value_heads"]) * dim
-        return [(f"{above}.q_proj", query), (f"{above}.k_proj", key), (f"{above}.v_proj", key)]
-    if config["model_type"] == "phi3" and last == "gate_up_proj":
-        return [(f"{above}.gate_proj", size // 2), (f"{above}.up_proj", size // 2)]
-    return [(layer, size)]
-
-
 def _split(layer: str, whole: QuantizedWeight, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantizedWeight]]:
     """A layer's codes as those of the layers that its rows are exported as."""
     start = 0
-    for part, size in _parts(layer, whole.codes_OI.shape[0], config):
+    for part, size in parts(layer, whole.codes_OI.shape[0], config):
         rows = slice(start, start + size)
         start += size
         yield (
@@ -268,14 +251,14 @@ def _split_shards(checkpoint: Checkpoint, folder: Path) -> list[str]:
         plain = [n for n, info in checkpoint.tensors.items() if info.file == file and n not in taken]
         for name, value in checkpoint.read(plain).items():
             layer, _, leaf = name.rpartition(".")
-            parts = _parts(layer, value.shape[0], checkpoint.config)
-            _check_heads(checkpoint, name, value.shape[0], parts)
-            for (part, _), piece in zip(parts, value.split([size for _, size in parts]), strict=True):
+            cut = parts(layer, value.shape[0], checkpoint.config)
+            check_heads(checkpoint.path, name, value.shape[0], cut)
+            for (part, _), piece in zip(cut, value.split([size for _, size in cut]), strict=True):
                 out[f"{part}.{leaf}"] = piece
         for layer in (layer for layer, place in home.items() if place == file):
             whole = source.weight(layer)
             rows = whole.codes_OI.shape[0]
-            _check_heads(checkpoint, layer, rows, _parts(layer, rows, checkpoint.config))
+            check_heads(checkpoint.path, layer, rows, parts(layer, rows, checkpoint.config))
             for part, q in _split(layer, whole, checkpoint.config):
                 out.update({f"{part}.{leaf}": value for leaf, value in awq_gemm.tensors(q).items()})
         save_atomically(folder / file, out)
@@ -283,11 +266,6 @@ def _split_shards(checkpoint: Checkpoint, folder: Path) -> list[str]:
     if len(set(weight_map.values())) > 1:
         (folder / INDEX).write_bytes(json_bytes({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}))
     return list(weight_map)
-
-
-def _check_heads(checkpoint: Checkpoint, name: str, rows: int, parts: list[tuple[str, int]]) -> None:
-    if sum(size for _, size in parts) != rows:
-        raise ArtifactError(f"{checkpoint.path}: {name} has {rows} rows, which do not fit its config's heads")
 
 
 def _has_template(folder: Path) -> bool:

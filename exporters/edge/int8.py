@@ -10,30 +10,20 @@ Shapes: N out_features, K in_features
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.checkpoint import INDEX, Checkpoint
-from compress.errors import UnsupportedError
 from compress.files import json_bytes
 from compress.formats import Stored, stored
 from compress.shards import save_atomically
+from exporters.edge.split import check_heads, parts
 
 ALGORITHM = "W8A8_SQ_PER_CHANNEL"
 QUANT_CONFIG = "hf_quant_config.json"
-
-
-def check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedError for a model whose linears the exporter would read otherwise than they are."""
-    if config["model_type"] == "phi3":
-        raise UnsupportedError(
-            f"{path}: phi3's fused projections are split for edge in INT4 only; quantize with `compress awq --bits 4 "
-            "--sym`"
-        )
 
 
 def write_folder(checkpoint: Checkpoint, folder: Path) -> list[str]:
@@ -43,9 +33,17 @@ def write_folder(checkpoint: Checkpoint, folder: Path) -> list[str]:
     home = {layer: checkpoint.info(min(source.part_names(layer).values())).file for layer in source.layers}
     weight_map: dict[str, str] = {}
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        out = checkpoint.read(n for n, info in checkpoint.tensors.items() if info.file == file and n not in taken)
+        out: dict[str, Tensor] = {}
+        plain = [n for n, info in checkpoint.tensors.items() if info.file == file and n not in taken]
+        for name, value in checkpoint.read(plain).items():
+            layer, _, leaf = name.rpartition(".")
+            cut = parts(layer, value.shape[0], checkpoint.config)
+            check_heads(checkpoint.path, name, value.shape[0], cut)
+            for (part, _), piece in zip(cut, value.split([size for _, size in cut]), strict=True):
+                out[f"{part}.{leaf}"] = piece
         for layer in (layer for layer, place in home.items() if place == file):
-            out.update({f"{layer}.{leaf}": value for leaf, value in tensors(source, layer).items()})
+            for part, found in tensors(source, layer):
+                out.update({f"{part}.{leaf}": value for leaf, value in found.items()})
         save_atomically(folder / file, out)
         weight_map.update(dict.fromkeys(out, file))
     if len(set(weight_map.values())) > 1:
@@ -57,25 +55,36 @@ def write_folder(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
 def left_dense(source: Stored) -> list[str]:
     """Linears that are not quantized. lm_head, which has no tensor where it is tied, would else be made of nothing."""
-    tensors = source.checkpoint.tensors
-    dense = {n.removesuffix(".weight") for n, i in tensors.items() if n.endswith(".weight") and len(i.shape) == 2}
-    return sorted({"lm_head", *(name for name in dense if name not in source and "embed_tokens" not in name)})
+    config, tensors = source.checkpoint.config, source.checkpoint.tensors
+    dense = {n.removesuffix(".weight"): i for n, i in tensors.items() if n.endswith(".weight") and len(i.shape) == 2}
+    kept = {name: info for name, info in dense.items() if name not in source and "embed_tokens" not in name}
+    return sorted({"lm_head", *(part for name, i in kept.items() for part, _ in parts(name, i.shape[0], config))})
 
 
-def tensors(source: Stored, layer: str) -> dict[str, Tensor]:
-    """A layer's tensors by leaf."""
+def tensors(source: Stored, layer: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors by leaf of a layer, or of each of those that its rows are exported as."""
     weight, static = source.weight(layer), source.static(layer)
     assert static is not None
-    return {
-        "weight": weight.signed_OI(),
-        "weight_scale": weight.scale_OG.float().reshape(-1).contiguous(),
-        "input_scale": static.scale.float(),
-        "pre_quant_scale": torch.ones(weight.codes_OI.shape[1], dtype=torch.float16),
-    }
+    signed_OI, scale_O = weight.signed_OI(), weight.scale_OG.float().reshape(-1)
+    cut = parts(layer, len(signed_OI), source.checkpoint.config)
+    check_heads(source.checkpoint.path, layer, len(signed_OI), cut)
+    start = 0
+    for part, size in cut:
+        rows = slice(start, start + size)
+        start += size
+        yield (
+            part,
+            {
+                "weight": signed_OI[rows].contiguous(),
+                "weight_scale": scale_O[rows].contiguous(),
+                "input_scale": static.scale.float().clone(),
+                "pre_quant_scale": torch.ones(signed_OI.shape[1], dtype=torch.float16),
+            },
+        )
 
 
 def expected(checkpoint: Checkpoint) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every quantized layer's tensors, one layer at a time."""
+    """Every quantized layer's tensors under the name that the export must have, one layer at a time."""
     source = stored(checkpoint)
     for layer in source.layers:
-        yield layer, tensors(source, layer)
+        yield from tensors(source, layer)

@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT)]
 from compress.calibration_rows import weight_bytes  # noqa: E402
 from compress.checkpoint import Checkpoint  # noqa: E402
 from compress.cli.auto import verdict_text  # noqa: E402
+from compress.cli.judges import DOUBT  # noqa: E402
 from compress.devices import pick_dtype  # noqa: E402
 from compress.files import json_bytes, write_bytes_atomically  # noqa: E402
 from compress.model import StreamedModel  # noqa: E402
@@ -86,7 +87,7 @@ class Bench:
         gate = self.options.gate
 
         def judge(folder: Path) -> Judged:
-            row = self.judged(folder)
+            row = self.judged(folder, confidence=1 - DOUBT / self.options.tries)
             passes = row["lower"] >= gate
             return Judged(passes=passes, recovery=row["recovery"], lower=row["lower"], upper=row["upper"], kl=row["kl"])
 
@@ -98,12 +99,13 @@ class Bench:
         tried = [one.to_json() for one in found.tried]
         return {"kind": "smallest", "seconds": seconds, "tried": tried, **self.judged(out)}
 
-    def judged(self, folder: Path) -> Row:
+    def judged(self, folder: Path, confidence: float = 0.95) -> Row:
         """Bytes, KL with its interval, recovery with its bounds."""
         o = self.options
         report = evaluate(
             EvaluationRequest(
                 candidate=folder, reference=self.source.path, data=o.data, threshold=o.gate, max_tokens=o.max_tokens,
+                confidence=confidence,
                 device=o.device, cache_folder=self.work / "cache",
             )
         )  # fmt: skip

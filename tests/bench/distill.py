@@ -487,6 +487,8 @@ def main() -> None:
         verbs[options.what](work, options)
     except OutOfTime as what:
         print(f"out of time in: {what}; the same command goes on", flush=True)
+    finally:
+        work.save()
     print_table(work)
 
 

@@ -44,11 +44,12 @@ class Work:
             started = time.monotonic()
             found = make()
             self.results[name] = {**found, "job_seconds": round(time.monotonic() - started, 1)}
-            self._save()
+            self.save()
             print(json.dumps({"job": name, **self.results[name]}), flush=True)
         return self.results[name]
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the figures, whole."""
         text = json.dumps(self.results, indent=1) + "\n"
         for path in (self._file, *([self.out] if self.out else [])):
             part = path.with_name(path.name + ".part")

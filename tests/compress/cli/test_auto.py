@@ -37,6 +37,8 @@ def test_the_smallest_that_passes(compress: Any, valid_json: Any) -> None:
     manifest = read_manifest(Path(found["out"]))
     assert manifest is not None and manifest.record == found["record"]
     assert list(Path(found["out"] + ".reports").glob("*.json")), "its verdict is kept beside it"
+    report = json.loads(next(Path(found["out"] + ".reports").glob("*.json")).read_text())
+    assert report["gate"]["confidence"] == 0.975, "two artifacts may be tried, so each has half of the 5 %"
     page = Path("auto.html").read_text()
     assert page.count("<svg") == 3 and "The gate" not in page and "is passed" in page
 
@@ -74,6 +76,17 @@ def test_refused_before_any_work(args: tuple[str, ...], said: str, compress: Any
     done = compress("auto", *args)
     assert done.exit_code == 1 and said in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not Path("artifacts").exists()
+
+
+def test_a_page_that_cannot_be_drawn_is_refused_before_work(compress: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    for args in (("auto", "--bytes", "9M"), ("prune", "--depth", "1")):
+        done = compress(*args, "--report", "page.html")
+        assert done.exit_code == 1 and 'pip install "compress-toolkit[report]"' in done.stderr
+        assert not Path("artifacts").exists()
 
 
 def test_the_calibration_text_judges_nothing(compress: Any, build_model: Any, calib_text: Path) -> None:

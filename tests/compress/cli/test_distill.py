@@ -49,8 +49,8 @@ def test_codes_are_made_first_and_then_trained(
 ) -> None:
     """From a model that is not quantized to one that is, by one command: nearer to it than quantizing alone left it."""
     monkeypatch.chdir(tmp_path)
-    asked = ["distill", "--teacher", str(student), "--scheme", scheme, "--data", TEXT, "--tokens", "10240"]
-    sizes = ["--seq-len", "32", "--batch", "16", "--device", "cpu", "--lr", "1e-2"]
+    asked = ["distill", "--teacher", str(student), "--scheme", scheme, "--data", TEXT, "--tokens", "5120"]
+    sizes = ["--seq-len", "32", "--batch", "8", "--device", "cpu", "--lr", "1e-2"]
     # INT8 of random weights loses too little to be told from noise
     watch = ["--watch", TEXT, "--watch-tokens", "2048"] if scheme == "w4a16" else []
     made = call(*asked, *sizes, *watch, "--json")
@@ -68,6 +68,14 @@ def test_codes_are_made_first_and_then_trained(
             assert not torch.equal(start.tensor(name), end.tensor(name)), name
     assert found["tensors_verified"] > len(end.tensors) - 1
     assert "is not quantized: `compress" in made.stderr
+    if scheme == "w8a8":  # what was made first is used again, whatever the workspace has since, and only for its model
+        again = call(*asked, *sizes, "--tokens", "1024", "-o", "again")
+        assert again.exit_code == 0 and "is not quantized" not in again.output, again.output
+        assert "student: artifacts/model-w8a8-start, made of" in again.output
+        config = student / "config.json"
+        config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+        other = call(*asked, *sizes, "-o", "other")
+        assert other.exit_code == 1 and "artifacts/model-w8a8-start was made of another model" in other.output
 
 
 def test_teaches_and_learns_from_it(

@@ -28,6 +28,10 @@ SMALL = {
     ],
     "cpu-offline": ["awq.effort=fast", "awq.samples=2", "awq.seq-len=64"],
     "lambda": ["awq.effort=fast", "awq.samples=2", "awq.seq-len=64"],
+    "a100-auto": [
+        "auto.effort=fast", "auto.samples=8", "auto.seq-len=64", "auto.gate=0.9", "auto.tries=1",
+        "auto.max-tokens=10240",
+    ],
 }  # fmt: skip
 SMALL["a100-awq"] += ["awq.samples=2", "awq.seq-len=64"]
 AT_LAST = ["evaluate.max-tokens=1024"]

@@ -63,8 +63,30 @@ def test_the_folder_that_is_handed_over(make: Any, tmp_path: Path) -> None:
 def test_what_it_does_not_take(make: Any) -> None:
     with pytest.raises(UnsupportedError, match="compressed-tensors.*or `compress int8 --static`"):
         edge_folder.check_model(Checkpoint.open(make(static=False)), 64)
-    with pytest.raises(UnsupportedError, match="phi3's fused projections are split for edge in INT4 only"):
-        int8.check_config(Path("model"), {"model_type": "phi3"})
+
+
+def test_fused_projections_are_cut_between_rows(make: Any, tmp_path: Path) -> None:
+    """Phi-3 as a Llama: the same codes, scales and ranges under the names of its parts, quantized or not."""
+    checkpoint, out = Checkpoint.open(make("Phi3", skip=("model.layers.1.mlp.gate_up_proj",))), tmp_path / "in"
+    out.mkdir()
+    edge_folder.check_model(checkpoint, 64)
+    handed = edge_folder.hand_over(checkpoint, out)
+    config = json.loads((out / "config.json").read_text())
+    said = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
+    assert said["exclude_modules"] == ["lm_head", *(f"model.layers.1.mlp.{p}_proj" for p in ("gate", "up"))]
+    found, source = load_file(out / "model.safetensors"), stored(checkpoint)
+    assert len(found) == handed.tensors and not any("qkv" in n or "gate_up" in n for n in found)
+    for fused, names in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
+        layer, above = f"model.layers.0.{fused}", f"model.layers.0.{fused.split('.')[0]}"
+        made = {leaf: [found[f"{above}.{n}_proj.{leaf}"] for n in names] for leaf in ("weight", "weight_scale")}
+        rows = torch.cat(made["weight"]).float() * torch.cat(made["weight_scale"])[:, None]
+        static = source.static(layer)
+        assert static is not None and torch.equal(rows, source.weight(layer).dequantize())
+        assert {float(found[f"{above}.{n}_proj.input_scale"]) for n in names} == {float(static.scale)}
+    parts = [found[f"model.layers.1.mlp.{n}_proj.weight"] for n in ("gate", "up")]
+    assert torch.equal(torch.cat(parts), checkpoint.tensor("model.layers.1.mlp.gate_up_proj.weight"))
+    assert {name for name, _ in int8.expected(checkpoint)} == {n[:-12] for n in found if n.endswith(".input_scale")}
 
 
 def test_quantizers_of_the_graph_are_computed_as_onnx_says() -> None:
