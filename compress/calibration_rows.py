@@ -23,10 +23,9 @@ from compress.tell import SILENT, Tell
 from compress.tokens import ids_sha256, load_tokenizer
 
 # A stage that learns from the rows adds as many of the model's own as the text has, and more up to ENOUGH_ROWS in all;
-# not more than MOST_OWN_ROWS, as they are sampled token by token, and of no model larger than SAMPLED_FROM_BYTES.
+# not more than MOST_OWN_ROWS, as they are sampled token by token.
 ENOUGH_ROWS = 128
 MOST_OWN_ROWS = 128
-SAMPLED_FROM_BYTES = 4_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +118,10 @@ def _own_rows(text: Text, found: CalibrationSet, model: StreamedModel) -> tuple[
         return text.self_samples or 0, []
     missing = min(MOST_OWN_ROWS, max(ENOUGH_ROWS - len(found.ids_NT), len(found.ids_NT)))
     size = weight_bytes(model.checkpoint)
-    if size > SAMPLED_FROM_BYTES:
+    if size > sampling.largest(str(model.device)):
         note = (
             f"the model ({size / 1e9:.1f} GB) was not sampled from for more calibration text: that holds all of it "
-            f"in memory; give more text, or pass --self-samples {missing} if it fits"
+            f"in memory and goes token by token; give more text, or pass --self-samples {missing}"
         )
         return 0, [note]
     return missing, []

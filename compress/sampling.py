@@ -30,14 +30,19 @@ LARGEST_ON_CPU = 1_000_000_000
 LARGEST_ON_GPU = 4_000_000_000
 
 
+def largest(device: str) -> int:
+    """The most bytes of weights that a model may have to be sampled from unasked."""
+    return LARGEST_ON_CPU if torch.device(device).type == "cpu" else LARGEST_ON_GPU
+
+
 def may_sample_from(model: Path, device: str) -> str | None:
     """Why the model in a folder is too large to be sampled from without being asked to; None if it is not."""
     size = sum(info.num_bytes for info in Checkpoint.open(model).tensors.values())
-    largest = LARGEST_ON_CPU if torch.device(device).type == "cpu" else LARGEST_ON_GPU
-    if size <= largest:
+    most = largest(device)
+    if size <= most:
         return None
     return (
-        f"{model} holds {size / 1e9:.1f} GB of weights, more than the {largest / 1e9:.0f} GB up to which text is "
+        f"{model} holds {size / 1e9:.1f} GB of weights, more than the {most / 1e9:.0f} GB up to which text is "
         f"sampled from the model itself by default on {torch.device(device).type}"
     )
 

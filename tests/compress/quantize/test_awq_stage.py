@@ -237,7 +237,7 @@ def test_best_adds_the_models_own_text(build_model: Any, quantize: Any, monkeypa
         monkeypatch.setattr("compress.calibration_rows.MOST_OWN_ROWS", most)
         made = quantize(folder, f"four-{added}", **options)
         assert made.record["calibration"]["num_sampled_from_model"] == added
-    monkeypatch.setattr("compress.calibration_rows.SAMPLED_FROM_BYTES", 1000)
+    monkeypatch.setattr("compress.sampling.LARGEST_ON_CPU", 1000)
     large = quantize(folder, "five", **options)
     assert large.record["calibration"]["num_sampled_from_model"] == 0
     assert any("was not sampled from" in note and "--self-samples 3" in note for note in large.notes)
