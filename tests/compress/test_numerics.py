@@ -106,6 +106,7 @@ HARMLESS = {
     "numerics": "the place for it",
     "quantize.retarget": "no index comes twice",
     "quantize.lift": "integers",
+    "quantize.descent": "integers, on the CPU",
     "prune.structure": "integers, on the CPU",
     "prune.importance": "booleans",
     "prune.prune_block": "on the CPU",

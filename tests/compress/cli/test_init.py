@@ -39,6 +39,6 @@ def test_a_ready_recipe_with_ones_own_model_and_texts(compress: Any, name: str) 
 
 
 def test_what_is_not_known_is_said(compress: Any) -> None:
-    assert "which recipe? pass one of a100-awq" in compress().stderr
+    assert "which recipe? pass one of a100-auto, a100-awq" in compress().stderr
     assert "did you mean orin-awq?" in compress("orin-awk").stderr
     assert "cannot be written" in compress("lambda", "-o", "no/where.toml").stderr
