@@ -63,9 +63,7 @@ def quantize_awq(
     from compress.workspace import WORKSPACE
 
     symmetric = check_codes(num_bits, symmetric)
-    source = source_of(
-        model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision
-    )  # fmt: skip
+    source = source_of(model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision)
     found, _ = asked_scheme(source.path, num_bits, group_size, symmetric, skip, trust_remote_code=trust_remote_code)
     device = pick_device(device)
     options: dict[str, Any] = {
@@ -86,7 +84,7 @@ def quantize_int8(
     scheme: str = "w8a8",
     group_size: int = -1,
     static: bool = False,
-    symmetric_activations: bool = True,
+    symmetric_activations: bool | None = None,
     keep_inputs: int | None = 0,
     kv_cache: str | None = None,
     smoothing: float | None = None,
@@ -109,8 +107,9 @@ def quantize_int8(
     """Quantize a model to INT8, as `compress int8` does: to a compressed-tensors folder.
 
     scheme: `w8a8` (weights and inputs as integers) or `w8a16` (weights only, in groups of group_size, -1 for a scale a
-    row). static: one calibrated range a layer instead of one a token. keep_inputs: how many groups of layers keep their
-    inputs as floats, None for those that lose most. kv_cache: `int8` or None. smoothing: a strength for all, None to
+    row). static: one calibrated range a layer instead of one a token. symmetric_activations: inputs without zero
+    points; None: with them by token, without where static. keep_inputs: how many groups of layers keep their inputs as
+    floats, None for those that lose most. kv_cache: `int8` or None. smoothing: a strength for all, None to
     search. The outcome is as of `quantize_awq`.
     """
     from compress.devices import pick_device, pick_dtype
@@ -118,9 +117,7 @@ def quantize_int8(
     from compress.quantize.int8_stage import quantize_int8 as run
     from compress.workspace import WORKSPACE
 
-    source = source_of(
-        model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision
-    )  # fmt: skip
+    source = source_of(model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision)
     device = pick_device(device)
     options: dict[str, Any] = {
         "scheme": scheme, "group_size": group_size, "static": static, "sym_activations": symmetric_activations,
@@ -176,9 +173,7 @@ def auto(
     from compress.search import Goal, search
     from compress.workspace import WORKSPACE
 
-    source = source_of(
-        model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision
-    )  # fmt: skip
+    source = source_of(model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision)
     device = pick_device(device)
     text = text_to_judge(source, text_of(data), gate, text_of(calib))
     request = AutoRequest(
@@ -236,9 +231,7 @@ def prune_model(
     from compress.prune.prune_stage import prune as run
     from compress.workspace import WORKSPACE
 
-    source = source_of(
-        model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision
-    )  # fmt: skip
+    source = source_of(model, out, force=force, trust=trust_remote_code, adapter=adapter, revision=revision)
     device = pick_device(device)
     given = {"depth": depth, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads, "hidden": hidden}
     amounts = {name: None if value is None else f"{value:g}" for name, value in given.items()}

@@ -121,3 +121,17 @@ def test_importing_costs_nothing() -> None:
     code = "import sys, compress; print('torch' in sys.modules, compress.__version__)"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert seen.stdout.split()[0] == "False"
+
+
+def test_int8_from_python_decides_as_the_request_does() -> None:
+    """What the call leaves open is what the command leaves open: a default that is written twice drifts apart."""
+    import dataclasses
+    import inspect
+
+    from compress.quantize.int8_stage import Int8Request
+
+    asked = {name: p.default for name, p in inspect.signature(compress.quantize_int8).parameters.items()}
+    asked["sym_activations"] = asked.pop("symmetric_activations")
+    fields = ("scheme", "group_size", "static", "sym_activations", "keep_inputs", "kv_cache", "smoothing", "effort")
+    meant = {field.name: field.default for field in dataclasses.fields(Int8Request)}
+    assert {name: asked[name] for name in fields} == {name: meant[name] for name in fields}
