@@ -24,11 +24,10 @@ from compress.artifact import carried_files
 from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import UnsupportedError
 from compress.files import json_bytes
-from compress.formats import awq_gemm, compressed_tensors, stored
+from compress.formats import Stored, awq_gemm, compressed_tensors, stored
 from compress.quantized import QuantizedWeight
-from compress.shards import save_atomically
 from exporters.edge import int8
-from exporters.edge.split import check_heads, head_dim, parts
+from exporters.edge.split import check_heads, head_dim, parts, write_shards
 from exporters.reader import Layout
 
 # model_type -> where that comes from. Every other type is refused before any work.
@@ -164,7 +163,7 @@ def hand_over(checkpoint: Checkpoint, folder: Path) -> Handed:
         names = int8.write_folder(checkpoint, folder)
         config.pop("quantization_config")  # ModelOpt's own file says it
     elif config["model_type"] == "phi3":
-        names = _split_shards(checkpoint, folder)
+        names = write_shards(checkpoint, folder, _int4_tensors)
     else:
         names = list(checkpoint.tensors)
         for file in sorted({info.file for info in checkpoint.tensors.values()} | {INDEX}):
@@ -240,32 +239,13 @@ def _split(layer: str, whole: QuantizedWeight, config: Mapping[str, Any]) -> Ite
         )
 
 
-def _split_shards(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Phi-3's shards with the fused projections split; returns the names written. One shard in memory at a time."""
-    weight_map: dict[str, str] = {}
-    source, taken = stored(checkpoint), stored(checkpoint).taken()
-    # a quantized layer goes where the first of its tensors is
-    home = {layer: checkpoint.info(min(source.part_names(layer).values())).file for layer in source.layers}
-    for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        out: dict[str, Tensor] = {}
-        plain = [n for n, info in checkpoint.tensors.items() if info.file == file and n not in taken]
-        for name, value in checkpoint.read(plain).items():
-            layer, _, leaf = name.rpartition(".")
-            cut = parts(layer, value.shape[0], checkpoint.config)
-            check_heads(checkpoint.path, name, value.shape[0], cut)
-            for (part, _), piece in zip(cut, value.split([size for _, size in cut]), strict=True):
-                out[f"{part}.{leaf}"] = piece
-        for layer in (layer for layer, place in home.items() if place == file):
-            whole = source.weight(layer)
-            rows = whole.codes_OI.shape[0]
-            check_heads(checkpoint.path, layer, rows, parts(layer, rows, checkpoint.config))
-            for part, q in _split(layer, whole, checkpoint.config):
-                out.update({f"{part}.{leaf}": value for leaf, value in awq_gemm.tensors(q).items()})
-        save_atomically(folder / file, out)
-        weight_map.update(dict.fromkeys(out, file))
-    if len(set(weight_map.values())) > 1:
-        (folder / INDEX).write_bytes(json_bytes({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}))
-    return list(weight_map)
+def _int4_tensors(source: Stored, layer: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors by leaf of each of the layers that a layer's rows are exported as."""
+    whole = source.weight(layer)
+    config, rows = source.checkpoint.config, whole.codes_OI.shape[0]
+    check_heads(source.checkpoint.path, layer, rows, parts(layer, rows, config))
+    for part, q in _split(layer, whole, config):
+        yield part, awq_gemm.tensors(q)
 
 
 def _has_template(folder: Path) -> bool:

@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.checkpoint import INDEX, Checkpoint
+from compress.checkpoint import Checkpoint
 from compress.files import json_bytes
 from compress.formats import Stored, stored
-from compress.shards import save_atomically
-from exporters.edge.split import check_heads, parts
+from exporters.edge.split import check_heads, parts, write_shards
 
 ALGORITHM = "W8A8_SQ_PER_CHANNEL"
 QUANT_CONFIG = "hf_quant_config.json"
@@ -28,29 +27,10 @@ QUANT_CONFIG = "hf_quant_config.json"
 
 def write_folder(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """ModelOpt's layout of the artifact's shards in `folder`, one shard in memory at a time; the names written."""
-    source = stored(checkpoint)
-    taken = source.taken()
-    home = {layer: checkpoint.info(min(source.part_names(layer).values())).file for layer in source.layers}
-    weight_map: dict[str, str] = {}
-    for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        out: dict[str, Tensor] = {}
-        plain = [n for n, info in checkpoint.tensors.items() if info.file == file and n not in taken]
-        for name, value in checkpoint.read(plain).items():
-            layer, _, leaf = name.rpartition(".")
-            cut = parts(layer, value.shape[0], checkpoint.config)
-            check_heads(checkpoint.path, name, value.shape[0], cut)
-            for (part, _), piece in zip(cut, value.split([size for _, size in cut]), strict=True):
-                out[f"{part}.{leaf}"] = piece
-        for layer in (layer for layer, place in home.items() if place == file):
-            for part, found in tensors(source, layer):
-                out.update({f"{part}.{leaf}": value for leaf, value in found.items()})
-        save_atomically(folder / file, out)
-        weight_map.update(dict.fromkeys(out, file))
-    if len(set(weight_map.values())) > 1:
-        (folder / INDEX).write_bytes(json_bytes({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}))
-    said = {"quant_algo": ALGORITHM, "kv_cache_quant_algo": None, "exclude_modules": left_dense(source)}
+    written = write_shards(checkpoint, folder, tensors)
+    said = {"quant_algo": ALGORITHM, "kv_cache_quant_algo": None, "exclude_modules": left_dense(stored(checkpoint))}
     (folder / QUANT_CONFIG).write_bytes(json_bytes({"producer": {"name": "compress"}, "quantization": said}))
-    return list(weight_map)
+    return written
 
 
 def left_dense(source: Stored) -> list[str]:
