@@ -244,30 +244,16 @@ def _dry_goal(model: StreamedModel, asked: Asked, target: str | None, context: i
         print(f"  {shape.label()}: {one['parameters'] / 1e6:.1f} M parameters, {one['bytes'] / 1e6:.1f} MB{fast}")
 
 
-TEXTS = {"text": "the text", "own": "its own text", "watched": "the watched text"}
-
-
-def held_text(divergence: Mapping[str, Any]) -> str:
-    """KL on the rows held out, as it is shown; on each kind of text where there are several."""
-    if divergence["held_out"] is None:
-        return "not measured, there is a single row"
-    return f"{divergence['held_out']:.4f}" + _by_text(divergence["by_text"])
-
-
-def _by_text(found: Mapping[str, float]) -> str:
-    if len(found) < 2:
-        return ""
-    return "; mean of " + ", ".join(f"{TEXTS[name]} {kl:.4f}" for name, kl in found.items())
-
-
 def _print(outcome: Outcome, seconds: float) -> None:
+    from compress.prune.kinds import by_text, held_text
+
     record = outcome.record
     search = record["search"]
     for one in search["tried"] if search else ():
         shape = "-".join(f"{key}{value}" for key, value in one["shape"].items())
         print(
             f"tried {shape}: {one['parameters'] / 1e6:.1f} M, KL {one['divergence']:.4f} "
-            f"({one['predicted']:.4f} added up{_by_text(one['by_text'])})"
+            f"({one['predicted']:.4f} added up{by_text(one['by_text'])})"
         )
     print(f"KL to the original on rows held out: {held_text(record['divergence'])}")
     removed = record["removed_blocks"]

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.ticker import MaxNLocator
 
-from compress.cli.prune import held_text
+from compress.prune.kinds import held_text
 from evaluators.html import document, section, table
 from evaluators.svg import BLUE, ORANGE, RED, STYLE, new_figure, to_svg
 

@@ -9,8 +9,9 @@ Shapes: T tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -96,3 +97,20 @@ def parts_of(batches: Sequence[Tensor], rows: range) -> Iterator[tuple[int, slic
     size = len(batches[0])
     for i in range(rows.start // size, -(-rows.stop // size)):
         yield i, slice(max(rows.start - i * size, 0), min(rows.stop - i * size, size))
+
+
+_SAID = {"text": "the text", "own": "its own text", "watched": "the watched text"}
+
+
+def held_text(divergence: Mapping[str, Any]) -> str:
+    """KL on the rows held out, as it is shown; on each kind of text where there are several."""
+    if divergence["held_out"] is None:
+        return "not measured, there is a single row"
+    return f"{divergence['held_out']:.4f}" + by_text(divergence["by_text"])
+
+
+def by_text(found: Mapping[str, float]) -> str:
+    """The KL of each kind of text, where there are several."""
+    if len(found) < 2:
+        return ""
+    return "; mean of " + ", ".join(f"{_SAID[name]} {kl:.4f}" for name, kl in found.items())
