@@ -100,15 +100,10 @@ def command(
         check_page(report, source.path)
     gate = GATE if gate is None and num_bytes is None else gate
     data = text_to_judge(source, data, gate, rest["calib"])
+    wanted = Menu(symmetric=symmetric, int8=int8, dense=float16, lm_head=lm_head)
     opened, menu, most, reader = asked_for(
-        source,
-        target,
-        format_,
-        context,
-        num_bytes,
-        Menu(symmetric=symmetric, int8=int8, dense=float16, lm_head=lm_head),
-        rest["trust_remote_code"],
-    )
+        source, target, format_, context, num_bytes, wanted, rest["trust_remote_code"]
+    )  # fmt: skip
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     request = AutoRequest(
@@ -127,11 +122,7 @@ def command(
             request, goal, judges.judge(shown) if judges else None, shown, vet=judges.vet if judges else unvetted
         )  # fmt: skip
     kept = judges.keep(found) if judges else None
-    seconds = time.monotonic() - started
-    if as_json:
-        print(json.dumps(to_json(found, gate, seconds), indent=2))
-    else:
-        _print(found, gate, seconds)
+    _print(found, gate, time.monotonic() - started, as_json)
     if report is not None:
         _write_page(report, found, gate, source.name)
     if kept:
@@ -274,7 +265,10 @@ def _point(choice: Choice) -> dict[str, float]:
     return {"bytes": choice.num_bytes, "predicted_kl": choice.kl}
 
 
-def _print(found: Found, gate: float | None, seconds: float) -> None:
+def _print(found: Found, gate: float | None, seconds: float, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(to_json(found, gate, seconds), indent=2))
+        return
     out = console()
     for note in found.notes:
         out.print(note, soft_wrap=True)
