@@ -314,7 +314,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         default=SPIN,
         metavar="US",
-        help=f"microseconds that a waiting thread keeps its core busy before it sleeps; default: {SPIN}, 0: sleeps at once",
+        help=f"microseconds that a waiting thread keeps its core before it sleeps; default: {SPIN}, 0: sleeps at once",
     )
     parser.add_argument("--ids", action="store_true", help="print token ids, one a line, instead of text")
     parser.add_argument("--json", action="store_true", help="the figures on standard error as one line of JSON")
