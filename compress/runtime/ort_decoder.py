@@ -38,7 +38,7 @@ class OrtDecoder:
         outputs = [o.name for o in runner.session.get_outputs()]
         self._presents = {past: _present(past, outputs, runner.path) for past in runner.pasts}
         self._pasts: dict[str, np.ndarray[Any, Any]] = {}
-        self._binding = self._bind_caches() if runner.shares_caches else None
+        self._binding: Any = self._bind_caches() if runner.shares_caches else None
         self._ids = torch.zeros(batch, dtype=torch.int64)
         self.length = 0
 
