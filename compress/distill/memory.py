@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress.distill import at_once
-from compress.distill.losses import CPU_BLOCK, GPU_BLOCK
 from compress.errors import ConfigError
+from compress.losses import at_once
+from compress.losses.in_blocks import CPU_BLOCK, GPU_BLOCK
 
 PROBE_TOKENS = (64, 128)
 MARGIN = 1.1

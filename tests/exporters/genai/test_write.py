@@ -18,6 +18,7 @@ from compress.errors import ArtifactError, CompressError, ConfigError, Unsupport
 from compress.files import file_sha256
 from compress.formats import stored
 from compress.quantize.awq_stage import AwqRequest, quantize_awq
+from compress.runtime.ort_decoder import OrtDecoder
 from compress.scheme import Scheme
 from compress.workspace import resolve
 from exporters.reader import Job, Written
@@ -29,6 +30,7 @@ from exporters import reference  # noqa: E402
 from exporters.genai import graph as genai_graph
 from exporters.genai import head as genai_head
 from exporters.genai import write as onnx_genai
+from exporters.genai.bundle.run import Decoder
 from exporters.genai.check import compare_weights, node_weights  # noqa: E402
 
 CPU = TARGETS["cpu"]
@@ -192,6 +194,27 @@ def llama(exported: tuple[Path, Path]) -> Path:
 @pytest.fixture
 def graph(exported: tuple[Path, Path]) -> genai_graph.Graph:
     return genai_graph.Graph(exported[1])
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_toolkits_decoder(exported: tuple[Path, Path], in_place: bool, tmp_path: Path) -> None:
+    """`compress generate` and `bench`: the bundle's logits, for two texts at once, again after a longer one."""
+    folder = tmp_path / "out"
+    shutil.copytree(exported[1], folder)
+    if not in_place:
+        config = json.loads((folder / "genai_config.json").read_text())
+        config["search"]["past_present_share_buffer"] = False
+        (folder / "genai_config.json").write_text(json.dumps(config))
+    ids_BT = torch.tensor([[5, 80, 300, 12, 7, 900, 41], [9, 2, 77, 1500, 8, 8, 60]])
+    decoder = OrtDecoder.open(folder, capacity=16, batch=2)
+    assert decoder.runner.shares_caches is in_place
+    decoder.prefill(torch.cat([ids_BT.flip(1), ids_BT], dim=1))
+    found = [decoder.prefill(ids_BT[:, :4]).clone(), *(decoder.step(ids_BT[:, t]).clone() for t in (4, 5, 6))]
+    for row, ids in enumerate(ids_BT.tolist()):
+        bundled = Decoder(folder, capacity=16)
+        wanted = [bundled.prefill(ids[:4]).copy(), *(bundled.forward([token])[-1].copy() for token in ids[4:])]
+        for mine, other in zip(found, wanted, strict=True):
+            assert np.linalg.norm(mine[row].numpy() - other) < 1e-5 * np.linalg.norm(other)
 
 
 def test_every_weight_is_the_artifacts(llama: Path, graph: genai_graph.Graph) -> None:
