@@ -61,7 +61,7 @@ def matrix(name: str) -> str:
 
 
 def quantize(w_RH: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes uint8 `[R, G, block]` and scales float32 `[R, G]`: `w ~= (code - 128) * scale`, the largest at 127 steps."""
+    """Codes uint8 `[R, G, block]` and scales float32 `[R, G]`: `w ~= (code - 128) * scale`, the largest at 127."""
     w_RGB = w_RH.reshape(len(w_RH), -1, block)
     scale_RG = np.abs(w_RGB).max(axis=2) / np.float32(STEPS)
     inverse_RG = np.divide(1, scale_RG, out=np.zeros_like(scale_RG), where=scale_RG > 0)
