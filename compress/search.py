@@ -259,8 +259,8 @@ def _reader_note(record: Mapping[str, Any]) -> list[str]:
         return notes
     return [
         *notes,
-        "the folder mixes INT4 with zero points, which vLLM reads and transformers 5.23 does not load; --sym makes one "
-        "that both read",
+        "the folder mixes INT4 with zero points, which vLLM reads and transformers 5.23 does not load by itself: from "
+        "Python compress.load_model does, and --sym makes one that everything reads, with more loss",
     ]
 
 

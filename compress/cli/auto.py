@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--sym/--asym", "symmetric", default=False, show_default=True,
-    help="INT4 without zero points, or with them: better, but mixes are then read by vLLM and not by transformers.",
+    help="INT4 without zero points, or with them: better, but transformers does not load such mixes by itself.",
 )  # fmt: skip
 @click.option("--int8/--no-int8", default=True, show_default=True, help="Whether INT8 may be chosen.")
 @click.option("--float16/--no-float16", default=True, show_default=True, help="Whether float16 may be chosen.")

@@ -280,6 +280,20 @@ def test_transformers_computes_a_symmetric_mix_as_we_do(request_for: AutoRequest
     torch.testing.assert_close(logits_of(found.out), transformers_logits(found.out), rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_a_mix_with_zero_points_as_a_transformers_model(request_for: AutoRequest) -> None:
+    """compressed-tensors 0.20 makes room for unpacked zero points on the meta device. If this fails since it has been
+    mended, the note, `--sym`'s help and the troubleshooting page say something that is no longer so."""
+    import compress
+
+    found = search(request_for, Goal(gate=None, most=budget_of(request_for, 0.5)), None)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers_logits(found.out)
+    model = compress.load_model(found.out, device="cpu", dtype="float32")
+    torch.testing.assert_close(model(IDS).logits, logits_of(found.out))
+    assert model.generate(IDS[:1], max_new_tokens=3, do_sample=False).shape == (1, 27)
+
+
 # ---- the output matrix ---------------------------------------------------------------------------------
 
 
