@@ -322,7 +322,7 @@ def _identity(graph: Graph, size: int, bits: int) -> list[str]:
 
 def is_identity(node: onnx.NodeProto) -> bool:
     """Whether a MatMulNBits shows what its kernel keeps of a block (`split_activations`)."""
-    return node.op_type == "MatMulNBits" and node.input[1].startswith(f"{IDENTITY}.")
+    return bool(node.op_type == "MatMulNBits" and node.input[1].startswith(f"{IDENTITY}."))
 
 
 def drop_symmetric_zero_points(graph: Graph) -> int:
