@@ -155,7 +155,7 @@ def run(stage: Stage, job: Job, tell: Tell) -> Outcome:
     """
     with distributed.joined(job.device) as device, ExitStack() as held:
         job = replace(job, device=device)
-        reads = {"the model": job.source.path, **output.file_read(job.text.calib)}
+        reads = {"the model": job.source.path, **output.file_read(job.text.calib, job.text.watch)}
 
         def reserve() -> Place:
             return held.enter_context(output.reserved(job.out, reads, force=job.force))

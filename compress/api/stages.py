@@ -212,6 +212,8 @@ def prune_model(
     calib: PathLike | None = None,
     samples: int = 128,
     seq_len: int = 512,
+    self_samples: int | None = None,
+    watch: PathLike | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -226,6 +228,7 @@ def prune_model(
 
     depth, intermediate, heads, kv_heads, hidden: how much of each goes, a whole number or a share below 1. params,
     num_bytes: a goal for which shapes are tried (`candidates` of them). max_kl: nats a token; alone it is the goal.
+    watch: a second text, on which what goes is judged as well and to which nothing is fitted.
     """
     from compress.cli.prune import asked_of, label
     from compress.devices import pick_device, pick_dtype
@@ -243,8 +246,9 @@ def prune_model(
     )  # fmt: skip
     request = PruneRequest(
         source=source, out=Path(out or WORKSPACE / f"{source.name}-prune-{label(amounts, *goal, max_kl)}"),
-        asked=asked, max_kl=max_kl, repair=repair, calib=text_of(calib), samples=samples, seq_len=seq_len, seed=seed,
-        device=device, dtype=pick_dtype(dtype, device), force=force, resume=resume, trust_remote_code=trust_remote_code,
+        asked=asked, max_kl=max_kl, repair=repair, calib=text_of(calib), samples=samples, seq_len=seq_len,
+        self_samples=self_samples, watch=text_of(watch), seed=seed, device=device, dtype=pick_dtype(dtype, device),
+        force=force, resume=resume, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with told(tell) as listener:
         return run(request, listener)
