@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import compress
 from compress import distributed, output
@@ -44,7 +44,7 @@ from compress.journal import Facts, Journal, SharedStore
 from compress.linear import is_linear, linears, weight_OI
 from compress.model import StreamedModel
 from compress.output import Place, Run
-from compress.plan import LayerPlan
+from compress.plan import DENSE, LayerPlan
 from compress.statistics import Wanted
 from compress.tell import Tell
 from compress.workspace import Source
@@ -85,6 +85,8 @@ class Stage:
     measure(model, rows, facts, tell): what must be measured before it is known what is made, JSON; kept with the run.
     decided(model, measured): the stage as it then is. Its plan is asked for again.
     proof(model, staged, record): raises ArtifactError unless what was written is what was meant, before it has a name.
+    behind(model, hidden, plan=plan): the linears behind the blocks that the plan quantizes, by their full names, given
+    the original model's final hidden states batch by batch. None where the plan quantizes none.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Stage:
     measure: Callable[[StreamedModel, Rows, Facts, Tell], Mapping[str, Any]] | None = None
     decided: Callable[[StreamedModel, Mapping[str, Any]], Stage] | None = None
     proof: Callable[[StreamedModel, Path, Mapping[str, Any]], None] | None = None
+    behind: Callable[..., BlockResult] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +155,7 @@ def run(stage: Stage, job: Job, tell: Tell) -> Outcome:
     """
     with distributed.joined(job.device) as device, ExitStack() as held:
         job = replace(job, device=device)
-        reads = {"the model": job.source.path, **output.file_read(job.text.calib)}
+        reads = {"the model": job.source.path, **output.file_read(job.text.calib, job.text.watch)}
 
         def reserve() -> Place:
             return held.enter_context(output.reserved(job.out, reads, force=job.force))
@@ -202,12 +205,13 @@ def _run(stage: Stage, job: Job, place: Place | None, tell: Tell) -> Outcome | N
     tell.say(f"calibration: {rows.text.source}, {len(rows.ids_NT)} x {rows.ids_NT.shape[1]} tokens")
     ready = _decide(ready, begun, tell)
     stage = ready.stage
-    tell.start("block", len(ready.chosen))
+    tell.start("block", len(ready.chosen) + (stage.behind is not None))
     if begun is None:
         _blocks(ready, SharedStore(None), tell)
         return None
     journal = Journal(begun.run.folder, begun.run.id, stage.format, ready.written_plan)
-    write = partial(write_rest, journal, ready.model, stage.stored, stage.cut)
+    made = {f"{name}.weight" for name in outside_of(ready.model, ready.plan)}
+    write = partial(write_rest, journal, ready.model, stage.stored, stage.cut, made)
     # Neither needs the blocks, so both are done while those are computed.
     try:
         with meanwhile(partial(_settle, ready, begun)) as content, meanwhile(write) as rest:
@@ -332,6 +336,7 @@ def _refuse_change(ready: _Prepared) -> None:
 def _blocks(ready: _Prepared, store: SharedStore, tell: Tell) -> list[BlockDone]:
     """Stream the model through the stage."""
     stage, done = ready.stage, []
+    behind = None if stage.behind is None else partial(stage.behind, ready.model, plan=ready.plan)
     for step in stream(
         ready.model,
         ready.rows.ids_NT,
@@ -342,6 +347,7 @@ def _blocks(ready: _Prepared, store: SharedStore, tell: Tell) -> list[BlockDone]
         wanted=stage.wants,
         blocks=ready.chosen,
         reshaping=stage.reshaping,
+        behind=behind,
         tell=tell,
     ):
         done.append(step)
@@ -369,7 +375,7 @@ def _finish(
         model,
         begun.run.new_staged(),
         rest=rest,
-        num_blocks=len(ready.chosen),
+        num_blocks=len(ready.chosen) + (stage.behind is not None),
         config=config,
         manifest=manifest_of(record, job.source.path, job.lies_at),
     )
@@ -457,15 +463,24 @@ def refuse_quantized(model: StreamedModel) -> None:
 
 
 def shapes_of(model: StreamedModel, plan: LayerPlan) -> dict[str, tuple[int, int]]:
-    """`(out_features, in_features)` of every quantized layer of the blocks."""
-    out = {}
+    """`(out_features, in_features)` of every quantized layer, those outside the blocks first."""
+    out = {name: _shape(model.model.get_submodule(name)) for name in outside_of(model, plan)}
     for i, block in enumerate(model.blocks):
         for name, module in linears(block).items():
             full = model.block_prefix(i) + name
             if full in plan and not plan[full].is_dense:
-                rows, columns = weight_OI(module).shape
-                out[full] = (rows, columns)
+                out[full] = _shape(module)
     return out
+
+
+def outside_of(model: StreamedModel, plan: LayerPlan) -> list[str]:
+    """The quantized linears outside the blocks."""
+    return [name for name in names_of(model)[0] if not plan.get(name, DENSE).is_dense]
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    rows, columns = weight_OI(linear).shape
+    return rows, columns
 
 
 def renumbered(plan: LayerPlan, model: StreamedModel, chosen: Sequence[int]) -> LayerPlan:

@@ -59,9 +59,19 @@ def test_dry_run_says_what_there_is_to_choose_from(compress: Any) -> None:
     assert found["goal"] == {"gate": 0.98, "most_bytes": found["goal"]["most_bytes"]}
 
 
+def test_dry_run_with_the_output_matrix(compress: Any, build_model: Any, calib_text: Path) -> None:
+    """One scheme for all leaves it in float16, as everybody does; least is with it in 4 bits."""
+    args = ("auto", build_model(), "--calib", calib_text, "--bytes", "1.13M", "--dry-run", "--json")
+    plain, chosen = (json.loads(compress(*args, *more).stdout) for more in ((), ("--lm-head",)))
+    assert chosen["uniform_bytes"] == plain["uniform_bytes"] and chosen["linears"] == plain["linears"] + 1
+    assert plain["least_bytes"] - chosen["least_bytes"] > 4096 * 64 * 2 * 0.7
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
+        (("--lm-head",), "--lm-head: the output matrix of reference_lm is its input embedding"),
+        (("--lm-head", "--target", "orin-nano"), "takes the output matrix in float16; leave --lm-head out"),
         (("--bytes", "1M"), "1.00 MB are too few: the smallest that can be chosen takes"),
         (("--gate", "0.98", "--max-tokens", "600"), "a gate needs 20 windows of 512 tokens"),
         (("--context", "512"), "--context is about a machine; name one with --target"),
