@@ -34,7 +34,8 @@ class Needs:
     """What a run holds in a process, in numbers: see `total`.
 
     trained, frozen: parameters of the student. compute_bytes: of a number in matrix products. tokens: of a pass.
-    token_bytes: activations a token without checkpointing; kept_bytes: with it. shares: processes that share weights.
+    token_bytes: activations a token without checkpointing; kept_bytes: with it. shares: processes that share weights;
+    gathered, teacher_gathered: parameters that each of those has whole at once, of both models.
     vocabulary: its entries. at_once: whether losses are computed as `at_once.total` does.
     """
 
@@ -51,13 +52,18 @@ class Needs:
     on_gpu: bool
     vocabulary: int = 0
     at_once: bool = False
+    gathered: int = 0
+    teacher_gathered: int = 0
 
     def total(self) -> int:
         """Bytes in one process: master weights, gradients and two moments (16 a trained parameter), the teacher, a copy
         of the weights in the products' dtype, activations, the loss."""
         weights = (16 * self.trained + 4 * self.frozen) / self.shares
         copy = self.compute_bytes * (self.trained + self.frozen) if self.compute_bytes < 4 else 0
-        teacher = self.teacher_parameters * self.teacher_bytes / self.shares
+        teacher = self.teacher_parameters * self.teacher_bytes
+        if self.shares > 1:  # weights, their gradients, and these in float32, as they are added up
+            copy = (2 * self.compute_bytes + 4) * self.gathered
+            teacher = teacher / self.shares + self.teacher_gathered * self.teacher_bytes
         activations = self.tokens * (self.kept_bytes if self.checkpointing else self.token_bytes)
         rows, columns = GPU_BLOCK if self.on_gpu else CPU_BLOCK
         loss: float = 4 * _LOSS_ARRAYS * min(rows, self.tokens) * columns
@@ -100,7 +106,8 @@ def _kept(model: nn.Module, base: nn.Module, tokens: int, compute: torch.dtype) 
 def available(device: str) -> int:
     """Bytes that can still be taken: of the GPU, or of the machine and this process's control group."""
     if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     import psutil
 
     free = int(psutil.virtual_memory().available)
