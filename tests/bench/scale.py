@@ -490,7 +490,9 @@ def _resume(work: Work, options: argparse.Namespace, processes: int, mode: str, 
     found["refused"] = _refused(work, run, key, processes)
     wait(work, run("killed"), f"{key}-killed")
     log = (work.folder / "logs" / f"{key}-killed.0.log").read_text()
-    found["went_on"] = next((line.strip() for line in log.splitlines() if "from the checkpoint" in line), "")
+    found["went_on"] = next((line.split(":")[0] for line in log.splitlines() if ": read back" in line), None)
+    if found["went_on"] is None:
+        raise Failed("the same command began again instead of going on")
     found.update(_compared(folder / "whole", folder / "killed"))
     if not found["equal"]:
         wait(work, run("again"), f"{key}-again")
@@ -633,7 +635,7 @@ def _distill_rows(rows: list[Facts]) -> None:
 def _resume_rows(rows: list[Facts]) -> None:
     for row in rows:
         print(
-            f"  killed behind step {row['killed_after']} (checkpoints {row['checkpoints_left']}), {row['went_on']}: "
+            f"  killed behind step {row['killed_after']} (checkpoints {row['checkpoints_left']}), went on from {row['went_on']}: "
             f"{'BIT-EQUAL' if row['equal'] else 'DIFFERS'}, losses by at most {row['largest_relative_difference']:.2e} "
             f"(first at step {row['first_step_that_differs']}); {row['losses']}"
         )
