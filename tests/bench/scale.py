@@ -635,7 +635,8 @@ def _distill_rows(rows: list[Facts]) -> None:
 def _resume_rows(rows: list[Facts]) -> None:
     for row in rows:
         print(
-            f"  killed behind step {row['killed_after']} (checkpoints {row['checkpoints_left']}), went on from {row['went_on']}: "
+            f"  killed behind step {row['killed_after']} (checkpoints {row['checkpoints_left']}), went on from "
+            f"{row['went_on']}: "
             f"{'BIT-EQUAL' if row['equal'] else 'DIFFERS'}, losses by at most {row['largest_relative_difference']:.2e} "
             f"(first at step {row['first_step_that_differs']}); {row['losses']}"
         )
