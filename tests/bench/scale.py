@@ -248,10 +248,25 @@ class _Clock:
         self.blocks: list[float] = []
         self.stage, self.since, self.block = "opening, calibration text", time.perf_counter(), 0.0
 
-    def enter(self, name: str) -> None:
+    def now(self) -> float:
         if self.on_gpu and torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
-        now = time.perf_counter()
+        return time.perf_counter()
+
+    def timed(self, work: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The same, its seconds beside those of the stage that it is in."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begun = self.now()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.stages[name] = self.stages.get(name, 0.0) + self.now() - begun
+
+        return timed
+
+    def enter(self, name: str) -> None:
+        now = self.now()
         self.stages[self.stage] = self.stages.get(self.stage, 0.0) + now - self.since
         self.stage, self.since = name, now
 
@@ -275,6 +290,7 @@ def awq_child(asked: dict[str, Any]) -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from compress import model, stage
+    from compress.quantize import awq_block
     from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.scheme import Scheme
     from compress.tell import Tell
@@ -289,6 +305,8 @@ def awq_child(asked: dict[str, Any]) -> None:
         torch.cuda.set_device(rank)
         torch.zeros(1, device="cuda")  # the driver's start is not the quantizer's
     clock = _Clock(asked["device"])
+    for name in ("prepare", "_smooth", "_round_groups"):
+        setattr(awq_block, name, clock.timed(getattr(awq_block, name), f"(of searching) {name.strip('_')}"))
 
     class Told(Tell):
         def start(self, what: str, total: int) -> None:
