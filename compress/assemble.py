@@ -96,16 +96,15 @@ def assemble(
     model: StreamedModel,
     staged: Path,
     *,
-    rest: list[Path],
-    num_blocks: int,
+    parts: list[Path],
     config: Mapping[str, Any],
     manifest: Manifest,
 ) -> int:
-    """Merge the journal's tensors into the empty folder `staged`, write what goes with them, verify, sign.
+    """Merge the tensors of `parts`, each beside its record, into the empty folder `staged`, write what goes with them,
+    verify, sign.
 
     Returns how many tensors were read back and compared. Raises ArtifactError when one differs.
     """
-    parts = rest + [journal.tensors_path(i) for i in range(num_blocks)]
     if sum(part.stat().st_size for part in parts) > MAX_SHARD_BYTES:
         link_shards(parts, staged)  # what would be several shards anyhow becomes one a block, without a copy
     else:

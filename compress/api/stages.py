@@ -36,6 +36,7 @@ def quantize_awq(
     samples: int = 128,
     seq_len: int = 512,
     self_samples: int | None = None,
+    end_to_end: int | None = None,
     seed: int = 0,
     skip: Sequence[str] = (),
     device: str = "auto",
@@ -53,7 +54,8 @@ def quantize_awq(
     model: a Hugging Face folder or hub id; None as on the command line: what the workspace was made from, else the
     bundled reference model. out: the folder to make, None for `artifacts/NAME-awq-w4g128`. group_size counts input
     channels that share a scale, None: the largest of 128, 64 and 32 that divides every layer's; symmetric None: at 8
-    bits, not at 4; samples and seq_len count calibration rows and tokens a row; effort is fast, balanced or best. The
+    bits, not at 4; samples and seq_len count calibration rows and tokens a row; effort is fast, balanced or best;
+    end_to_end counts updates of scales and norms through the whole model, None: those of the command line. The
     outcome has the folder (`out`), the manifest's record with each layer's error, sizes in bytes, and notes.
     """
     from compress.devices import pick_device, pick_dtype
@@ -69,7 +71,8 @@ def quantize_awq(
     options: dict[str, Any] = {
         "scheme": found, "calib": text_of(calib), "samples": samples, "seq_len": seq_len, "seed": seed,
         "dtype": pick_dtype(dtype, device), "device": device, "skip": tuple(skip), "effort": effort,
-        "self_samples": self_samples, "force": force, "resume": resume, "trust_remote_code": trust_remote_code,
+        "self_samples": self_samples, "end_to_end": end_to_end, "force": force, "resume": resume,
+        "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     place = Path(out or WORKSPACE / f"{source.name}-awq-{found.label()}")
     request = AwqRequest(source=source, out=place, **options)
@@ -212,6 +215,8 @@ def prune_model(
     calib: PathLike | None = None,
     samples: int = 128,
     seq_len: int = 512,
+    self_samples: int | None = None,
+    watch: PathLike | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -226,6 +231,7 @@ def prune_model(
 
     depth, intermediate, heads, kv_heads, hidden: how much of each goes, a whole number or a share below 1. params,
     num_bytes: a goal for which shapes are tried (`candidates` of them). max_kl: nats a token; alone it is the goal.
+    watch: a second text, on which what goes is judged as well and to which nothing is fitted.
     """
     from compress.cli.prune import asked_of, label
     from compress.devices import pick_device, pick_dtype
@@ -243,8 +249,9 @@ def prune_model(
     )  # fmt: skip
     request = PruneRequest(
         source=source, out=Path(out or WORKSPACE / f"{source.name}-prune-{label(amounts, *goal, max_kl)}"),
-        asked=asked, max_kl=max_kl, repair=repair, calib=text_of(calib), samples=samples, seq_len=seq_len, seed=seed,
-        device=device, dtype=pick_dtype(dtype, device), force=force, resume=resume, trust_remote_code=trust_remote_code,
+        asked=asked, max_kl=max_kl, repair=repair, calib=text_of(calib), samples=samples, seq_len=seq_len,
+        self_samples=self_samples, watch=text_of(watch), seed=seed, device=device, dtype=pick_dtype(dtype, device),
+        force=force, resume=resume, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with told(tell) as listener:
         return run(request, listener)

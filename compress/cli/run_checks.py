@@ -137,6 +137,7 @@ def _check_calibration(request: CalibratedRequest) -> None:
     if spec == "self" and request.self_samples:
         raise ConfigError("self-samples adds to a text, but all rows are sampled from the model itself; raise samples")
     _check_text(spec)
+    _check_text(request.watch)
 
 
 def _check_text(spec: str | None) -> None:
