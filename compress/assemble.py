@@ -5,7 +5,7 @@ Everything is made inside the scratch folder, read back and compared; `compress.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -43,13 +43,15 @@ def write_rest(
     model: StreamedModel,
     convert: Callable[[Tensor, str], Tensor],
     cut: Callable[[str, tuple[int, ...]], Cut] = nothing_cut,
+    made: Collection[str] = (),
 ) -> list[Path]:
     """Store every tensor that belongs to no block, cut and converted; one file each, a part of it in memory at a time.
 
-    cut: for each axis of a tensor the indices that are kept (int64, ascending), None for all.
+    made: tensors that a stage makes something else of. cut: for each axis of a tensor the indices that are kept (int64,
+    ascending), None for all.
     """
     prefixes = tuple(model.block_prefix(i) for i in range(model.num_blocks))
-    names = [n for n in model.checkpoint.names() if not n.startswith(prefixes)]
+    names = [n for n in model.checkpoint.names() if not n.startswith(prefixes) and n not in made]
     paths = [journal.folder / f"rest-{number:05d}.safetensors" for number in range(len(names))]
 
     def write(name: str, path: Path) -> None:
@@ -94,16 +96,15 @@ def assemble(
     model: StreamedModel,
     staged: Path,
     *,
-    rest: list[Path],
-    num_blocks: int,
+    parts: list[Path],
     config: Mapping[str, Any],
     manifest: Manifest,
 ) -> int:
-    """Merge the journal's tensors into the empty folder `staged`, write what goes with them, verify, sign.
+    """Merge the tensors of `parts`, each beside its record, into the empty folder `staged`, write what goes with them,
+    verify, sign.
 
     Returns how many tensors were read back and compared. Raises ArtifactError when one differs.
     """
-    parts = rest + [journal.tensors_path(i) for i in range(num_blocks)]
     if sum(part.stat().st_size for part in parts) > MAX_SHARD_BYTES:
         link_shards(parts, staged)  # what would be several shards anyhow becomes one a block, without a copy
     else:

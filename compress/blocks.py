@@ -59,6 +59,7 @@ def stream(
     blocks: Sequence[int] | None = None,
     reshaping: Reshaping | None = None,
     num_parts: int = 1,
+    behind: Callable[[list[Tensor]], BlockResult | None] | None = None,
     tell: Tell = SILENT,
 ) -> Iterator[BlockDone]:
     """Hand every block to `method` in order; yields after each. The caller's grad mode is its own between blocks.
@@ -70,7 +71,9 @@ def stream(
     compressed so far and told the difference (three passes). wanted: of the statistics. blocks: those that go on,
     ascending; the others are bypassed on the only path, or on that of the compressed model. reshaping: with two paths,
     what else changes where blocks become smaller.
-    num_parts: how many runs of batches the statistics are summed in, in this process, before the sums are added. Of
+    num_parts: how many runs of batches the statistics are summed in, in this process, before the sums are added.
+    behind: what is done behind the last block, told the original model's final hidden states batch by batch; kept in
+    the store as one block more, whose tensors have their full names. Of
     several processes (`distributed`) each runs its part of the rows, and all must call this alike. Deterministic: the
     same model, ids and method give the same bytes, also when some blocks come from the store.
     """
@@ -87,6 +90,12 @@ def stream(
                 result, resumed = walk.visit(index, position, following, kept)
             report = {} if result is None else result.report
             yield BlockDone(index=position, source=index, total=len(chosen), resumed=resumed, report=report)
+        if behind is not None:
+            with torch.no_grad():
+                result, resumed = walk.end(behind, len(chosen), kept)
+            report = {} if result is None else result.report
+            last = model.num_blocks
+            yield BlockDone(index=len(chosen), source=last, total=len(chosen), resumed=resumed, report=report)
 
 
 def batch_rows(model: StreamedModel, seq_len: int) -> int:
@@ -191,6 +200,19 @@ class _Walk:
             model.kv = held
         self._leave(index)
         return result, resumed
+
+    def end(
+        self, behind: Callable[[list[Tensor]], BlockResult | None], position: int, store: BlockStore | None
+    ) -> tuple[BlockResult | None, bool]:
+        """What lies behind the blocks; its result, and whether it was read back."""
+        result = store.load(position) if store else None
+        if result is not None:
+            return result, True
+        self.tell.step(doing="searching")
+        result = behind(self.original)
+        if store and result is not None:
+            store.save(position, "", result)
+        return result, False
 
     def _bypass(self, index: int) -> None:
         """A block that does not go on: only the original model, whose path is another, runs it."""

@@ -33,7 +33,8 @@ class Text:
     """What to calibrate on. calib: see `calibration.load`. samples, seq_len: rows, and tokens a row, at most.
 
     self_samples: rows sampled from the model itself and added to the text; None: none, or, with `top_up`, as many as
-    the text has, and at least what fills it up to `ENOUGH_ROWS`. seed: of sampling.
+    the text has, and at least what fills it up to `ENOUGH_ROWS`. seed: of sampling. watch: a second text, of which at
+    most `watch_samples` rows are added; what is made is judged on them, and never fitted to them.
     """
 
     calib: str | None = None
@@ -42,15 +43,31 @@ class Text:
     self_samples: int | None = None
     seed: int = 0
     top_up: bool = False
+    watch: str | None = None
+    watch_samples: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """All rows, int64 `[N, T]`; the part of them that is the text's, with where that came from; notes for the user."""
+    """All rows, int64 `[N, T]`: the text's, then those sampled from the model itself, then the watched text's.
+
+    text, watched: where those came from. notes: for the user.
+    """
 
     ids_NT: Tensor
     text: CalibrationSet
     notes: list[str] = field(default_factory=list)
+    watched: CalibrationSet | None = None
+
+    @property
+    def num_watched(self) -> int:
+        """Rows of the watched text, which are the last."""
+        return 0 if self.watched is None else len(self.watched.ids_NT)
+
+    @property
+    def num_own(self) -> int:
+        """Rows sampled from the model itself and added to the text."""
+        return len(self.ids_NT) - len(self.text.ids_NT) - self.num_watched
 
     def sha256(self) -> str:
         """Of all rows."""
@@ -58,36 +75,45 @@ class Rows:
 
     def to_json(self, out: Path) -> dict[str, Any]:
         """The manifest's `calibration`. A file is named relative to `out`, so that the recipe can run from anywhere."""
-        source = self.text.source
-        path = {}
-        if source.startswith("file:"):
-            path = {"path": os.path.relpath(Path(source.removeprefix("file:")).resolve(), out.resolve())}
-        sampled = len(self.ids_NT) - len(self.text.ids_NT)
-        return {**self.text.record(), **path, "num_sampled_from_model": sampled}
+        found = {**_text_json(self.text, out), "num_sampled_from_model": self.num_own}
+        return found if self.watched is None else {**found, "watched": _text_json(self.watched, out)}
+
+
+def _text_json(text: CalibrationSet, out: Path) -> dict[str, Any]:
+    path = {}
+    if text.source.startswith("file:"):
+        path = {"path": os.path.relpath(Path(text.source.removeprefix("file:")).resolve(), out.resolve())}
+    return {**text.record(), **path}
 
 
 def read_rows(
     text: Text, model: StreamedModel, *, is_reference: bool, trust_remote_code: bool = False, tell: Tell = SILENT
 ) -> Rows:
-    """The calibration rows. ConfigError when the text gives none, or cannot be read."""
+    """The calibration rows. ConfigError when a text gives none, or cannot be read."""
     folder, device = model.checkpoint.path, str(model.device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    found = calibration.load(
-        text.calib,
-        tokenizer,
-        num_samples=text.samples,
-        seq_len=text.seq_len,
-        seed=text.seed,
-        model=folder,
-        is_reference=is_reference,
-        vocab_size=model.vocab_size,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        tell=tell,
-    )
+
+    def load(spec: str | None, num_samples: int, seq_len: int) -> CalibrationSet:
+        return calibration.load(
+            spec,
+            tokenizer,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            seed=text.seed,
+            model=folder,
+            is_reference=is_reference,
+            vocab_size=model.vocab_size,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            tell=tell,
+        )
+
+    found = load(text.calib, text.samples, text.seq_len)
+    watched = None if text.watch is None else load(text.watch, text.watch_samples, found.ids_NT.shape[1])
+    seen = [] if watched is None else [watched.ids_NT]
     asked, notes = _own_rows(text, found, model)
     if not asked:
-        return Rows(ids_NT=found.ids_NT, text=found, notes=notes)
+        return Rows(ids_NT=torch.cat([found.ids_NT, *seen]), text=found, notes=notes, watched=watched)
     if found.source == "self":
         raise ConfigError(
             "--self-samples adds to a text, but all rows are sampled from the model itself already; raise --samples"
@@ -104,7 +130,7 @@ def read_rows(
         tell=tell,
     )
     notes = [f"calibrated on {len(found.ids_NT)} rows of the text and {asked} sampled from the model itself"]
-    return Rows(ids_NT=torch.cat([found.ids_NT, own_NT]), text=found, notes=notes)
+    return Rows(ids_NT=torch.cat([found.ids_NT, own_NT, *seen]), text=found, notes=notes, watched=watched)
 
 
 def _own_rows(text: Text, found: CalibrationSet, model: StreamedModel) -> tuple[int, list[str]]:

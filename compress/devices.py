@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from compress.errors import ConfigError
 
 AUTO = "auto"
@@ -45,3 +47,21 @@ def described(device: str) -> str:
     import torch
 
     return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def available(device: str) -> int:
+    """Bytes that can still be taken: of the GPU, what this process keeps of it unused included, or of the machine and
+    this process's control group."""
+    import torch
+
+    if device.startswith("cuda"):
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    most, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        return min(free, int(most.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no control group, or no limit in it
+        return free

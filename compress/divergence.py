@@ -37,3 +37,18 @@ def divergences(model: StreamedModel, original: Batches, others: Sequence[Batche
                     totals[k] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
                 tokens += len(log_p)
     return [total / tokens for total in totals]
+
+
+@torch.no_grad()
+def head_divergence(model: StreamedModel, original: Batches, weight_VH: Tensor) -> float:
+    """The same of the model whose output matrix is `weight_VH`, its final hidden states those of the original."""
+    total, tokens = 0.0, 0
+    with model.head_loaded():
+        for hidden in original:
+            for part in hidden.flatten(0, 1).split(_CHUNK):
+                log_p = model.head(part[None])[0].float().log_softmax(-1)
+                with model.head_of(weight_VH):
+                    log_q = model.head(part[None])[0].float().log_softmax(-1)
+                total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+                tokens += len(part)
+    return total / tokens

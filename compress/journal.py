@@ -108,12 +108,25 @@ class Facts:
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
         """What `find` returns, JSON; or what it returned when this run asked for `name` before."""
-        path = self.folder / f"fact-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
-        known = read_record(path, self.run)
-        if known is None or known["name"] != name:
-            known = {"name": name, "value": find()}
-            write_record(path, self.run, known)
-        return known["value"]
+        known = self._record(name)
+        return self.keep(name, find()) if known is None else known["value"]
+
+    def known(self, name: str) -> Any:
+        """What this run kept under `name`, or None."""
+        known = self._record(name)
+        return None if known is None else known["value"]
+
+    def keep(self, name: str, value: Any) -> Any:
+        """Keep a value, JSON, and return it."""
+        write_record(self._path(name), self.run, {"name": name, "value": value})
+        return value
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        known = read_record(self._path(name), self.run)
+        return known if known is not None and known["name"] == name else None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"fact-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
 
 
 @dataclass(frozen=True)

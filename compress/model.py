@@ -29,7 +29,7 @@ from compress.errors import ArtifactError, ConfigError, UnsupportedError, explai
 from compress.folders import check_folder
 from compress.formats import stored
 from compress.kv_cache import Int8Cache, cache_of, with_cache
-from compress.linear import linears
+from compress.linear import is_linear, linears
 from compress.names import check_all_read, source_names
 from compress.plan import KvScheme
 from compress.skeleton import meta_model
@@ -350,6 +350,34 @@ class StreamedModel:
             logits, _ = self._shell(zeros, last=hidden)
         return logits
 
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the output matrix multiplies, `[B, T, H]`, for the last block's output; no logit is computed."""
+        output: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(args[0])
+            raise _Stop
+
+        hook = output.register_forward_pre_hook(stop)
+        try:
+            self._shell(torch.zeros(hidden.shape[:2], dtype=torch.int64), last=hidden)
+        finally:
+            hook.remove()
+        return found[0]
+
+    @contextlib.contextmanager
+    def head_of(self, weight_VH: Tensor) -> Iterator[None]:
+        """The output matrix replaced, for calls of `head` while `head_loaded`."""
+        output: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        held = output._parameters["weight"]
+        assert held is not None
+        output._parameters["weight"] = nn.Parameter(weight_VH.to(held.device, held.dtype), requires_grad=False)
+        try:
+            yield
+        finally:
+            output._parameters["weight"] = held
+
     @contextlib.contextmanager
     def head_loaded(self, *, matrix: bool = True) -> Iterator[None]:
         """Keep the modules around the blocks in memory for several calls of `head`, the output matrix if `matrix`."""
@@ -371,6 +399,16 @@ class StreamedModel:
                 yield
         finally:
             self._rows = held
+
+    def own_head(self) -> str | None:
+        """The output matrix's name, in the model and in the checkpoint, where it is a linear with a tensor of its own;
+        None where it is the input embedding, or stored under another name than the model's."""
+        output = self.model.get_output_embeddings()  # type: ignore[operator]
+        if output is None or not is_linear(output):
+            return None
+        name = self._names[id(output)]
+        source = self._source[f"{name}.weight"]
+        return name if source == f"{name}.weight" and source != self._embedding_source() else None
 
     def has_plain_head(self) -> bool:
         """Whether the output matrix is stored as plain numbers, a row an id, so that `head` can take some ids alone."""
@@ -447,6 +485,8 @@ class StreamedModel:
                     del block.forward
         if record or last is None:
             self._calls[(ids_BT.shape[0], ids_BT.shape[1])] = calls
+        if last is not None and out is None:  # stopped before the logits
+            return last, calls
         return (first[0] if last is None else out.logits), calls
 
     def _unique_ids(self, ids_BT: Tensor) -> Tensor:

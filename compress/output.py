@@ -103,11 +103,10 @@ def check_apart(folder: Path, models: Mapping[str, Path], flag: str) -> None:
             raise ConfigError(f"{flag} {folder} lies in {what}, which is only read; choose a place outside it")
 
 
-def file_read(spec: str | None) -> dict[str, Path]:
-    """A text as `reads` of `check` wants it: nothing for what is no file (`self`, `hf:...`, the default)."""
-    if spec is None or spec == "self" or spec.startswith("hf:"):
-        return {}
-    return {"the text": Path(spec)}
+def file_read(spec: str | None, watched: str | None = None) -> dict[str, Path]:
+    """Texts as `reads` of `check` wants them: nothing for what is no file (`self`, `hf:...`, the default)."""
+    texts = {"the text": spec, "the watched text": watched}
+    return {name: Path(s) for name, s in texts.items() if not (s is None or s == "self" or s.startswith("hf:"))}
 
 
 def _current_folder() -> Path:

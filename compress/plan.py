@@ -130,6 +130,11 @@ class LayerScheme:
 DENSE = LayerScheme()
 
 
+def outside_blocks(name: str) -> bool:
+    """Whether a linear belongs to no block: blocks are numbered, `lm_head` and `embed_out` are not."""
+    return not any(part.isdigit() for part in name.split("."))
+
+
 @dataclass(frozen=True)
 class LayerPlan(Mapping[str, LayerScheme]):
     """Full name of a linear -> what it becomes; immutable, in the order of the model. kv: of the cache, or None.

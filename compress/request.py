@@ -18,8 +18,8 @@ class CalibratedRequest:
     """What decides the artifact beside the stage's own options, and how the run is to be done.
 
     samples, seq_len: calibration rows, and tokens a row. self_samples: rows sampled from the model itself and added to
-    the text; None leaves it to the stage. seed: of sampling. dtype: of the passes over the rows. force: replace `out`.
-    resume: take up a killed run.
+    the text; None leaves it to the stage. watch: a second text, to judge on. seed: of sampling. dtype: of the passes
+    over the rows. force: replace `out`. resume: take up a killed run.
     """
 
     source: Source
@@ -28,6 +28,7 @@ class CalibratedRequest:
     samples: int = 128
     seq_len: int = 512
     self_samples: int | None = None
+    watch: str | None = None
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
@@ -39,6 +40,11 @@ class CalibratedRequest:
     def tops_up(self) -> bool:
         """Whether a short text is topped up with the model's own (`calibration_rows.Text`)."""
         return False
+
+    @property
+    def watch_samples(self) -> int:
+        """Rows of the watched text: as many as are enough to judge on, whatever is calibrated on."""
+        return 32
 
     def job(self) -> Job:
         """What the driver is told."""
@@ -52,6 +58,8 @@ class CalibratedRequest:
                 self_samples=self.self_samples,
                 seed=self.seed,
                 top_up=self.tops_up,
+                watch=self.watch,
+                watch_samples=self.watch_samples,
             ),
             dtype=self.dtype,
             device=self.device,

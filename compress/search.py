@@ -251,11 +251,16 @@ def _reader_note(record: Mapping[str, Any]) -> list[str]:
         scheme.weight is not None and not scheme.weight.symmetric
         for scheme in LayerPlan.from_json(record["plan"]).groups()
     )
+    notes = []
+    if "readers" in record:
+        said = "; ".join(f"{reader}: {version}" for reader, version in record["readers"].items())
+        notes.append(f"the output matrix is in integers, which needs of a reader: {said}")
     if record["format"] != compressed_tensors.NAME or not with_zero_points:
-        return []
+        return notes
     return [
-        "the folder mixes INT4 with zero points, which vLLM reads and transformers 5.23 does not load; --sym makes one "
-        "that both read"
+        *notes,
+        "the folder mixes INT4 with zero points, which vLLM reads and transformers 5.23 does not load by itself: from "
+        "Python compress.load_model does, and --sym makes one that everything reads, with more loss",
     ]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import compress
 from compress import distributed, output
@@ -44,7 +44,7 @@ from compress.journal import Facts, Journal, SharedStore
 from compress.linear import is_linear, linears, weight_OI
 from compress.model import StreamedModel
 from compress.output import Place, Run
-from compress.plan import LayerPlan
+from compress.plan import DENSE, LayerPlan
 from compress.statistics import Wanted
 from compress.tell import Tell
 from compress.workspace import Source
@@ -84,7 +84,10 @@ class Stage:
     reshaping: with two paths, see `blocks.stream`.
     measure(model, rows, facts, tell): what must be measured before it is known what is made, JSON; kept with the run.
     decided(model, measured): the stage as it then is. Its plan is asked for again.
+    refine(job, made, tell): what is left to do once all blocks are made, on all of them together.
     proof(model, staged, record): raises ArtifactError unless what was written is what was meant, before it has a name.
+    behind(model, hidden, plan=plan): the linears behind the blocks that the plan quantizes, by their full names, given
+    the original model's final hidden states batch by batch. None where the plan quantizes none.
     """
 
     name: str
@@ -102,7 +105,9 @@ class Stage:
     reshaping: Reshaping = field(default_factory=Reshaping)
     measure: Callable[[StreamedModel, Rows, Facts, Tell], Mapping[str, Any]] | None = None
     decided: Callable[[StreamedModel, Mapping[str, Any]], Stage] | None = None
+    refine: Callable[[Job, Made, Tell], Refined] | None = None
     proof: Callable[[StreamedModel, Path, Mapping[str, Any]], None] | None = None
+    behind: Callable[..., BlockResult] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +137,36 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a run has on disk before it is assembled: files of what lies outside the blocks, and the blocks' journal.
+
+    model: the one that is read, nothing of it loaded. ids_NT: all calibration rows, int64. behind: the file of linears
+    behind the blocks that are quantized, if any.
+    """
+
+    model: StreamedModel
+    ids_NT: Tensor
+    journal: Journal
+    num_blocks: int
+    rest: list[Path]
+    behind: list[Path] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[Path]:
+        """All files, each with its record beside it."""
+        return self.rest + [self.journal.tensors_path(i) for i in range(self.num_blocks)] + self.behind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refined:
+    """The files to assemble instead of `Made.parts`, what the manifest says of it, and notes for the user."""
+
+    parts: list[Path]
+    record: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What was made: the folder, its record in the manifest, bytes of weights, tensors verified, blocks resumed."""
 
@@ -152,7 +187,7 @@ def run(stage: Stage, job: Job, tell: Tell) -> Outcome:
     """
     with distributed.joined(job.device) as device, ExitStack() as held:
         job = replace(job, device=device)
-        reads = {"the model": job.source.path, **output.file_read(job.text.calib)}
+        reads = {"the model": job.source.path, **output.file_read(job.text.calib, job.text.watch)}
 
         def reserve() -> Place:
             return held.enter_context(output.reserved(job.out, reads, force=job.force))
@@ -202,12 +237,13 @@ def _run(stage: Stage, job: Job, place: Place | None, tell: Tell) -> Outcome | N
     tell.say(f"calibration: {rows.text.source}, {len(rows.ids_NT)} x {rows.ids_NT.shape[1]} tokens")
     ready = _decide(ready, begun, tell)
     stage = ready.stage
-    tell.start("block", len(ready.chosen))
+    tell.start("block", len(ready.chosen) + (stage.behind is not None))
     if begun is None:
         _blocks(ready, SharedStore(None), tell)
         return None
     journal = Journal(begun.run.folder, begun.run.id, stage.format, ready.written_plan)
-    write = partial(write_rest, journal, ready.model, stage.stored, stage.cut)
+    made = {f"{name}.weight" for name in outside_of(ready.model, ready.plan)}
+    write = partial(write_rest, journal, ready.model, stage.stored, stage.cut, made)
     # Neither needs the blocks, so both are done while those are computed.
     try:
         with meanwhile(partial(_settle, ready, begun)) as content, meanwhile(write) as rest:
@@ -279,7 +315,8 @@ def _begin(ready: _Prepared, place: Place | None, tell: Tell) -> _Begun:
     assert place is not None
     stage, job, model = ready.stage, ready.job, ready.model
     # Finished blocks, their merged copy and the tensors around them exist side by side at the end.
-    check_free_space(place.real.parent, 2 * estimated_bytes(model, ready.plan) + _SLACK)
+    copies = 2 if stage.refine is None else 3
+    check_free_space(place.real.parent, copies * estimated_bytes(model, ready.plan) + _SLACK)
     small = check_files(model.checkpoint.path, below=SMALL_BYTES)
     identity = {
         "stage": stage.name,
@@ -332,6 +369,7 @@ def _refuse_change(ready: _Prepared) -> None:
 def _blocks(ready: _Prepared, store: SharedStore, tell: Tell) -> list[BlockDone]:
     """Stream the model through the stage."""
     stage, done = ready.stage, []
+    behind = None if stage.behind is None else partial(stage.behind, ready.model, plan=ready.plan)
     for step in stream(
         ready.model,
         ready.rows.ids_NT,
@@ -342,6 +380,7 @@ def _blocks(ready: _Prepared, store: SharedStore, tell: Tell) -> list[BlockDone]
         wanted=stage.wants,
         blocks=ready.chosen,
         reshaping=stage.reshaping,
+        behind=behind,
         tell=tell,
     ):
         done.append(step)
@@ -363,13 +402,22 @@ def _finish(
     config = stage.config(model, ready.written_plan)
     if stage.format is not None:
         config["quantization_config"] = stage.format.config(ready.written_plan)
-    record = _record(ready, done, content)
+    num_blocks = len(ready.chosen)
+    made = Made(
+        model=model,
+        ids_NT=ready.rows.ids_NT,
+        journal=journal,
+        num_blocks=num_blocks,
+        rest=rest,
+        behind=[] if stage.behind is None else [journal.tensors_path(num_blocks)],
+    )
+    refined = stage.refine(job, made, tell) if stage.refine else Refined(parts=made.parts, record={})
+    record = _record(ready, done, content, refined)
     verified = assemble(
         journal,
         model,
         begun.run.new_staged(),
-        rest=rest,
-        num_blocks=len(ready.chosen),
+        parts=refined.parts,
         config=config,
         manifest=manifest_of(record, job.source.path, job.lies_at),
     )
@@ -389,11 +437,11 @@ def _finish(
         out_bytes=weight_bytes(Checkpoint.open(job.out)),
         verified=verified,
         resumed=sum(step.resumed for step in done),
-        notes=[*ready.rows.notes, *begun.notes, *begun.place.notes],
+        notes=[*ready.rows.notes, *refined.notes, *begun.notes, *begun.place.notes],
     )
 
 
-def _record(ready: _Prepared, done: Sequence[BlockDone], parent_sha256: str) -> dict[str, Any]:
+def _record(ready: _Prepared, done: Sequence[BlockDone], parent_sha256: str, refined: Refined) -> dict[str, Any]:
     """The stage's record in the manifest."""
     stage, job = ready.stage, ready.job
     return {
@@ -405,6 +453,7 @@ def _record(ready: _Prepared, done: Sequence[BlockDone], parent_sha256: str) -> 
         "calibration": ready.rows.to_json(job.lies_at),
         "versions": versions(),
         **stage.record(done, ready.written_plan),
+        **refined.record,
         "files_not_carried": not_carried(ready.model.checkpoint.path),
     }
 
@@ -457,15 +506,24 @@ def refuse_quantized(model: StreamedModel) -> None:
 
 
 def shapes_of(model: StreamedModel, plan: LayerPlan) -> dict[str, tuple[int, int]]:
-    """`(out_features, in_features)` of every quantized layer of the blocks."""
-    out = {}
+    """`(out_features, in_features)` of every quantized layer, those outside the blocks first."""
+    out = {name: _shape(model.model.get_submodule(name)) for name in outside_of(model, plan)}
     for i, block in enumerate(model.blocks):
         for name, module in linears(block).items():
             full = model.block_prefix(i) + name
             if full in plan and not plan[full].is_dense:
-                rows, columns = weight_OI(module).shape
-                out[full] = (rows, columns)
+                out[full] = _shape(module)
     return out
+
+
+def outside_of(model: StreamedModel, plan: LayerPlan) -> list[str]:
+    """The quantized linears outside the blocks."""
+    return [name for name in names_of(model)[0] if not plan.get(name, DENSE).is_dense]
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    rows, columns = weight_OI(linear).shape
+    return rows, columns
 
 
 def renumbered(plan: LayerPlan, model: StreamedModel, chosen: Sequence[int]) -> LayerPlan:

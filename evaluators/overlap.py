@@ -62,4 +62,5 @@ def _texts(lineage: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
     """What each stage records of a text that it learned from, under whatever name; several stand under `sources`."""
     told = [v for record in lineage for v in record.values() if isinstance(v, Mapping)]
     told += [source for v in told for source in v.get("sources", []) if isinstance(source, Mapping)]
+    told += [v["watched"] for v in told if isinstance(v.get("watched"), Mapping)]
     return [v for v in told if "text_sha256" in v]

@@ -51,6 +51,7 @@ ROOMS = """
     skeleton
     model
     divergence
+    losses
     runtime
     doctor
     statistics

@@ -12,10 +12,11 @@ Every error is a `compress.errors.CompressError` with one sentence. Pass `tell=c
 """
 
 from compress.api.judging import evaluate, export
+from compress.api.loading import load_model
 from compress.api.recipes import RecipeOutcome, run_recipe
 from compress.api.stages import auto, distill_model, prune_model, quantize_awq, quantize_int8
 
 __all__ = [
-    "RecipeOutcome", "auto", "distill_model", "evaluate", "export", "prune_model", "quantize_awq", "quantize_int8",
-    "run_recipe",
+    "RecipeOutcome", "auto", "distill_model", "evaluate", "export", "load_model", "prune_model", "quantize_awq",
+    "quantize_int8", "run_recipe",
 ]  # fmt: skip

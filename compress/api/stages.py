@@ -36,6 +36,7 @@ def quantize_awq(
     samples: int = 128,
     seq_len: int = 512,
     self_samples: int | None = None,
+    end_to_end: int | None = None,
     seed: int = 0,
     skip: Sequence[str] = (),
     device: str = "auto",
@@ -53,7 +54,8 @@ def quantize_awq(
     model: a Hugging Face folder or hub id; None as on the command line: what the workspace was made from, else the
     bundled reference model. out: the folder to make, None for `artifacts/NAME-awq-w4g128`. group_size counts input
     channels that share a scale, None: the largest of 128, 64 and 32 that divides every layer's; symmetric None: at 8
-    bits, not at 4; samples and seq_len count calibration rows and tokens a row; effort is fast, balanced or best. The
+    bits, not at 4; samples and seq_len count calibration rows and tokens a row; effort is fast, balanced or best;
+    end_to_end counts updates of scales and norms through the whole model, None: those of the command line. The
     outcome has the folder (`out`), the manifest's record with each layer's error, sizes in bytes, and notes.
     """
     from compress.devices import pick_device, pick_dtype
@@ -69,7 +71,8 @@ def quantize_awq(
     options: dict[str, Any] = {
         "scheme": found, "calib": text_of(calib), "samples": samples, "seq_len": seq_len, "seed": seed,
         "dtype": pick_dtype(dtype, device), "device": device, "skip": tuple(skip), "effort": effort,
-        "self_samples": self_samples, "force": force, "resume": resume, "trust_remote_code": trust_remote_code,
+        "self_samples": self_samples, "end_to_end": end_to_end, "force": force, "resume": resume,
+        "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     place = Path(out or WORKSPACE / f"{source.name}-awq-{found.label()}")
     request = AwqRequest(source=source, out=place, **options)
@@ -143,6 +146,7 @@ def auto(
     max_tokens: int = 102_400,
     tries: int = 4,
     symmetric: bool = False,
+    lm_head: bool = False,
     effort: str = "balanced",
     calib: PathLike | None = None,
     samples: int = 128,
@@ -163,8 +167,9 @@ def auto(
 
     gate: the least recovery on `data`, which is text held out (None: the bundled text, for the bundled model only);
     None: the best artifact within num_bytes, made once. num_bytes: of all weights, at most. tries: artifacts made and
-    judged at most. symmetric: INT4 without zero points, for transformers. What is found has `out`, `best` (with what
-    it was `judged`), all that was `tried`, and `choices.frontier()`. Where nothing passes, `best` is what misses least.
+    judged at most. symmetric: INT4 without zero points, for transformers. lm_head: the output matrix is chosen for
+    too, where it is not the embedding. What is found has `out`, `best` (with what it was `judged`), all that was
+    `tried`, and `choices.frontier()`. Where nothing passes, `best` is what misses least.
     """
     from compress.cli.judges import Judges, text_to_judge, unvetted
     from compress.devices import pick_device, pick_dtype
@@ -177,10 +182,10 @@ def auto(
     device = pick_device(device)
     text = text_to_judge(source, text_of(data), gate, text_of(calib))
     request = AutoRequest(
-        source=source, out=Path(out or WORKSPACE / f"{source.name}-auto"), menu=Menu(symmetric=symmetric),
-        effort=effort, calib=text_of(calib), samples=samples, seq_len=seq_len, self_samples=self_samples, seed=seed,
-        skip=tuple(skip), device=device, dtype=pick_dtype(dtype, device), force=force, resume=resume,
-        trust_remote_code=trust_remote_code,
+        source=source, out=Path(out or WORKSPACE / f"{source.name}-auto"), effort=effort,
+        menu=Menu(symmetric=symmetric, lm_head=lm_head), calib=text_of(calib), samples=samples, seq_len=seq_len,
+        self_samples=self_samples, seed=seed, skip=tuple(skip), device=device, dtype=pick_dtype(dtype, device),
+        force=force, resume=resume, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     goal = Goal(gate=gate, most=num_bytes, tries=tries, judging={"data": text, "max_tokens": max_tokens})
     judges = None if text is None else Judges(source.path, text, gate, max_tokens, device, tries)
@@ -210,6 +215,8 @@ def prune_model(
     calib: PathLike | None = None,
     samples: int = 128,
     seq_len: int = 512,
+    self_samples: int | None = None,
+    watch: PathLike | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -224,6 +231,7 @@ def prune_model(
 
     depth, intermediate, heads, kv_heads, hidden: how much of each goes, a whole number or a share below 1. params,
     num_bytes: a goal for which shapes are tried (`candidates` of them). max_kl: nats a token; alone it is the goal.
+    watch: a second text, on which what goes is judged as well and to which nothing is fitted.
     """
     from compress.cli.prune import asked_of, label
     from compress.devices import pick_device, pick_dtype
@@ -241,8 +249,9 @@ def prune_model(
     )  # fmt: skip
     request = PruneRequest(
         source=source, out=Path(out or WORKSPACE / f"{source.name}-prune-{label(amounts, *goal, max_kl)}"),
-        asked=asked, max_kl=max_kl, repair=repair, calib=text_of(calib), samples=samples, seq_len=seq_len, seed=seed,
-        device=device, dtype=pick_dtype(dtype, device), force=force, resume=resume, trust_remote_code=trust_remote_code,
+        asked=asked, max_kl=max_kl, repair=repair, calib=text_of(calib), samples=samples, seq_len=seq_len,
+        self_samples=self_samples, watch=text_of(watch), seed=seed, device=device, dtype=pick_dtype(dtype, device),
+        force=force, resume=resume, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     with told(tell) as listener:
         return run(request, listener)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +57,14 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--sym/--asym", "symmetric", default=False, show_default=True,
-    help="INT4 without zero points, or with them: better, but mixes are then read by vLLM and not by transformers.",
+    help="INT4 without zero points, or with them: better, but transformers does not load such mixes by itself.",
 )  # fmt: skip
 @click.option("--int8/--no-int8", default=True, show_default=True, help="Whether INT8 may be chosen.")
 @click.option("--float16/--no-float16", default=True, show_default=True, help="Whether float16 may be chosen.")
+@click.option(
+    "--lm-head/--no-lm-head", "lm_head", default=False, show_default=True,
+    help="Whether the output matrix is chosen for too, where it is not the embedding: vLLM since March 2026.",
+)  # fmt: skip
 @calibrated(seed="Seed of sampling from the model.")
 @click.option("--dry-run", is_flag=True, help="Say what could be chosen, and write nothing.")
 @click.option(
@@ -69,19 +74,21 @@ if TYPE_CHECKING:
 def command(
     model: str | None, out: Path | None, as_json: bool, dry_run: bool, report: Path | None, target: str | None,
     format_: str | None, context: int | None, num_bytes: str | None, gate: float | None, data: str | None,
-    max_tokens: int, tries: int, symmetric: bool, int8: bool, float16: bool, device: str, dtype: str,
+    max_tokens: int, tries: int, symmetric: bool, int8: bool, float16: bool, lm_head: bool, device: str, dtype: str,
     **rest: Any,
 ) -> None:  # fmt: skip
     """Choose for each set of linears of MODEL that share an input: INT4 in groups of 128, 64 or 32, INT8, or float16.
 
     What each choice costs is measured once, on the calibration text; then the smallest artifact that passes the gate is
-    looked for: each one tried is made and judged on text held out. Embeddings and the output matrix stay in float16,
-    since few readers take them otherwise. The exit code is 3 when nothing within the goals passes.
+    looked for: each one tried is made and judged on text held out. Embeddings stay in float16, since few readers take
+    them otherwise, and so does the output matrix without --lm-head. The exit code is 3 when nothing within the goals
+    passes.
     """
     started = time.monotonic()
     from compress.cli.prune import check_page
     from compress.devices import pick_device, pick_dtype
     from compress.quantize.auto_stage import AutoRequest
+    from compress.quantize.menu import Menu
     from compress.search import Goal, search
     from compress.workspace import WORKSPACE
 
@@ -93,9 +100,10 @@ def command(
         check_page(report, source.path)
     gate = GATE if gate is None and num_bytes is None else gate
     data = text_to_judge(source, data, gate, rest["calib"])
+    wanted = Menu(symmetric=symmetric, int8=int8, dense=float16, lm_head=lm_head)
     opened, menu, most, reader = asked_for(
-        source, target, format_, context, num_bytes, symmetric, int8, float16, rest["trust_remote_code"]
-    )
+        source, target, format_, context, num_bytes, wanted, rest["trust_remote_code"]
+    )  # fmt: skip
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     request = AutoRequest(
@@ -114,11 +122,7 @@ def command(
             request, goal, judges.judge(shown) if judges else None, shown, vet=judges.vet if judges else unvetted
         )  # fmt: skip
     kept = judges.keep(found) if judges else None
-    seconds = time.monotonic() - started
-    if as_json:
-        print(json.dumps(to_json(found, gate, seconds), indent=2))
-    else:
-        _print(found, gate, seconds)
+    _print(found, gate, time.monotonic() - started, as_json)
     if report is not None:
         _write_page(report, found, gate, source.name)
     if kept:
@@ -130,20 +134,19 @@ def command(
 
 
 def asked_for(
-    source: Source, target: str | None, format_: str | None, context: int | None, num_bytes: str | None,
-    symmetric: bool, int8: bool, float16: bool, trust: bool,
+    source: Source, target: str | None, format_: str | None, context: int | None, num_bytes: str | None, menu: Menu,
+    trust: bool,
 ) -> tuple[StreamedModel, Menu, int | None, str | None]:  # fmt: skip
     """The opened model, what may be chosen, bytes at most, and which reader it is for."""
     from compress import stage
     from compress.model import StreamedModel
     from compress.prune.search import size_of
-    from compress.quantize.menu import Menu
 
     if target is None and (format_ is not None or context is not None):
         raise ConfigError(f"--{'format' if format_ else 'context'} is about a machine; name one with --target")
     model = StreamedModel.open(source.path, trust_remote_code=trust)
     stage.refuse_quantized(model)
-    menu, most, reader = Menu(symmetric=symmetric, int8=int8, dense=float16), None, None
+    most, reader = None, None
     if target is not None:
         from exporters.answer import LAYOUTS, codes_for
         from exporters.export import format_of, target_named
@@ -153,7 +156,9 @@ def asked_for(
         most = _room(model, machine, reader, context)
         if reader != "hf":  # its exporter takes one scheme of codes and leaves the others as they are
             codes = codes_for(model, reader)
-            menu = Menu(int4=(codes.group_size,), symmetric=codes.symmetric or symmetric, int8=False)
+            if menu.lm_head:
+                raise ConfigError(f"--lm-head: {reader} takes the output matrix in float16; leave --lm-head out")
+            menu = replace(menu, int4=(codes.group_size,), symmetric=codes.symmetric or menu.symmetric, int8=False)
             assert LAYOUTS[reader].wants(codes) is None
         reader = f"{target} ({reader})"
     if num_bytes is not None:
@@ -200,19 +205,27 @@ def _goal_text(goal: Goal, reader: str | None) -> str:
 def _dry_run(model: StreamedModel, plan: LayerPlan, menu: Menu, goal: Goal, as_json: bool) -> None:
     """Sizes of what could be made, from headers; which of it is best, the run measures."""
     from compress import stage
+    from compress.plan import outside_blocks
     from compress.quantize.choices import bytes_outside
     from compress.quantize.menu import kind, num_bytes
 
     shapes = stage.shapes_of(model, plan)
     outside = bytes_outside(model, set(shapes))
     options = {name: {kind(o): num_bytes(o, shape) for o in menu.options(shape[1])} for name, shape in shapes.items()}
-    common = [name for name in next(iter(options.values())) if all(name in found for found in options.values())]
+    inside = [found for name, found in options.items() if not outside_blocks(name)]
+    behind = [found for name, found in options.items() if outside_blocks(name)]  # where it may, it stays in float16
+
+    def uniform(name: str) -> int:
+        head = sum(found["float16" if "float16" in found else name] for found in behind)
+        return outside + head + sum(found[name] for found in inside)
+
+    common = [name for name in inside[0] if all(name in found for found in inside)]
     value = {
         "linears": len(shapes),
         "outside_bytes": outside,
         "least_bytes": outside + sum(min(found.values()) for found in options.values()),
         "most_bytes": outside + sum(max(found.values()) for found in options.values()),
-        "uniform_bytes": {name: outside + sum(found[name] for found in options.values()) for name in common},
+        "uniform_bytes": {name: uniform(name) for name in common},
         "goal": {"gate": goal.gate, "most_bytes": goal.most},
     }
     if as_json:
@@ -252,7 +265,10 @@ def _point(choice: Choice) -> dict[str, float]:
     return {"bytes": choice.num_bytes, "predicted_kl": choice.kl}
 
 
-def _print(found: Found, gate: float | None, seconds: float) -> None:
+def _print(found: Found, gate: float | None, seconds: float, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(to_json(found, gate, seconds), indent=2))
+        return
     out = console()
     for note in found.notes:
         out.print(note, soft_wrap=True)

@@ -52,6 +52,15 @@ _AMOUNT = "whole number, or share below 1"
 @click.option("--calib", metavar="TEXT", help="Calibration text, as for `compress awq`.")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration rows.")
 @click.option("--seq-len", type=click.IntRange(1), default=512, show_default=True, help="Tokens in a row.")
+@click.option(
+    "--self-samples",
+    type=click.IntRange(0),
+    help="Rows sampled from the model itself, fitted to and judged on beside the text [default: as many as of the text "
+    "(to 1 GB of weights, 4 GB on a GPU)].",
+)
+@click.option(
+    "--watch", metavar="TEXT", help="A second text: what goes is judged on it as well, nothing is fitted to it."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling from the model.")
 @click.option("--device", default="auto", show_default=True, help="Where blocks are computed: cpu, cuda[:N], auto.")
 @click.option(
@@ -236,17 +245,17 @@ def _dry_goal(model: StreamedModel, asked: Asked, target: str | None, context: i
 
 
 def _print(outcome: Outcome, seconds: float) -> None:
+    from compress.prune.kinds import by_text, held_text
+
     record = outcome.record
     search = record["search"]
     for one in search["tried"] if search else ():
         shape = "-".join(f"{key}{value}" for key, value in one["shape"].items())
         print(
             f"tried {shape}: {one['parameters'] / 1e6:.1f} M, KL {one['divergence']:.4f} "
-            f"({one['predicted']:.4f} added up)"
+            f"({one['predicted']:.4f} added up{by_text(one['by_text'])})"
         )
-    held = record["divergence"]["held_out"]
-    said = "not measured, the text is one batch" if held is None else f"{held:.4f}"
-    print(f"KL to the original on text held out: {said}")
+    print(f"KL to the original on rows held out: {held_text(record['divergence'])}")
     removed = record["removed_blocks"]
     count = record["parameters"]
     print(f"blocks removed: {', '.join(map(str, removed)) or 'none'}; {count['before'] / 1e6:.1f} M -> "

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.ticker import MaxNLocator
 
+from compress.prune.kinds import held_text
 from evaluators.html import document, section, table
 from evaluators.svg import BLUE, ORANGE, RED, STYLE, new_figure, to_svg
 
@@ -30,8 +31,8 @@ _HOW = {
     ),
     "shapes": (
         "Shapes tried",
-        "Left and low is better. Each dot is a shape that was pruned, refitted and judged on text held out; the red "
-        "one was made.",
+        "Left and low is better. Each dot is a shape that was pruned, refitted and judged on rows held out of "
+        "each kind of text; the red one was made.",
     ),
 }
 _MISSING = "Not measured: nothing of this kind went."
@@ -40,11 +41,11 @@ _MISSING = "Not measured: nothing of this kind went."
 def to_html(record: Mapping[str, Any], title: str) -> bytes:
     """The page of a manifest's `prune` record, UTF-8. Same record, same bytes (for one version of matplotlib)."""
     draw = {"blocks": blocks_plot, "heads": heads_plot, "neurons": neurons_plot, "shapes": shapes_plot}
-    count, held = record["parameters"], record["divergence"]["held_out"]
+    count, found = record["parameters"], record["divergence"]
     share = count["after"] / count["before"] - 1
     said = f"{count['before'] / 1e6:.1f} M -> {count['after'] / 1e6:.1f} M parameters ({share:+.1%})"
-    if held is not None:
-        said += f"; KL to the original on text held out {held:.4f} nats a token"
+    if found["held_out"] is not None:
+        said += f"; KL to the original on rows held out, nats a token: {held_text(found)}"
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(said)}.</p>",

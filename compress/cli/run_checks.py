@@ -73,14 +73,18 @@ def _auto(params: Params, source: Source, folder: Path) -> Foreseen:
     from compress.cli.judges import GATE, Judges, text_to_judge
     from compress.quantize.auto_stage import AutoRequest, Made, auto_stage
     from compress.quantize.choices import Choice
+    from compress.quantize.menu import Menu
     from compress.search import Goal
     from compress.stage import estimated_bytes, shapes_of
 
     gate = GATE if params["gate"] is None and params["num_bytes"] is None else params["gate"]
     data = text_to_judge(source, params["data"], gate, params["calib"])
+    asked = Menu(
+        symmetric=params["symmetric"], int8=params["int8"], dense=params["float16"], lm_head=params["lm_head"]
+    )  # fmt: skip
     model, menu, most, _ = asked_for(
-        source, params["target"], params["format_"], params["context"], params["num_bytes"], params["symmetric"],
-        params["int8"], params["float16"], params["trust_remote_code"],
+        source, params["target"], params["format_"], params["context"], params["num_bytes"], asked,
+        params["trust_remote_code"],
     )  # fmt: skip
     request = AutoRequest(source=source, out=folder, menu=menu, **_fields(AutoRequest, params))
     plan = refused_here(request, Goal(gate=gate, most=most, tries=params["tries"]), model)
@@ -133,6 +137,7 @@ def _check_calibration(request: CalibratedRequest) -> None:
     if spec == "self" and request.self_samples:
         raise ConfigError("self-samples adds to a text, but all rows are sampled from the model itself; raise samples")
     _check_text(spec)
+    _check_text(request.watch)
 
 
 def _check_text(spec: str | None) -> None:

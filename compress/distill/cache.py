@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.distill.heads import Head, SparseTeacher
 from compress.distill.rows import Batch, Rows, read_rows
 from compress.distill.student import Lesson
 from compress.errors import ArtifactError, ConfigError
 from compress.files import IO_THREADS, file_sha256, read_json
+from compress.losses.heads import Head, SparseTeacher
 
 FACTS = "cache.json"
 SCHEMA = 1

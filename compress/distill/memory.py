@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from compress.distill import at_once
-from compress.distill.losses import CPU_BLOCK, GPU_BLOCK
+from compress.devices import available as available
 from compress.errors import ConfigError
+from compress.losses import at_once
+from compress.losses.in_blocks import CPU_BLOCK, GPU_BLOCK
 
 PROBE_TOKENS = (64, 128)
 MARGIN = 1.1
@@ -101,21 +101,6 @@ def _kept(model: nn.Module, base: nn.Module, tokens: int, compute: torch.dtype) 
         out = base(input_ids=ids, use_cache=False).last_hidden_state
     del out
     return sum(seen.values())
-
-
-def available(device: str) -> int:
-    """Bytes that can still be taken: of the GPU, or of the machine and this process's control group."""
-    if device.startswith("cuda"):
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    most, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        return min(free, int(most.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no control group, or no limit in it
-        return free
 
 
 def require(needs: Needs, free: int, others: Sequence[tuple[str, Needs]]) -> None:

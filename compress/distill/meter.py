@@ -14,19 +14,20 @@ class Meter:
     def __init__(self, tokens: int, flops: float, peak: float | None) -> None:
         self.tokens, self.flops, self.peak = tokens, flops, peak
         self._steps = 0
-        self._started = time.monotonic()
+        self._started = self._ended = time.monotonic()
 
     def step(self) -> None:
         """A step has ended."""
         self._steps += 1
+        self._ended = time.monotonic()
         if self._steps == WARM_UP:
-            self._started = time.monotonic()
+            self._started = self._ended
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None until it can be told."""
+        """None until it can be told. Up to the last step: what a run writes afterwards is not training."""
         counted = self._steps - WARM_UP
-        elapsed = time.monotonic() - self._started
+        elapsed = self._ended - self._started
         return counted * self.tokens / elapsed if counted > 0 and elapsed > 0 else None
 
     @property

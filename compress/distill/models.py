@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint, torch_dtype
-from compress.distill.heads import Head
-from compress.errors import ConfigError, UnsupportedError
+from compress.errors import ConfigError
 from compress.formats import Stored
+from compress.losses import heads
+from compress.losses.heads import Head
 from compress.model import StreamedModel
 from compress.tokens import load_tokenizer
 
-PROBE_TOKENS = 12
 # Of blocks of all kinds, with and without gradients: those of a student, its teacher and a watched text.
 COMPILED_SHAPES = 32
 
@@ -75,45 +75,18 @@ def load(path: Path, *, dtype: torch.dtype, device: str = "cpu", trust_remote_co
 
 
 def output_layer(loaded: LoadedModel) -> nn.Linear:
-    layer = loaded.model.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(layer, nn.Linear):
-        raise UnsupportedError(
-            f"{loaded.checkpoint.path}: {type(loaded.model).__name__} has no linear output layer, from whose inputs "
-            "the losses are computed; choose another model"
-        )
-    return layer
+    """See `heads.output_layer`."""
+    return heads.output_layer(loaded.model, loaded.checkpoint.path)
 
 
 def head_of(loaded: LoadedModel) -> Head:
-    """The model's head as the losses know it (see `proven_head`)."""
-    layer, config = output_layer(loaded), loaded.model.config
-    scaling = getattr(config, "logits_scaling", None)  # Granite divides
-    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return Head(
-        weight_VH=layer.weight,
-        bias_V=layer.bias,
-        scale=float(scale or 1.0) / float(scaling or 1.0),
-        cap=None if cap is None else float(cap),
-    )
+    """See `heads.head_of`."""
+    return heads.head_of(loaded.model, loaded.checkpoint.path)
 
 
-@torch.no_grad()
 def proven_head(loaded: LoadedModel) -> Head:
-    """`head_of`, proven: its logits of a few tokens are the model's own. UnsupportedError where they are not."""
-    head = head_of(loaded)
-    device = head.weight_VH.device
-    ids = torch.arange(PROBE_TOKENS, device=device)[None] * 7919 % min(loaded.vocab_size, 32_000)
-    hidden = loaded.base(input_ids=ids, use_cache=False).last_hidden_state
-    own = loaded.model(input_ids=ids, use_cache=False).logits[0].float()
-    ours = head.logits(hidden[0])
-    tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
-    if not float((own - ours).norm()) <= tolerance * float(own.norm()):
-        raise UnsupportedError(
-            f"{loaded.checkpoint.path}: {type(loaded.model).__name__} computes its logits in a way that the losses do "
-            "not follow (not scale * (W h + b), capped); choose another model"
-        )
-    return head
+    """See `heads.proven_head`."""
+    return heads.proven_head(loaded.model, loaded.base, loaded.checkpoint.path)
 
 
 def common_vocabulary(student: Path, teacher: Path, rows_student: int, rows_teacher: int) -> int:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.distill.losses import IGNORED
 from compress.distill.rows import Batch
+from compress.losses.in_blocks import IGNORED
 
 PROMPT = 0.25
 

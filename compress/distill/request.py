@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from compress.distill.data import Mix
-from compress.distill.losses import Objective
 from compress.distill.student import Goal
+from compress.losses.in_blocks import Objective
 from compress.workspace import Source
 
 LOSSES = ("forward-kl", "reverse-kl", "jsd", "cross-entropy")

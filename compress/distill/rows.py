@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.distill.losses import IGNORED
 from compress.errors import ArtifactError
 from compress.files import file_sha256, fsync_dir, json_bytes, read_json, write_bytes_atomically
+from compress.losses.in_blocks import IGNORED
 
 ROWS, STARTS, FACTS = "rows.bin", "starts.bin", "rows.json"
 SCHEMA = 1

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.distill import at_once
-from compress.distill.at_once import Weights
-from compress.distill.heads import SparseTeacher, Teacher
-from compress.distill.losses import IGNORED, Objective, losses
 from compress.distill.models import LoadedModel, head_of
 from compress.distill.onpolicy import rewrite
 from compress.distill.rows import Batch
+from compress.losses import at_once
+from compress.losses.at_once import Weights
+from compress.losses.heads import SparseTeacher, Teacher
+from compress.losses.in_blocks import IGNORED, Objective, losses
 
 PARTS = ("divergence", "cross_entropy", "hidden")
 
@@ -137,7 +137,7 @@ class Student(nn.Module):
         return total + self._goal.hidden * parts[-1], parts
 
     def _in_blocks(self, lesson: Lesson, hidden_PH: Tensor, labels_P: Tensor) -> list[Tensor]:
-        """Divergence and cross-entropy, differentiable, by `losses.losses`."""
+        """Divergence and cross-entropy, differentiable, by `in_blocks.losses`."""
         divergence_P, entropy_P = losses(
             hidden_PH,
             head_of(self._loaded),

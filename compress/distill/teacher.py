@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from compress.distill.heads import DenseTeacher
 from compress.distill.models import LoadedModel, head_of
 from compress.distill.rows import Batch
 from compress.distill.student import Lesson
+from compress.losses.heads import DenseTeacher
 
 
 class Lessons(Protocol):

@@ -33,7 +33,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.formats import dense_words, second_reader
 from compress.formats.format import Shape, check_groups
-from compress.plan import ActivationScheme, KvScheme, LayerPlan, LayerScheme
+from compress.plan import ActivationScheme, KvScheme, LayerPlan, LayerScheme, outside_blocks
 from compress.quantized import QuantizedWeight, StaticInput
 from compress.scheme import Scheme
 
@@ -214,14 +214,17 @@ def _same(name: str, leaf: str, found: tuple[int, ...], wanted: tuple[int, ...])
 
 
 def config(plan: LayerPlan) -> dict[str, Any]:
-    """See `Format.config`. One group targets every `Linear` but those in `ignore`; several name their layers."""
+    """See `Format.config`. One group targets every `Linear` but those in `ignore`; several name their layers. An output
+    matrix is named always: readers do not take it for a `Linear`."""
     groups = plan.groups()
     formats = sorted({format_of(scheme) for scheme in groups})
     kv = {} if plan.kv is None else {KV_KEY: plan.kv.to_json()}
     return {
         **kv,
         "config_groups": {
-            f"group_{number}": _group(scheme, ["Linear"] if len(groups) == 1 else list(names))
+            f"group_{number}": _group(
+                scheme, ["Linear", *filter(outside_blocks, names)] if len(groups) == 1 else list(names)
+            )
             for number, (scheme, names) in enumerate(groups.items())
         },
         "format": formats[0] if len(formats) == 1 else MIXED,

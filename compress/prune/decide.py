@@ -21,15 +21,17 @@ from compress.prune.channels import Channels, measure_channels
 from compress.prune.cut import Cut, needs_structure, plan_cut
 from compress.prune.depth import Depth, measure_depth
 from compress.prune.judge import Sample, judge
+from compress.prune.kinds import Kinds
 from compress.prune.prune_block import PruneOptions
 from compress.prune.search import Costs, Tried, choices, grid, probes
 from compress.prune.shape import Counter, Shape, asked_shape, head_dim_of, shape_of
 from compress.prune.structure import Structure, find_structure
 from compress.tell import Tell
 
-# Tokens that blocks are bypassed on, and rows that shapes are judged on.
+# Tokens that blocks are bypassed on; rows that shapes are fitted to, and of each kind of text judged on.
 DEPTH_TOKENS = 8192
-SEARCH_ROWS = 48
+SEARCH_ROWS = 40
+HELD_ROWS = 8
 _PROBE = torch.arange(16)[None] * 37
 
 
@@ -217,39 +219,39 @@ class _Measured:
         cut = plan_cut(self.model, shape, kept, self.structure, channels)
         return replace(cut, final_scale=scale)
 
-    def judged(self, shape: Shape) -> float:
-        """Divergence of the shape on text held out."""
+    def judged(self, shape: Shape) -> Mapping[str, Any]:
+        """Divergence of the shape on rows held out, by kind of text and their mean; see `judge.final_divergence`."""
         self.tell.step(doing=f"judging {shape.label()}")
 
-        def find() -> float:
+        def find() -> dict[str, Any]:
             assert self.sample is not None
-            return judge(self.model, self.sample, self.cut(shape), self.options, self.tell)[0]
+            return judge(self.model, self.sample, self.cut(shape), self.options, self.tell)
 
-        return float(self.facts.once(f"judged {shape.label()}", find))
+        found: Mapping[str, Any] = self.facts.once(f"judged {shape.label()}", find)
+        return found
 
 
 def decide(
     asked: Asked,
     model: StreamedModel,
     ids_NT: Tensor,
-    held: int,
+    kinds: Kinds,
     options: PruneOptions,
     facts: Facts,
     tell: Tell,
 ) -> dict[str, Any]:
     """What is made, as JSON: shape, kept blocks and channels, and what was measured on the way.
 
-    held: batches at the end of `ids_NT` that nothing is fitted to.
+    kinds: which rows of `ids_NT` (int64 `[N, T]`) are fitted on, and which judge.
     """
     old = shape_of(model)
     batch = batch_rows(model, ids_NT.shape[1])
-    rows = ids_NT[: max(1, len(ids_NT) - held * batch)]
     shape = None if asked.has_goal else asked.shape(model)
     allowed = allowed_choices(model) if shape is None else {}
     fewest = shape.blocks if shape is not None else min(s.blocks for s in allowed["blocks"])
     narrow = [shape.hidden] if shape is not None else [s.hidden for s in allowed["hidden"]]
     narrow = [hidden for hidden in narrow if hidden < old.hidden]
-    few = rows[: max(1, DEPTH_TOKENS // ids_NT.shape[1])]
+    few = ids_NT[kinds.first(DEPTH_TOKENS // ids_NT.shape[1])]
     depth = channels = None
     if fewest < old.blocks:
         tell.start("step", old.blocks - fewest + 1)
@@ -264,7 +266,7 @@ def decide(
     wants = shape is None or options.repair or needs_structure(old, shape)
     measured = _Measured(
         model=model,
-        sample=search_sample(ids_NT, held, batch) if shape is None else None,
+        sample=search_sample(ids_NT, kinds) if shape is None else None,
         options=options,
         facts=facts,
         tell=tell,
@@ -283,21 +285,18 @@ def decide(
         "final_scale": cut.final_scale,
         "depth": None if depth is None else depth.to_json(),
         "search": searched,
+        "kinds": kinds.to_json(),
     }
 
 
-def search_sample(ids_NT: Tensor, held: int, batch: int) -> Sample:
+def search_sample(ids_NT: Tensor, kinds: Kinds) -> Sample:
     """Rows for judging many shapes: some of those that are fitted on, and of those held out."""
-    batches = max(1, SEARCH_ROWS // batch)
-    few = max(1, min(held, batches // 6))
-    if not held:
+    if not kinds.held:
         raise ConfigError(
-            f"{len(ids_NT)} calibration rows make one batch, which leaves none to judge on; give more text, or shorter "
-            "rows with --seq-len"
+            f"{len(ids_NT)} calibration row leaves none to judge on; give more text, or shorter rows with --seq-len"
         )
-    parts = ids_NT.split(batch)
-    fitted = parts[: min(len(parts) - held, max(1, batches - few))]
-    return Sample(ids_NT=torch.cat([*fitted, *parts[len(parts) - held :][:few]]), batch=batch, held=few)
+    chosen, few = kinds.some(SEARCH_ROWS, HELD_ROWS)
+    return Sample(ids_NT=ids_NT[chosen], kinds=few)
 
 
 def _searched(
@@ -318,12 +317,14 @@ def _searched(
     tried: list[Tried] = []
     measured.tell.start("shape", min(asked.candidates, len(shapes)))
     for shape in shapes[: asked.candidates]:
+        found = measured.judged(shape)
         tried.append(
             Tried(
                 shape=shape,
                 parameters=counter.parameters(shape),
                 predicted=costs.predicted(shape),
-                divergence=measured.judged(shape),
+                divergence=found["held_out"],
+                by_text=found["by_text"],
             )
         )
         measured.tell.step(len(tried), doing=f"{shape.label()}: KL {tried[-1].divergence:.3f}")
@@ -370,7 +371,7 @@ def _single_costs(measured: _Measured, allowed: Mapping[str, Sequence[Shape]]) -
     wanted = probes(old, allowed)
     measured.tell.start("single cut", len(wanted))
     for done, (axis, shape) in enumerate(wanted, 1):
-        divergence = measured.judged(shape)
+        divergence = float(measured.judged(shape)["held_out"])
         costs.add(axis, shape, divergence)
         if axis == "blocks" and measured.depth is not None:
             unrepaired = measured.depth.divergence(old.blocks - shape.blocks)

@@ -29,6 +29,7 @@ from compress.errors import ArtifactError
 from compress.linear import is_conv1d, linears, weight_OI
 from compress.prune.cut import Cut, cut_axis, row_axis
 from compress.prune.importance import kept_neurons, kept_pieces, without
+from compress.prune.kinds import parts_of
 from compress.prune.repair import factor, hessian, lost_by_cutting, refit
 from compress.prune.structure import Section
 from compress.statistics import InputStatistics
@@ -39,11 +40,11 @@ DECILES = 10
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions:
     """repair: refit what reads the units that stay; without it they are cut out and nothing else changes. strength:
-    see `repair.refit`. fitted: how many of the block's batches are fitted on, None for all; the others are held out."""
+    see `repair.refit`. fitted: numbers of the rows that are fitted on, None for all; the others are held out."""
 
     repair: bool = True
     strength: float = 0.5
-    fitted: int | None = None
+    fitted: Sequence[range] | None = None
 
 
 def prune_block(
@@ -73,7 +74,8 @@ class _Work:
         self.module = loaded.module
         self.weights = {name: value.detach() for name, value in self.module.state_dict().items()}
         self.layers = linears(self.module)
-        self.batches = range(len(loaded.inputs))[: options.fitted]
+        rows = [range(sum(len(h) for h in loaded.inputs))] if options.fitted is None else options.fitted
+        self.pieces = [piece for some in rows for piece in parts_of(loaded.inputs, some)]
         self.attributes: Mapping[str, Mapping[str, Any]] = {}
         # Whether what enters, what this block makes of it, or what is behind it differs from the original.
         self.wrong_before = any(a is not b for a, b in zip(loaded.inputs, loaded.sources, strict=True))
@@ -159,8 +161,9 @@ class _Work:
         """
         size = self._weight(section.consumer).shape
         statistics = InputStatistics.empty(size[1], self.weights[f"{section.consumer}.weight"].device, by_output=True)
-        for i in self.batches:
-            entering, source, target = (of[i] for of in (self.loaded.inputs, self.loaded.sources, self.loaded.targets))
+        loaded = self.loaded
+        for i, rows in self.pieces:
+            entering, source, target = (of[i][rows] for of in (loaded.inputs, loaded.sources, loaded.targets))
             ends = section.adds and not is_heads
             meant = self.tap(section.consumer, source, original=True).y if aim and not ends else None
             tap = self.tap(section.consumer, entering, to_end=ends)
@@ -217,9 +220,9 @@ class _Work:
         kept = slice(None) if channels is None else channels.to(weights[0].device)
         size = self._weight(names[0]).shape[1]
         statistics = InputStatistics.empty(size, weights[0].device)
-        for i in self.batches:
-            before = self.tap(names[0], self.loaded.sources[i], original=True).x
-            x = self.tap(names[0], self.loaded.inputs[i]).x.flatten(0, -2)
+        for i, rows in self.pieces:
+            before = self.tap(names[0], self.loaded.sources[i][rows], original=True).x
+            x = self.tap(names[0], self.loaded.inputs[i][rows]).x.flatten(0, -2)
             shift = before.flatten(0, -2).to(torch.float32, copy=True)  # it may be the hidden state itself
             shift[:, kept] -= x.float()
             statistics.add(x, shift)

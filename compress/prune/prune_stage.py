@@ -16,7 +16,6 @@ from compress import distributed, stage
 from compress.artifact import parent_path, read_manifest
 from compress.assemble import Cut as RestCut
 from compress.block import BlockDone, BlockResult, LoadedBlock
-from compress.blocks import batch_rows
 from compress.calibration_rows import Rows
 from compress.errors import ArtifactError, UnsupportedError
 from compress.journal import Facts
@@ -25,6 +24,7 @@ from compress.plan import LayerPlan
 from compress.prune.cut import Cut, needs_structure, plan_cut
 from compress.prune.decide import Asked, decide, find_whole_structure
 from compress.prune.judge import WANTED, final_divergence, reshaping_of, stored_dtype
+from compress.prune.kinds import Kinds
 from compress.prune.prune_block import PruneOptions, prune_block
 from compress.prune.shape import Counter, Shape, config_of, shape_of, stored_parameters
 from compress.request import CalibratedRequest
@@ -33,7 +33,6 @@ from compress.tell import SILENT, Tell
 
 # Above this share of the blocks, what reads multiple choice well may no longer write.
 MUCH_DEPTH = 0.2
-_HELD = 8  # one batch in so many is not fitted on, but judged on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +46,20 @@ class PruneRequest(CalibratedRequest):
     max_kl: float | None = None
     repair: bool = True
 
+    @property
+    def tops_up(self) -> bool:
+        """What is fitted to a text of one kind is worse on others; a text of the model's own is all kinds that it
+        knows, and needs no more of them."""
+        return self.calib is not None
+
     def options(self) -> dict[str, Any]:
         """What the manifest and the resumed run's check record."""
         return {
             **self.asked.to_json(),
             "repair": self.repair,
             "samples": self.samples,
+            "self_samples": self.self_samples,
+            "watch": self.watch is not None,
             "seq_len": self.seq_len,
             "seed": self.seed,
             "dtype": self.dtype,
@@ -60,9 +67,12 @@ class PruneRequest(CalibratedRequest):
         }
 
 
-def prune(request: PruneRequest, tell: Tell = SILENT) -> Outcome:
-    """Prune `request.source` to an ordinary model folder at `request.out`; see `stage.run`."""
-    outcome = stage.run(prune_stage(request), request.job(), tell)
+def prune(request: PruneRequest, tell: Tell = SILENT, rows: Rows | None = None) -> Outcome:
+    """Prune `request.source` to an ordinary model folder at `request.out`; see `stage.run`.
+
+    rows: those that the request's texts give, where they were read already.
+    """
+    outcome = stage.run(prune_stage(request), replace(request.job(), rows=rows), tell)
     return replace(outcome, notes=[*outcome.notes, *warnings(outcome.record, request.max_kl)])
 
 
@@ -133,14 +143,8 @@ def refuse(model: StreamedModel) -> None:
 
 
 def _measure(request: PruneRequest, model: StreamedModel, rows: Rows, facts: Facts, tell: Tell) -> Mapping[str, Any]:
-    held = held_batches(model, rows.ids_NT)
-    return decide(request.asked, model, rows.ids_NT, held, PruneOptions(repair=request.repair), facts, tell)
-
-
-def held_batches(model: StreamedModel, ids_NT: Tensor) -> int:
-    """Batches at the end of the rows that are judged on; none where there is one batch in all."""
-    batches = -(-len(ids_NT) // batch_rows(model, ids_NT.shape[1]))
-    return max(1, batches // _HELD) if batches > 1 else 0
+    options = PruneOptions(repair=request.repair)
+    return decide(request.asked, model, rows.ids_NT, Kinds.of(rows), options, facts, tell)
 
 
 def _decided(request: PruneRequest, model: StreamedModel, found: Mapping[str, Any]) -> Stage:
@@ -162,7 +166,7 @@ def _decided(request: PruneRequest, model: StreamedModel, found: Mapping[str, An
     }
     return replace(
         prune_stage(request),
-        block=partial(_block, model, cut, request),
+        block=partial(_block, model, cut, request, Kinds.from_json(found["kinds"])),
         config=lambda model, plan: config_of(model, shape, cut.kept),
         record=partial(_record, facts),
         blocks=lambda model: cut.kept,
@@ -173,14 +177,14 @@ def _decided(request: PruneRequest, model: StreamedModel, found: Mapping[str, An
     )
 
 
-def _block(model: StreamedModel, cut: Cut, request: PruneRequest, loaded: LoadedBlock, plan: LayerPlan) -> BlockResult:
+def _block(
+    model: StreamedModel, cut: Cut, request: PruneRequest, kinds: Kinds, loaded: LoadedBlock, plan: LayerPlan
+) -> BlockResult:
     """A block of the run that is written; the last one also says how far the whole model is from the original."""
-    rows = sum(len(h) for h in loaded.inputs)
-    held = held_batches(model, torch.empty(rows, loaded.inputs[0].shape[1]))
-    options = PruneOptions(repair=request.repair, fitted=len(loaded.inputs) - held)
+    options = PruneOptions(repair=request.repair, fitted=kinds.fitted)
     result = prune_block(loaded, cut, options, stored_dtype(model, loaded.index))
     if loaded.index == cut.kept[-1]:
-        result.report["divergence"] = final_divergence(model, loaded, result, cut, held)
+        result.report["divergence"] = final_divergence(model, loaded, result, cut, kinds)
     return result
 
 

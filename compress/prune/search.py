@@ -22,12 +22,16 @@ AXES = ("blocks", "intermediate", "heads", "hidden")
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """A shape that was judged: parameters, the sum of its cuts' own costs, and its divergence on text held out."""
+    """A shape that was judged: parameters, the sum of its cuts' own costs, and its divergence on rows held out.
+
+    by_text: that of each kind of text, of which `divergence` is the mean.
+    """
 
     shape: Shape
     parameters: int
     predicted: float
     divergence: float
+    by_text: Mapping[str, float]
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -35,6 +39,7 @@ class Tried:
             "parameters": self.parameters,
             "predicted": self.predicted,
             "divergence": self.divergence,
+            "by_text": dict(self.by_text),
         }
 
 

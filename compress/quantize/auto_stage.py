@@ -27,10 +27,11 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ConfigError, UnsupportedError
 from compress.formats import Format, awq_gemm, compressed_tensors
 from compress.model import StreamedModel
-from compress.plan import LayerPlan, LayerScheme
+from compress.plan import LayerPlan, LayerScheme, outside_blocks
 from compress.quantize import awq_stage
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block
 from compress.quantize.choices import Choice
+from compress.quantize.head import READERS, head_of, quantize_head
 from compress.quantize.lint import lint
 from compress.quantize.menu import Menu
 from compress.quantize.stored import stored_config, to_stored
@@ -70,6 +71,7 @@ class AutoRequest(CalibratedRequest):
                 "symmetric": self.menu.symmetric,
                 "int8": self.menu.int8,
                 "dense": self.menu.dense,
+                "lm_head": self.menu.lm_head,
             },
         }
 
@@ -86,6 +88,8 @@ def base_plan(request: AutoRequest, model: StreamedModel) -> LayerPlan:
         )
     anything = LayerScheme(weight=Scheme(num_bits=8, group_size=-1, symmetric=True))
     plan = awq_stage.plan_blocks(model, anything, skip=request.skip)
+    if request.menu.lm_head:
+        plan = LayerPlan({**plan.layers, head_of(model): anything}, plan.kv)
     for name, (_, columns) in stage.shapes_of(model, plan).items():
         try:
             request.menu.options(columns)
@@ -108,12 +112,12 @@ class Made:
 
 
 def format_for(plan: LayerPlan, shapes: Mapping[str, tuple[int, int]]) -> Format:
-    """AutoAWQ's layout where it can hold the plan, else compressed-tensors."""
+    """AutoAWQ's layout where it can hold the plan, and no output matrix, else compressed-tensors."""
     try:
         awq_gemm.check(plan, shapes)
     except (UnsupportedError, ConfigError):
         return compressed_tensors
-    return awq_gemm
+    return compressed_tensors if any(outside_blocks(name) for name in plan.quantized) else awq_gemm
 
 
 def auto_stage(made: Made, shapes: Mapping[str, tuple[int, int]]) -> Stage:
@@ -137,6 +141,9 @@ def auto_stage(made: Made, shapes: Mapping[str, tuple[int, int]]) -> Stage:
         config=partial(stored_config, STORE_DTYPE),
         record=partial(_record, made),
         proof=proof,
+        behind=partial(quantize_head, allow_damage=request.allow_damage)
+        if any(outside_blocks(name) for name in choice.plan.quantized)
+        else None,
     )
 
 
@@ -148,8 +155,10 @@ def _record(made: Made, done: Sequence[BlockDone], plan: LayerPlan) -> dict[str,
         for one, chosen in zip(found["sets"], made.choice.labels, strict=True)
     ]
     measured = {name: value for name, value in found.items() if name != "sets"}
+    readers = {"readers": READERS} if any(outside_blocks(name) for name in plan.quantized) else {}
     return {
         **awq_stage.record_of(done, plan),
+        **readers,
         "choice": {"predicted_kl": made.choice.kl, "predicted_bytes": made.choice.num_bytes, **measured, "sets": sets},
     }
 

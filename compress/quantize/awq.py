@@ -143,9 +143,10 @@ def search_range(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scale and zero point of each group that minimise its output error; the paper's weight clipping.
 
-    Shrinks each group's min-max range by factors from 1 to `lowest`, and keeps for every row and group the factor whose
-    error `d G_gg d^T` is least, with G_gg the Gram matrix's diagonal block of that group. The full range is among the
-    candidates, so the error never exceeds round-to-nearest's. Returns scale_OG, zero_point_OG, factor_OG (float32).
+    Multiplies each group's min-max range by `numerics.range_factors`, down to `lowest`, and keeps for every row and
+    group the factor whose error `d G_gg d^T` is least, with G_gg the Gram matrix's diagonal block of that group. The
+    full range is among the candidates, so the error never exceeds round-to-nearest's. Returns scale_OG, zero_point_OG,
+    factor_OG (float32).
     """
     w_OGg = numerics.to_groups(w_OI, scheme)
     num_groups, size = w_OGg.shape[1], w_OGg.shape[2]
@@ -155,8 +156,7 @@ def search_range(
     best_error = torch.full_like(best_scale, torch.inf)
     best_factor = torch.ones_like(best_scale)
     assert blocks_Ggg.shape[0] == num_groups
-    for i in range(steps + 1):
-        factor = 1.0 - (1.0 - lowest) * i / steps
+    for factor in numerics.range_factors(scheme, lowest, steps):
         scale, zero = numerics.scale_and_zero(lo * factor, hi * factor, scheme)
         delta = numerics.fake_quantize(w_OGg, scale, zero, scheme).sub_(w_OGg)
         error = group_error(delta, blocks_Ggg)

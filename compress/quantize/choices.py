@@ -11,7 +11,7 @@ from typing import Any
 from compress import stage
 from compress.errors import ConfigError
 from compress.model import StreamedModel
-from compress.plan import DENSE, LayerPlan, LayerScheme
+from compress.plan import DENSE, LayerPlan, LayerScheme, outside_blocks
 from compress.quantize.knapsack import Item, Table
 from compress.quantize.menu import Menu, group_bytes, kind, label
 
@@ -92,10 +92,19 @@ class Choices:
         return self._choice(chosen)
 
     def uniform(self) -> dict[str, Choice]:
-        """Artifacts of one scheme, by its kind: what everybody makes. Only those that all sets may become."""
+        """Artifacts of one scheme, by its kind: what everybody makes. Only those that all sets of the blocks may
+        become; the output matrix stays in float16 where it may."""
         names = [{kind(o): i for i, o in enumerate(options)} for options in self.options]
-        common = [name for name in names[0] if all(name in others for others in names)] if names else []
-        return {name: self._choice([places[name] for places in names]) for name in common}
+        behind = [DENSE in options and any(map(outside_blocks, one["layers"]))
+                  for one, options in zip(self.found["sets"], self.options, strict=True)]  # fmt: skip
+        inside = [places for places, out in zip(names, behind, strict=True) if not out]
+        common = [name for name in inside[0] if all(name in others for others in inside)] if inside else []
+        return {
+            name: self._choice(
+                [places[kind(DENSE) if out else name] for places, out in zip(names, behind, strict=True)]
+            )
+            for name in common
+        }
 
     def frontier(self, points: int = POINTS) -> list[Choice]:
         """The best choices within the bytes of every uniform one, and at even distances on a logarithmic scale."""

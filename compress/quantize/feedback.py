@@ -218,9 +218,9 @@ def round_with_feedback(w_OI: Tensor, inputs: Prepared, scheme: Scheme, *, wante
 def fit_range(w_Og: Tensor, importance_g: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     """Scale and zero point `[O]` of one group that minimise `sum_j importance_j (w_j - rounded_j)^2`, row by row.
 
-    Candidates shrink the range from the full one to `RANGE_MIN` of it. Also returns the factor chosen.
+    Candidates are the full range times `numerics.range_factors`, down to `RANGE_MIN`. Also returns the factor chosen.
     """
-    factors_C = _factors(w_Og.device)
+    factors_C = _on(w_Og.device, *numerics.range_factors(scheme, RANGE_MIN, RANGE_STEPS))
     if w_Og.is_cuda:
         fitted: tuple[Tensor, Tensor, Tensor] = kernels().fit_range(w_Og, importance_g, factors_C, scheme)
         return fitted
@@ -241,6 +241,6 @@ def fit_range(w_Og: Tensor, importance_g: Tensor, scheme: Scheme) -> tuple[Tenso
 
 
 @functools.cache
-def _factors(device: torch.device) -> Tensor:
-    """What the full range is multiplied by, float32 `[C]`."""
-    return torch.tensor([1 - (1 - RANGE_MIN) * i / RANGE_STEPS for i in range(RANGE_STEPS + 1)], device=device)
+def _on(device: torch.device, *values: float) -> Tensor:
+    """float32 `[C]`, made once: a copy to a GPU waits for it."""
+    return torch.tensor(values, device=device)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
 from compress.formats import stored
-from compress.plan import DENSE, LayerPlan, LayerScheme
+from compress.plan import DENSE, LayerPlan, LayerScheme, outside_blocks
 from compress.quantize.menu import label
 
 
@@ -37,6 +37,9 @@ def lint(checkpoint: Checkpoint, plan: LayerPlan, fused: Sequence[Sequence[str]]
         return
     ignored = set(checkpoint.config["quantization_config"]["ignore"])
     targets = [target for group in groups.values() for target in group["targets"]]
+    unnamed = [name for name in meant if outside_blocks(name) and name not in targets]
+    if unnamed:
+        raise ArtifactError(f"{where}: no config group names {unnamed[0]}, which readers do not take for a Linear")
     if len(groups) > 1 and (len(set(targets)) < len(targets) or set(targets) != set(meant) or ignored & set(meant)):
         raise ArtifactError(f"{where}: its config groups do not name every quantized linear exactly once")
 

@@ -5,8 +5,8 @@ vLLM takes integer weights of 4 bits in groups of 32, 64 or 128, with zero point
 of 32 without them (4.5 bits) lose more than groups of 64 with them (4.31 bits), KL 0.028 and 0.026. But transformers
 5.23 with compressed-tensors 0.20 fails to load packed zero points, whose shape it does not expect: hence `symmetric`.
 Linears that share an input are computed as one matrix (q, k, v; gate and up), so they are chosen together. Embeddings
-and the output matrix stay in float16: vLLM refuses packed embeddings, transformers cannot load them, and of the output
-matrix SGLang before August 2026 reads garbage without an error (vllm PR 37291, sglang PR 35228, issue 35358).
+stay in float16; the output matrix does unless it is asked for, since SGLang before August 2026 answers garbage without
+an error (vllm PR 37291, sglang PR 35228, issue 35358): `head` says which readers take what.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ class Menu:
     """Which kinds of schemes there are to choose from.
 
     int4: group sizes of 4-bit weights. symmetric: without zero points. int8: weights of 8 bits too. dense: float16 too.
+    lm_head: the output matrix is chosen for as well, where it is a tensor of its own.
     """
 
     int4: tuple[int, ...] = GROUP_SIZES
     symmetric: bool = False
     int8: bool = True
     dense: bool = True
+    lm_head: bool = False
 
     def options(self, in_features: int) -> list[LayerScheme]:
         """What linears with so many inputs may become, smallest first; of 8 bits with the largest group that divides.

@@ -13,6 +13,8 @@ Three measurements, in one pass over the model, a block in memory at a time:
    the blocks side by side, each branching off where it differs, as in `prune.depth`. One more has all blocks rounded:
    what its divergence is over the sum of the single ones corrects all figures for what errors do to each other.
 
+The output matrix, if it is chosen for, is a set of its own: rounded whole in its probe, its divergence is measured.
+
 So `kl[set][option] = KL(block) * share of the set in the block's movement * error(option) / error(probe) * correction`.
 Divergences add up while they are small, and a choice is judged as a whole afterwards, never by this sum alone.
 
@@ -31,16 +33,15 @@ from torch import Tensor
 
 from compress.block import BlockResult, LoadedBlock
 from compress.blocks import batch_rows, stream
-from compress.divergence import divergences
+from compress.divergence import divergences, head_divergence
 from compress.errors import ConfigError
 from compress.groups import Group
 from compress.linear import is_conv1d, weight_OI
 from compress.model import StreamedModel
-from compress.plan import LayerPlan, LayerScheme
-from compress.quantize import awq
-from compress.quantize.feedback import Prepared, prepare, round_with_feedback
+from compress.plan import DENSE, LayerPlan, LayerScheme
+from compress.quantize import awq, head
+from compress.quantize.feedback import Prepared, prepare
 from compress.quantize.menu import Menu, label
-from compress.quantize.refit import refit_scales
 from compress.scheme import Scheme
 from compress.statistics import InputStatistics, kept_share
 from compress.tell import Tell
@@ -57,12 +58,14 @@ _LEAST_ROWS = 4
 
 @dataclass(kw_only=True)
 class _Set:
-    """Linears of one input. errors: by option, over that of the probe. moved: how far its probe moves the block."""
+    """Linears of one input. errors: by option, over that of the probe. moved: how far its probe moves the block; of
+    what lies behind the blocks, the divergence itself."""
 
     block: int
     layers: list[str]
     errors: dict[str, float]
     moved: float
+    behind: bool = False
 
 
 @dataclass(kw_only=True)
@@ -104,8 +107,12 @@ def measure(model: StreamedModel, ids_NT: Tensor, plan: LayerPlan, menu: Menu, t
         _block(model, loaded, plan, menu, paths, found, probe=loaded.index in probed)
         return BlockResult(quantized={}, dense={})
 
-    tell.start("measuring block", model.num_blocks)
-    for step in stream(model, rows_NT, method, tell=tell):
+    def behind(hidden: list[Tensor]) -> None:
+        found.sets.append(_head(model, hidden, paths.original, menu))
+
+    heads = menu.lm_head and not plan.get(model.own_head() or "", DENSE).is_dense
+    tell.start("measuring block", model.num_blocks + heads)
+    for step in stream(model, rows_NT, method, behind=behind if heads else None, tell=tell):
         tell.step(step.index + 1)
     tell.say("comparing what the rounded models predict")
     kl = divergences(model, paths.original, [paths.rounded, *paths.probes.values()])
@@ -118,13 +125,15 @@ def measure(model: StreamedModel, ids_NT: Tensor, plan: LayerPlan, menu: Menu, t
         "probes": {str(block): _digits(value) for block, value in zip(paths.probes, kl[1:], strict=True)},
         "all_rounded": _digits(kl[0]),
         "correction": _digits(correction),
-        "sets": [_priced(one, found.sets, blocks[one.block] * correction) for one in found.sets],
+        "sets": [
+            _priced(one, found.sets, one.moved if one.behind else blocks[one.block] * correction) for one in found.sets
+        ],
     }
 
 
 def _priced(one: _Set, sets: Sequence[_Set], block_kl: float) -> dict[str, Any]:
     """A set as it is reported: its part of what its block costs, by option."""
-    total = sum(other.moved for other in sets if other.block == one.block)
+    total = sum(other.moved for other in sets if other.block == one.block)  # of what lies behind, itself
     probe = block_kl * (one.moved / total if total > 0 else 1.0)
     kl = {name: _digits(probe * error) for name, error in monotone(one.errors).items()}
     return {"block": one.block, "layers": one.layers, "kl": kl}
@@ -219,30 +228,46 @@ def _rounded(
     layers = {name: loaded.module.get_submodule(name) for name in names}
     weights = [weight_OI(layer).float() for layer in layers.values()]
     stacked_OI = torch.cat(weights)
-    integer = [option.weight for option in options if option.weight is not None]
-    coarsest = max(integer, key=lambda scheme: scheme.group_size)
-    share = kept_share(group.in_features, statistics.num_tokens)
-    inputs = prepare(statistics.gram_II, coarsest, share)
-    middle = probe_of(integer)
-    rows_OI = awq.sampled_rows(stacked_OI, SAMPLED_ROWS)
-
-    def rounded(w_OI: Tensor, scheme: Scheme) -> Tensor:
-        mine = divided(inputs, coarsest.groups(group.in_features), scheme.groups(group.in_features))
-        made = round_with_feedback(w_OI, mine, scheme, wanted=False)
-        refitted = refit_scales(made, w_OI, statistics.gram_II, scheme, mine.off_diagonal)
-        return replace(made, scale_OG=refitted).dequantize(scheme)
-
-    lost = {
-        label(LayerScheme(weight=scheme)): awq.output_error(rounded(rows_OI, scheme).sub_(rows_OI), statistics.gram_II)
-        for scheme in integer
-    }
-    of_probe = max(lost[label(LayerScheme(weight=middle))], 1e-30)
-    errors = {label(o): 0.0 if o.weight is None else lost[label(o)] / of_probe for o in options}
-    parts = rounded(stacked_OI, middle).split([len(w) for w in weights])
+    errors, changed_OI = _compared(stacked_OI, statistics, options)
+    parts = changed_OI.split([len(w) for w in weights])
     return errors, {
         f"{name}.weight": part.t() if is_conv1d(layer) else part
         for (name, layer), part in zip(layers.items(), parts, strict=True)
     }
+
+
+def _compared(
+    w_OI: Tensor, statistics: InputStatistics, options: Sequence[LayerScheme]
+) -> tuple[dict[str, float], Tensor]:
+    """Errors of a linear's options over that of its probe, by a sample of its rows; and all of it in the probe."""
+    gram_II, columns = statistics.gram_II, w_OI.shape[1]
+    integer = [option.weight for option in options if option.weight is not None]
+    coarsest = max(integer, key=lambda scheme: scheme.group_size)
+    inputs = prepare(gram_II, coarsest, kept_share(columns, statistics.num_tokens))
+    middle = probe_of(integer)
+    rows_OI = awq.sampled_rows(w_OI, SAMPLED_ROWS)
+
+    def changed(part_OI: Tensor, scheme: Scheme) -> Tensor:
+        mine = divided(inputs, coarsest.groups(columns), scheme.groups(columns))
+        return head.rounded(part_OI, mine, gram_II, scheme).dequantize(scheme)
+
+    lost = {
+        label(LayerScheme(weight=scheme)): awq.output_error(changed(rows_OI, scheme).sub_(rows_OI), gram_II)
+        for scheme in integer
+    }
+    of_probe = max(lost[label(LayerScheme(weight=middle))], 1e-30)
+    errors = {label(o): 0.0 if o.weight is None else lost[label(o)] / of_probe for o in options}
+    return errors, changed(w_OI, middle)
+
+
+def _head(model: StreamedModel, hidden: Sequence[Tensor], held: list[Tensor], menu: Menu) -> _Set:
+    """The output matrix as a set: its options' errors on rows of the Gram matrix, its divergence on those held out."""
+    name = head.head_of(model)
+    statistics = head.head_statistics(model, hidden)
+    w_VH = model.checkpoint.tensor(f"{name}.weight").to(model.device, torch.float32)
+    errors, changed_VH = _compared(w_VH, statistics, menu.options(w_VH.shape[1]))
+    moved = head_divergence(model, held, changed_VH)
+    return _Set(block=model.num_blocks, layers=[name], errors=errors, moved=moved, behind=True)
 
 
 def probe_of(schemes: Sequence[Scheme]) -> Scheme:

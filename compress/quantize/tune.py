@@ -131,7 +131,7 @@ def tune_block(
     learned = {name: _Layer(r, scheme) for name, r in layers.items()}
     free = {name: value.clone().requires_grad_() for name, value in norms.items()}
     adam = torch.optim.Adam(list(free.values()), lr=NORM_RATE) if free else None
-    order = _Order(train, options.seed)
+    order = RowOrder(train, options.seed)
     rate_sum = RATE * 200 / options.steps  # fewer steps go further each: an offset can always cross half a step
     for step in range(options.steps):
         share = 1 - step / options.steps
@@ -154,7 +154,7 @@ def tune_block(
     return Tuned(layers=tuned, norms=stored, errors=(before, after))
 
 
-class _Order:
+class RowOrder:
     """Row numbers in shuffled order, shuffled again when used up."""
 
     def __init__(self, num_rows: int, seed: int) -> None:

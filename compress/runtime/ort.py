@@ -55,7 +55,10 @@ def open_session(path: Path) -> Any:
 
 
 class OnnxRunner:
-    """See `compress.runtime.runner.Runner`. `capacity` is the length of fixed caches, None without."""
+    """See `compress.runtime.runner.Runner`. `capacity` is the length of fixed caches, None without.
+
+    shares_caches: a past of any length may be a buffer that is also its present.
+    """
 
     runtime = "onnxruntime"
 
@@ -68,6 +71,8 @@ class OnnxRunner:
         self.vocab_size: int = logits.shape[-1]
         self.pasts = _pasts(path, session)
         self.capacity = _capacity(path, self.pasts, session)
+        search = _genai_config(path).get("search", {})
+        self.shares_caches = self.capacity is None and bool(search.get("past_present_share_buffer"))
 
     @classmethod
     def open(cls, folder: Path) -> OnnxRunner:
@@ -134,8 +139,7 @@ def _pasts(path: Path, session: Any) -> dict[str, tuple[int, int, int]]:
     onnxruntime-genai names the size of a head instead of giving it; `genai_config.json` beside the graph has it.
     UnsupportedError for a past of a shape that cannot be fed.
     """
-    config = path.parent / "genai_config.json"
-    decoder = read_json(config).get("model", {}).get("decoder", {}) if config.exists() else {}
+    decoder = _genai_config(path).get("model", {}).get("decoder", {})
     pasts = {}
     for i in session.get_inputs():
         if not i.name.startswith("past_"):
@@ -151,6 +155,12 @@ def _pasts(path: Path, session: Any) -> dict[str, tuple[int, int, int]]:
             )
         pasts[i.name] = (heads, length if isinstance(length, int) else 0, size)
     return pasts
+
+
+def _genai_config(path: Path) -> dict[str, Any]:
+    """What onnxruntime-genai reads beside a graph; empty without."""
+    config = path.parent / "genai_config.json"
+    return read_json(config) if config.exists() else {}
 
 
 def _capacity(path: Path, pasts: Mapping[str, tuple[int, int, int]], session: Any) -> int | None:

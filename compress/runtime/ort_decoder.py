@@ -1,6 +1,7 @@
 """An exported decoder run step by step with ONNX Runtime: our graphs with fixed caches, and bundles with growing ones.
 
-Caches stay in buffers of their own that are bound once; what a graph returns as `present` is its next `past`.
+What a graph returns as `present` is its next `past`. Where the folder says that both can be one buffer
+(`past_present_share_buffer` of `genai_config.json`), they are: a step then writes one row of each and copies nothing.
 
 Shapes: B sequences, T tokens, V vocabulary
 """
@@ -37,6 +38,7 @@ class OrtDecoder:
         outputs = [o.name for o in runner.session.get_outputs()]
         self._presents = {past: _present(past, outputs, runner.path) for past in runner.pasts}
         self._pasts: dict[str, np.ndarray[Any, Any]] = {}
+        self._binding: Any = self._bind_caches() if runner.shares_caches else None
         self._ids = torch.zeros(batch, dtype=torch.int64)
         self.length = 0
 
@@ -54,9 +56,10 @@ class OrtDecoder:
 
     def prefill(self, ids_BT: Tensor) -> Tensor:
         self.length = 0
-        self._pasts = {
-            name: np.zeros((self.batch, *shape), self._types[name]) for name, shape in self.runner.pasts.items()
-        }
+        if self._binding is None:
+            self._pasts = {
+                name: np.zeros((self.batch, *shape), self._types[name]) for name, shape in self.runner.pasts.items()
+            }
         return self._run(ids_BT)
 
     def step(self, ids_B: Tensor) -> Tensor:
@@ -73,14 +76,43 @@ class OrtDecoder:
                 f"{self.length + count} tokens do not fit a cache of {self.capacity}; ask for fewer new tokens or a "
                 "shorter prompt"
             )
-        feeds = {name: self._feed(name, ids_BT.numpy()) for name in self._types if name not in self._pasts}
+        feeds = {name: self._feed(name, ids_BT.numpy()) for name in self._types if name not in self._presents}
         with self.runner.explained():
-            logits, *presents = self.runner.session.run(["logits", *self._presents.values()], {**feeds, **self._pasts})
-        self._pasts = dict(zip(self._presents, presents, strict=True))
+            logits = self._in_place(feeds) if self._binding is not None else self._returned(feeds)
         self.length += count
         last = torch.from_numpy(np.ascontiguousarray(logits[:, -1]))
         self._ids = last.argmax(-1)
         return last
+
+    def _bind_caches(self) -> Any:
+        """A binding whose pasts and presents are the same buffers of `capacity` tokens."""
+        from onnxruntime import OrtValue
+
+        binding = self.runner.session.io_binding()
+        binding.bind_output("logits", "cpu")  # the first of its outputs
+        for past, (heads, _, size) in self.runner.pasts.items():
+            shape = (self.batch, heads, self.capacity, size)
+            cache = OrtValue.ortvalue_from_numpy(np.zeros(shape, self._types[past]))
+            binding.bind_ortvalue_input(past, cache)
+            binding.bind_ortvalue_output(self._presents[past], cache)
+        return binding
+
+    def _in_place(self, feeds: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+        """Logits `[B, T, V]`; rows of the caches beyond `length` are what an earlier text left, and are not read."""
+        binding = self._binding
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_output("logits", "cpu")
+        self.runner.session.run_with_iobinding(binding)
+        logits: np.ndarray[Any, Any] = binding.get_outputs()[0].numpy()
+        return logits
+
+    def _returned(self, feeds: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+        """Logits `[B, T, V]`; keeps the presents as the next pasts."""
+        logits, *presents = self.runner.session.run(["logits", *self._presents.values()], {**feeds, **self._pasts})
+        self._pasts = dict(zip(self._presents, presents, strict=True))
+        out: np.ndarray[Any, Any] = logits
+        return out
 
     def _feed(self, name: str, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         batch, count = ids.shape

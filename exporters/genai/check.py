@@ -18,7 +18,7 @@ import torch
 from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError
 from compress.formats import Stored, second_reader
-from exporters.genai.graph import Graph, attribute, unpack
+from exporters.genai.graph import Graph, attribute, is_identity, unpack
 from exporters.genai.head import NODE as HEAD_NODE
 
 _NODE = re.compile(r"/model/layers\.(\d+)/(attn|mlp)/(\w+)/MatMul(NBits|Integer)?")
@@ -46,6 +46,9 @@ def compare_weights(graph: Graph, folder: Stored, *, head: bool = False) -> dict
     seen: dict[str, int] = {}
     for node in graph.nodes:
         if node.op_type not in ("MatMulNBits", "MatMulInteger") and not _is_product(node):
+            continue
+        if is_identity(node):
+            _compare_identity(graph, node)
             continue
         if head and node.name == HEAD_NODE:
             continue
@@ -141,7 +144,8 @@ def node_weights(graph: Graph, node: onnx.NodeProto) -> Packed | None:
     codes = (unpack(packed) if bits == 4 else packed).reshape(n, -1)[:, :k]
     scales = graph.array(inputs[2]).astype(np.float32).reshape(n, groups)
     if len(inputs) > 3 and inputs[3]:
-        zeros = unpack(graph.array(inputs[3]).reshape(n, -1))[:, :groups]
+        stored = graph.array(inputs[3]).reshape(n, -1)
+        zeros = (unpack(stored) if bits == 4 else stored)[:, :groups]
     else:
         zeros = np.full((n, groups), 1 << (bits - 1), np.uint8)
     return Packed(codes=codes, scales=scales, zeros=zeros)
@@ -178,6 +182,15 @@ def _widened_weights(graph: Graph, node: onnx.NodeProto) -> Packed | None:
     scales = scales_G1N[:, 0].T
     zeros = np.full(scales.shape, _constant(graph, steps.input[1]), np.uint8)
     return Packed(codes=codes_GgN.reshape(-1, codes_GgN.shape[2]).T, scales=scales, zeros=zeros)
+
+
+def _compare_identity(graph: Graph, node: onnx.NodeProto) -> None:
+    """ArtifactError unless a product that shows what a kernel keeps of its input multiplies by 1."""
+    found = node_weights(graph, node)
+    assert found is not None
+    wanted = np.eye(len(found.codes), dtype=np.uint8)
+    if not np.array_equal(found.codes, wanted) or (found.scales != 1).any() or found.zeros.any():
+        raise ArtifactError(f"{node.name}: it does not multiply by 1, so inputs lose bits; export it again")
 
 
 def _compare_inputs(graph: Graph, node: onnx.NodeProto, folder: Stored, layers: Sequence[str]) -> None:

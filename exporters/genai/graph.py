@@ -32,6 +32,7 @@ DATA = "model.onnx.data"
 PAGE = 4096  # large tensors start on a page, so that they can be mapped into memory
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+IDENTITY = "identity"  # what the names of its constants begin with
 CONTRIB = "com.microsoft"
 
 
@@ -253,63 +254,75 @@ def make_dense(graph: Graph, node: onnx.NodeProto, weight_KN: np.ndarray) -> Non
 
 
 def split_activations(graph: Graph) -> int:
-    """Give each MatMulNBits its input as two rows, `x = high + low`, and add the two products; how many inputs were.
+    """Give each MatMulNBits its input as two rows, x and what the kernel loses of it, and add the two products; how
+    many inputs were.
 
-    At accuracy level 4 a row is quantized to int8, block by block, with `scale = max|x| / 127`. `high` is x rounded to
-    just that grid, so that quantizing it loses nothing, and `low` is what remains, at most half a step: together they
-    carry 15 bits of x through the int8 kernel. That kernel reads the weights once for both rows, which is why this is
-    faster than float32 activations although it multiplies twice.
+    At accuracy level 4 the kernel quantizes a row to int8, block by block. What that makes of x is what a product with
+    an identity gives, and the rest is at most half a step: together they carry 15 bits of x through the int8 kernel.
+    The kernel reads the weights once for both rows, which is why this is faster than float32 activations although it
+    multiplies twice.
     """
-    halves: dict[str, str] = {}
+    rows: dict[tuple[str, int, int], str] = {}
     for node in list(matmul_nbits(graph)):
-        source, out = node.input[0], node.output[0]
-        k, block_size = attribute(node, "K"), attribute(node, "block_size")
-        if k % block_size:
-            raise ArtifactError(
-                f"{node.name}: {k} inputs are not whole blocks of {block_size}; its input cannot be split"
-            )
-        index = list(graph.nodes).index(node)
-        if source not in halves:
-            nodes = _split_into_rows(graph, source, k, block_size)
-            halves[source] = nodes[-1].output[0]
-            index = list(graph.nodes).index(node)  # constants were put first
-            graph.insert(index, *nodes)
-            index += len(nodes)
-        node.input[0], node.output[0] = halves[source], f"{out}/rows"
+        out, k, size, bits = node.output[0], *(attribute(node, name) for name in ("K", "block_size", "bits"))
+        if k % size:
+            raise ArtifactError(f"{node.name}: {k} inputs are not whole blocks of {size}; its input cannot be split")
+        key = (node.input[0], size, bits)
+        if key not in rows:
+            nodes = _split_into_rows(graph, node.input[0], k, size, bits)
+            rows[key] = nodes[-1].output[0]
+            graph.insert(list(graph.nodes).index(node), *nodes)
+        node.input[0], node.output[0] = rows[key], f"{out}/rows"
         graph.insert(
-            index + 1,
+            list(graph.nodes).index(node) + 1,
             helper.make_node(
                 "Split", [f"{out}/rows"], [f"{out}/high", f"{out}/low"], name=f"{out}/Split", axis=0, num_outputs=2
             ),
             helper.make_node("Add", [f"{out}/high", f"{out}/low"], [out], name=f"{out}/Add"),
         )
-    return len(halves)
+    return len(rows)
 
 
-def _split_into_rows(graph: Graph, source: str, k: int, block_size: int) -> list[onnx.NodeProto]:
-    """Nodes from `source` `[B, T, K]` to `[2B, T, K]`: high parts, then low parts."""
-    blocks = graph.constant(f"/constants/blocks/{k}/{block_size}", np.array([0, 0, k // block_size, block_size]))
+def _split_into_rows(graph: Graph, source: str, k: int, size: int, bits: int) -> list[onnx.NodeProto]:
+    """Nodes from `source` `[B, T, K]` to `[2B, T, K]`: x, then what is left of it."""
+    blocks = graph.constant(f"/constants/blocks/{k}/{size}", np.array([0, 0, k // size, size]))
     flat = graph.constant(f"/constants/flat/{k}", np.array([0, 0, k]))
-    last = graph.constant("/constants/last_axis", np.array([-1]))
-    step = graph.constant("/constants/one_127th", np.array(1 / 127, np.float32))
-    tiny = graph.constant("/constants/tiny", np.array(1e-30, np.float32))  # a block of zeros has no scale
+    stem = f"{source}/{bits}/{size}"
 
-    def node(op: str, inputs: Sequence[str], name: str, **attributes: int) -> onnx.NodeProto:
-        return helper.make_node(op, inputs, [f"{source}/{name}"], name=f"{source}/{name}/{op}", **attributes)
+    def node(op: str, inputs: Sequence[str], name: str, **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(op, inputs, [f"{stem}/{name}"], name=f"{stem}/{name}/{op}", **attributes)
 
     return [
         node("Reshape", [source, blocks], "blocks"),
-        node("Abs", [f"{source}/blocks"], "magnitude"),
-        node("ReduceMax", [f"{source}/magnitude", last], "largest", keepdims=1),
-        node("Mul", [f"{source}/largest", step], "step"),
-        node("Add", [f"{source}/step", tiny], "scale"),
-        node("Div", [f"{source}/blocks", f"{source}/scale"], "scaled"),
-        node("Round", [f"{source}/scaled"], "codes"),
-        node("Mul", [f"{source}/codes", f"{source}/scale"], "high_blocks"),
-        node("Reshape", [f"{source}/high_blocks", flat], "high"),
-        node("Sub", [source, f"{source}/high"], "low"),
-        node("Concat", [f"{source}/high", f"{source}/low"], "rows", axis=0),
-    ]
+        node(
+            "MatMulNBits", [f"{stem}/blocks", *_identity(graph, size, bits)], "kept",
+            domain=CONTRIB, K=size, N=size, bits=bits, block_size=size, accuracy_level=4,
+        ),
+        node("Sub", [f"{stem}/blocks", f"{stem}/kept"], "rest"),
+        node("Concat", [f"{stem}/blocks", f"{stem}/rest"], "both", axis=0),
+        node("Reshape", [f"{stem}/both", flat], "rows"),
+    ]  # fmt: skip
+
+
+def _identity(graph: Graph, size: int, bits: int) -> list[str]:
+    """Codes, scales and zero points of a MatMulNBits that multiplies a block by 1.
+
+    With zero points of 0: those of the middle code are taken off as a product of their own, whose rounding would show.
+    """
+    names = [f"{IDENTITY}.{bits}.{size}.{leaf}" for leaf in ("codes", "scales", "zero_points")]
+    if names[0] not in graph.tensors:
+        codes = np.eye(size, dtype=np.uint8)
+        packed = codes[:, ::2] | codes[:, 1::2] << 4 if bits == 4 else codes
+        for name, values in zip(
+            names, (packed[:, None], np.ones(size, np.float32), np.zeros(size, np.uint8)), strict=True
+        ):
+            graph.set(name, values)
+    return names
+
+
+def is_identity(node: onnx.NodeProto) -> bool:
+    """Whether a MatMulNBits shows what its kernel keeps of a block (`split_activations`)."""
+    return bool(node.op_type == "MatMulNBits" and node.input[1].startswith(f"{IDENTITY}."))
 
 
 def drop_symmetric_zero_points(graph: Graph) -> int:

@@ -355,7 +355,7 @@ def decoded(folder: Path, expected: reference.Reference) -> Tensor:
 def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
     """Bytes by part; `graph` is model.onnx, `other` the norms, biases and rotary tables."""
     sizes = {"decoder linears": 0, "embedding": 0, "lm_head": 0, "other": 0}
-    linears = {i for n in graph.nodes if n.op_type == "MatMulNBits" for i in n.input[1:]}
+    linears = {i for n in genai_graph.matmul_nbits(graph) if not genai_graph.is_identity(n) for i in n.input[1:]}
     weights = {n.input[1].removesuffix("/float32") for n in graph.nodes if n.op_type in ("MatMul", "MatMulInteger")}
     linears |= {f"{name}{leaf}" for name in weights for leaf in ("", *genai_int8.LEAVES)}
     names = dict.fromkeys((genai_graph.LM_HEAD, genai_head.CODES, genai_head.SCALES), "lm_head")

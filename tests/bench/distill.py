@@ -53,7 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def memory(work: Work, options: argparse.Namespace) -> None:
     """Peak memory beyond the inputs and the output matrix's gradient, and the time, of forward and backward."""
-    from compress.distill.heads import DenseTeacher, Head
+    from compress.losses.heads import DenseTeacher, Head
 
     tokens, width = options.tokens, options.width
     for vocabulary in options.vocabulary:
@@ -78,8 +78,8 @@ def memory(work: Work, options: argparse.Namespace) -> None:
 def _ways(hidden: torch.Tensor, weight: torch.Tensor, teacher: Any) -> dict[str, Any]:
     """Mean forward KL: in blocks as it is trained with, plain or compiled, and on whole logits."""
     from compress.distill import at_once
-    from compress.distill.heads import Head
-    from compress.distill.losses import Objective, losses
+    from compress.losses.heads import Head
+    from compress.losses.in_blocks import Objective, losses
 
     half = torch.autocast(hidden.device.type, torch.bfloat16)
     labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)

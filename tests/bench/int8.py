@@ -110,7 +110,7 @@ def main() -> None:
 def spawn(given: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One of our own steps in a process of its own."""
     command = [sys.executable, str(BENCH / "int8.py"), "--child", json.dumps(given)]
-    done = run_child(command, cwd=ROOT, environment=environment(options.threads, [ROOT]))
+    done = run_child(command, cwd=ROOT, environment=environment(options.threads, [ROOT], gpu=options.device != "cpu"))
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -122,7 +122,7 @@ def rival(
     run = str(BENCH / "quantizers" / script)
     command = [str(python), run, made["model"], made["ids"], made["texts"], *words, *where]
     with tempfile.TemporaryDirectory() as cwd:
-        done = run_child(command, cwd=Path(cwd), environment=environment(options.threads))
+        done = run_child(command, cwd=Path(cwd), environment=environment(options.threads, gpu=options.device != "cpu"))
     said = json.loads(done.stdout.strip().splitlines()[-1])
     seconds = {"seconds": said["quant_seconds"], "cpu_seconds": said["cpu_seconds"]}
     return {**seconds, "peak_rss_mib": said["peak_rss_mib"], "texts": judged(said["judged"])}

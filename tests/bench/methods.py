@@ -12,7 +12,8 @@ from typing import NamedTuple
 class Method(NamedTuple):
     """name: as in the table. site: the environment it needs, None for ours. script: in quantizers/, "" for ours.
 
-    awq_format: whether AutoAWQ's format can hold the result. about_seconds: on one thread, to begin with the longest.
+    awq_format: whether AutoAWQ's format can hold the result. about_seconds: on one thread or,
+    where that takes longer, on a GPU, to begin with the longest.
     """
 
     name: str
@@ -26,8 +27,8 @@ class Method(NamedTuple):
 RIVALS = (
     Method("llmcompressor-rtn", "llmcompressor", "run_llmcompressor.py", ("--method", "rtn"), 1),
     Method("llmcompressor-awq", "llmcompressor", "run_llmcompressor.py", ("--method", "awq"), 107),
-    Method("llmcompressor-gptq", "llmcompressor", "run_llmcompressor.py", ("--method", "gptq"), 16),
-    Method("llmcompressor-awq+gptq", "llmcompressor", "run_llmcompressor.py", ("--method", "awq+gptq"), 127),
+    Method("llmcompressor-gptq", "llmcompressor", "run_llmcompressor.py", ("--method", "gptq"), 238),  # of a GPU
+    Method("llmcompressor-awq+gptq", "llmcompressor", "run_llmcompressor.py", ("--method", "awq+gptq"), 345),
     Method("autoawq", "autoawq", "run_autoawq.py", ("--clip", "1"), 188),
     Method("gptqmodel-awq", "gptqmodel", "run_gptqmodel.py", ("--method", "awq"), 160),
     Method(
@@ -39,14 +40,23 @@ RIVALS = (
 )  # fmt: skip
 
 
-def ours(asked: Sequence[str], help_text: str) -> list[Method]:
-    """Of `NAME=OPTIONS` strings, or without any one for each effort named in the help of `compress awq`."""
-    if not asked:
-        offered = re.search(r"--effort\s+\[([a-z|\s]+)\]", help_text)
-        efforts = "".join(offered[1].split()).split("|") if offered else []
-        asked = [f"ours-{effort}=--effort {effort}" for effort in efforts] or ["ours="]
-    pairs = [text.partition("=") for text in asked]
-    return [Method(name, None, "", tuple(shlex.split(options)), 20) for name, _, options in pairs]
+SECONDS = {"best": 450.0, "balanced": 25.0, "fast": 15.0}  # of ours, by effort
+
+
+def ours(more: Sequence[str], help_text: str) -> list[Method]:
+    """Each effort named in the help of `compress awq`, and what `NAME=OPTIONS` strings add."""
+    offered = re.search(r"--effort\s+\[([a-z|\s]+)\]", help_text)
+    efforts = "".join(offered[1].split()).split("|") if offered else []
+    pairs = [("ours-" + effort, f"--effort {effort}") for effort in efforts]
+    pairs += [(name, options) for name, _, options in (text.partition("=") for text in more)]
+    arguments = [(name, tuple(shlex.split(options))) for name, options in pairs]
+    return [Method(name, None, "", args, SECONDS[effort_of(args)]) for name, args in arguments]
+
+
+def effort_of(args: Sequence[str]) -> str:
+    """The effort that arguments of `compress awq` ask for; the last one counts."""
+    asked = [after for before, after in zip(args, args[1:], strict=False) if before == "--effort"]
+    return asked[-1] if asked else "balanced"
 
 
 class Interpreters(NamedTuple):

@@ -79,15 +79,16 @@ def run_child(
     return Finished(text, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def environment(threads: int, path: Sequence[Path] = ()) -> dict[str, str]:
-    """Of a quantizer: so many threads, no accelerator, no network, and packages from the folders `path`."""
+def environment(threads: int, path: Sequence[Path] = (), *, gpu: bool = False) -> dict[str, str]:
+    """Of a quantizer: so many threads, no accelerator unless `gpu`, no network, packages from the folders `path`."""
     out = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if not gpu:
+        out["CUDA_VISIBLE_DEVICES"] = ""
     out.pop("PYTHONPATH", None)
     if path:
         out["PYTHONPATH"] = os.pathsep.join(map(str, path))

@@ -6,11 +6,15 @@ A size is that of the original without so many blocks as come nearest to a share
 given the same size, width the nearest that multiples allow, search at most that many parameters. Beside them, nothing
 refitted: the blocks of least influence, all at once (ShortGPT), blocks at random (three seeds), and with --rival, an
 interpreter with tests/bench/quantizers/torchpruning.txt, Torch-Pruning by weights' norms and by Taylor expansion, of
-the MLPs alone and as its own example for language models does it. All are given the same calibration rows.
+the MLPs alone and as its own example for language models does it. All are given the same calibration rows: those of the
+text and as many sampled from the model itself, which `compress prune` takes by default (--self-samples 0: the text
+alone).
 
 Every row is a folder that plain transformers loads; perplexity and KL from the original are over the first windows of
 512 tokens of texts that nothing was chosen by, float32, without BOS. Rise: perplexity less the original's, and its
-ratio to the rise of the one-shot removal. Rows are kept in --cache, so that a run that was cut off goes on.
+ratio to the rise of the one-shot removal. The last lines hold the rises against the targets. What matters most is
+measured first, for all sizes, in the order of --shares; a row that would not be done within --deadline seconds, by how
+long others took, is left out and named. Rows are kept in --cache, so that the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +42,10 @@ sys.path[:0] = [str(ROOT), str(BENCH)]
 
 from pool import RunFailed, environment, log, run_child  # noqa: E402
 
+if TYPE_CHECKING:
+    from compress.calibration_rows import Rows
+    from compress.prune.prune_stage import PruneRequest
+
 WINDOW = 512
 SEEDS = (0, 1, 2)
 RIVALS = {  # importance, scope
@@ -45,6 +53,16 @@ RIVALS = {  # importance, scope
     "Torch-Pruning Taylor, MLP": ("taylor", "mlp"),
     "Torch-Pruning l2, as its example": ("l2", "all"),
 }
+# What a row is expected to take before one of its kind was made, seconds; "searched" judges many shapes.
+FIRST_TAKES = {"searched": 60.0}
+# Rises over others, at most: what is divided by what, and the target.
+TARGETS = (
+    ("searched / one-shot influence", "searched", ("least influence, one shot",), 0.5),
+    ("depth, repaired / not", "depth", ("depth, no repair",), 0.6),
+    ("width, repaired / not", "width", ("width, no repair",), 0.6),
+    ("searched, repaired / not", "searched", ("searched, no repair",), 0.6),
+    ("searched / best of Torch-Pruning", "searched", tuple(RIVALS), 1.0),
+)
 Row = dict[str, Any]
 Make = Callable[[Path], Row]
 
@@ -67,20 +85,23 @@ class Bench:
         from compress.prune.shape import shape_of
 
         self.options, self.scratch = options, scratch
+        self.until = math.inf if options.deadline is None else time.monotonic() + options.deadline
+        self.took: dict[str, float] = {}
+        self.left_out: list[str] = []
         self.encode = AutoTokenizer.from_pretrained(options.model)
         self.texts = {name: self.windows(path) for name, path in options.text}
         self.streamed = StreamedModel.open(options.model)
         self.shape = shape_of(self.streamed)
         self.original = load(options.model, options.device)
         self.base = {name: judge(self.original, None, w, options.device) for name, w in self.texts.items()}
-        ids = calibration_ids(options)
+        self.rows = calibration_rows(self)
         self.ids = scratch / "ids.npy"
-        self.rows_NT = ids
+        self.rows_NT = mingled(self.rows)  # of which some may take the first only
         self.settings = {
             "model": sha256(*sorted(options.model.glob("*.safetensors"))),
             "texts": {name: digest(windows) for name, windows in self.texts.items()},
-            "calibration": digest(ids), "device": options.device, "dtype": options.dtype,
-            "candidates": options.candidates,
+            "calibration": digest(self.rows.ids_NT), "own": self.rows.num_own, "device": options.device,
+            "dtype": options.dtype, "candidates": options.candidates,
         }  # fmt: skip
 
     def windows(self, path: Path) -> Tensor:
@@ -106,12 +127,17 @@ class Bench:
             out[gone] = Size(gone, size, nearest.intermediate)
         return list(out.values())
 
-    def measured(self, name: str, code: str, make: Make) -> Row:
-        """The row of this name: from the cache, or made now."""
+    def measured(self, name: str, code: str, make: Make) -> Row | None:
+        """The row of this name: from the cache, or made now; None where it would not be done in time."""
         settings = {**self.settings, "code": code}
         path = self.options.cache / f"{name.replace(' ', '_').replace(',', '')}.json"
         if path.exists() and (row := json.loads(path.read_text()))["settings"] == settings:
             return dict(row)
+        kind = name.rpartition(" -")[0]
+        takes = self.took.get(kind, FIRST_TAKES.get(kind, 15.0))
+        if time.monotonic() + takes > self.until:
+            self.left_out.append(name)
+            return None
         out = self.scratch / "out"
         shutil.rmtree(out, ignore_errors=True)
         started = time.monotonic()
@@ -123,7 +149,11 @@ class Bench:
         except (RunFailed, OSError, RuntimeError, ValueError) as e:  # a rival that fails is a row as well
             if not name.startswith("Torch-Pruning"):
                 raise
+            if time.monotonic() > self.until:  # stopped by us: no row
+                self.left_out.append(name)
+                return None
             row["failed"] = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        self.took[kind] = time.monotonic() - started
         shutil.rmtree(out, ignore_errors=True)
         temporary = path.with_suffix(".part")
         temporary.write_text(json.dumps(row))
@@ -172,35 +202,57 @@ def judge(model: nn.Module, original: nn.Module | None, windows: Tensor, device:
     return out
 
 
-def calibration_ids(options: argparse.Namespace) -> Tensor:
-    """The rows that `compress prune` makes of the text, for those who are given ids."""
-    from compress import calibration, tokens
+def request_of(options: argparse.Namespace, out: Path, asked: Mapping[str, Any], *, repair: bool) -> PruneRequest:
+    from compress.devices import pick_dtype
+    from compress.prune.decide import Asked
+    from compress.prune.prune_stage import PruneRequest
+    from compress.workspace import resolve
 
-    config = json.loads((options.model / "config.json").read_text())
-    found = calibration.load(
-        str(options.calib), tokens.load_tokenizer(options.model), num_samples=options.samples, seq_len=options.seq_len,
-        seed=0, model=options.model, is_reference=False, vocab_size=config["vocab_size"],
+    return PruneRequest(
+        source=resolve(str(options.model)), out=out, asked=Asked(**asked), calib=str(options.calib), repair=repair,
+        samples=options.samples, seq_len=options.seq_len, self_samples=options.self_samples, device=options.device,
+        dtype=pick_dtype(options.dtype, options.device), force=True,
     )  # fmt: skip
-    return found.ids_NT
+
+
+def calibration_rows(bench: Bench) -> Rows:
+    """The rows that `compress prune` takes, sampled once for all rows of the table and kept in the cache."""
+    import pickle
+
+    from compress.calibration_rows import read_rows
+    from compress.model import StreamedModel
+
+    options = bench.options
+    text = request_of(options, Path("unused"), {"depth": "1"}, repair=True).job().text
+    name = hashlib.sha256(f"{text} {options.device} {sha256(*sorted(options.model.glob('*.safetensors')))}".encode())
+    kept = options.cache / f"rows-{name.hexdigest()[:16]}.pickle"
+    if kept.exists():
+        found: Rows = pickle.loads(kept.read_bytes())
+        return found
+    rows = read_rows(text, StreamedModel.open(options.model, device=options.device), is_reference=False)
+    kept.write_bytes(pickle.dumps(rows))
+    return rows
+
+
+def mingled(rows: Rows) -> Tensor:
+    """All rows, one of the text and one of the model's own in turn as long as there are both."""
+    text_NT, own_NT = rows.text.ids_NT, rows.ids_NT[len(rows.text.ids_NT) :]
+    few = min(len(text_NT), len(own_NT))
+    pairs = torch.stack([text_NT[:few], own_NT[:few]], 1).flatten(0, 1)
+    return torch.cat([pairs, text_NT[few:], own_NT[few:]])
 
 
 # ---- ways to prune -------------------------------------------------------------------------------------
 
 
 def ours(bench: Bench, asked: Mapping[str, Any], repair: bool, out: Path) -> Row:
-    from compress.devices import pick_dtype
-    from compress.prune.decide import Asked
-    from compress.prune.prune_stage import PruneRequest, prune
-    from compress.workspace import resolve
+    from compress.prune.prune_stage import prune
 
-    options = bench.options
-    request = PruneRequest(
-        source=resolve(str(options.model)), out=out, asked=Asked(**asked), calib=str(options.calib), repair=repair,
-        samples=options.samples, seq_len=options.seq_len, device=options.device,
-        dtype=pick_dtype(options.dtype, options.device), force=True,
-    )  # fmt: skip
-    record = prune(request).record
-    return {"shape": record["shape"]["after"], "kept_blocks": record["kept_blocks"], "search": record["search"]}
+    record = prune(request_of(bench.options, out, asked, repair=repair), rows=bench.rows).record
+    return {
+        "shape": record["shape"]["after"], "kept_blocks": record["kept_blocks"], "search": record["search"],
+        "held_out": record["divergence"],
+    }  # fmt: skip
 
 
 def write_without(bench: Bench, gone: Sequence[int], out: Path) -> Row:
@@ -253,46 +305,69 @@ def torch_pruning(bench: Bench, importance: str, scope: str, parameters: int, ou
     script = BENCH / "quantizers" / "run_torch_pruning.py"
     command = [str(bench.options.rival), str(script), str(bench.options.model), str(out), str(bench.ids)]
     command += ["--importance", importance, "--scope", scope, "--parameters", str(parameters)]
-    done = run_child(command, cwd=bench.scratch, environment=environment(torch.get_num_threads()))
+    done = run_child(command, cwd=bench.scratch, environment=environment(torch.get_num_threads()),
+                     until=None if bench.until == math.inf else bench.until)  # fmt: skip
     found: Row = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
-def rows_of(bench: Bench, size: Size) -> list[Row]:
-    """Every way to one size."""
-    own = sha256(*sorted((ROOT / "compress/prune").glob("*.py")), ROOT / "compress/blocks.py")
-    here = sha256(Path(__file__))
+def ways(bench: Bench, size: Size) -> list[tuple[str, str, Make]]:
+    """Every way to one size but the searched shape without repair; what matters most first."""
+    own, here = own_code(), sha256(Path(__file__))
     rival = sha256(BENCH / "quantizers" / "run_torch_pruning.py")
     neurons = str(bench.shape.intermediate - size.intermediate)
-    ways: list[tuple[str, str, Make]] = []
+    goal = {"params": size.parameters, "candidates": bench.options.candidates}
+    out: list[tuple[str, str, Make]] = [
+        ("least influence, one shot", here, partial(least_influence, bench, size.blocks)),
+        ("searched", own, partial(ours, bench, goal, True)),
+    ]
     for repair in (True, False):
         how = "" if repair else ", no repair"
-        ways.append((f"depth{how}", own, partial(ours, bench, {"depth": str(size.blocks)}, repair)))
-        ways.append((f"width{how}", own, partial(ours, bench, {"intermediate": neurons}, repair)))
-    goal = {"params": size.parameters, "candidates": bench.options.candidates}
-    ways.append(("searched", own, partial(ours, bench, goal, True)))
-    ways.append(("least influence, one shot", here, partial(least_influence, bench, size.blocks)))
-    ways += [(f"blocks at random, seed {seed}", here, partial(at_random, bench, size.blocks, seed)) for seed in SEEDS]
-    for name, (importance, scope) in RIVALS.items() if bench.options.rival else ():
-        ways.append((name, rival, partial(torch_pruning, bench, importance, scope, size.parameters)))
-    out = []
-    for name, code, make in ways:
-        if bench.options.only in name:
-            out.append(bench.measured(f"{name} -{size.blocks}", code, make))
-        if name == "searched" and bench.options.only in name:  # the same shape, nothing refitted
-            shape = out[-1]["shape"]
-            amounts = {
-                key: str(getattr(bench.shape, field) - shape[field])
-                for key, field in (("depth", "blocks"), ("intermediate", "intermediate"), ("hidden", "hidden"))
-                if getattr(bench.shape, field) != shape[field]
-            }
-            if shape["kv_heads"] != bench.shape.kv_heads:
-                amounts["kv_heads"] = str(bench.shape.kv_heads - shape["kv_heads"])
-            elif shape["heads"] != bench.shape.heads:
-                amounts["heads"] = str(bench.shape.heads - shape["heads"])
-            make = partial(ours, bench, amounts, False)
-            out.append(bench.measured(f"searched, no repair -{size.blocks}", f"{own} {sorted(amounts.items())}", make))
-    return out
+        out.append((f"depth{how}", own, partial(ours, bench, {"depth": str(size.blocks)}, repair)))
+        out.append((f"width{how}", own, partial(ours, bench, {"intermediate": neurons}, repair)))
+    rivals = [
+        (name, rival, partial(torch_pruning, bench, importance, scope, size.parameters))
+        for name, (importance, scope) in RIVALS.items()
+        if bench.options.rival
+    ]
+    at_seeds = [(f"blocks at random, seed {s}", here, partial(at_random, bench, size.blocks, s)) for s in SEEDS]
+    return [*out, *rivals, *at_seeds]
+
+
+def own_code() -> str:
+    return sha256(*sorted((ROOT / "compress/prune").glob("*.py")), ROOT / "compress/blocks.py")
+
+
+def without_repair(bench: Bench, size: Size, searched: Row) -> Row | None:
+    """The shape that a search found, nothing refitted."""
+    shape = searched["shape"]
+    amounts = {
+        key: str(getattr(bench.shape, field) - shape[field])
+        for key, field in (("depth", "blocks"), ("intermediate", "intermediate"), ("hidden", "hidden"))
+        if getattr(bench.shape, field) != shape[field]
+    }
+    if shape["kv_heads"] != bench.shape.kv_heads:
+        amounts["kv_heads"] = str(bench.shape.kv_heads - shape["kv_heads"])
+    elif shape["heads"] != bench.shape.heads:
+        amounts["heads"] = str(bench.shape.heads - shape["heads"])
+    code = f"{own_code()} {sorted(amounts.items())}"
+    return bench.measured(f"searched, no repair -{size.blocks}", code, partial(ours, bench, amounts, False))
+
+
+def all_rows(bench: Bench, sizes: Sequence[Size]) -> dict[Size, list[Row]]:
+    """Every way to every size that there is time for; `--json` is written after each."""
+    rows: dict[Size, list[Row]] = {size: [] for size in sizes}
+    for turn in zip(*(ways(bench, size) for size in sizes), strict=True):
+        for size, (name, code, make) in zip(sizes, turn, strict=True):
+            if bench.options.only not in name:
+                continue
+            row = bench.measured(f"{name} -{size.blocks}", code, make)
+            found = [row, without_repair(bench, size, row) if row and name == "searched" else None]
+            rows[size] += [one for one in found if one is not None]
+            if bench.options.json:
+                made = {"settings": bench.settings, "rows": sum(rows.values(), []), "left_out": bench.left_out}
+                bench.options.json.write_text(json.dumps(made))
+    return rows
 
 
 # ---- what is said --------------------------------------------------------------------------------------
@@ -326,6 +401,27 @@ def table(bench: Bench, sizes: Sequence[Size], rows: Mapping[Size, Sequence[Row]
     return "\n".join(lines)
 
 
+def against_targets(bench: Bench, sizes: Sequence[Size], rows: Mapping[Size, Sequence[Row]]) -> str:
+    """Ratios of rises, by size and text; "-" where a row is missing."""
+    whole = sum({id(p): p.numel() for p in bench.original.parameters()}.values())
+    heads = [f"-{1 - size.parameters / whole:.0%} {text}" for size in sizes for text in bench.texts]
+    lines = ["", f"| ratio of rises | target | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for said, name, others, target in TARGETS:
+        cells = [
+            _ratio(rows[size], f"{name} -{size.blocks}", [f"{other} -{size.blocks}" for other in others], text)
+            for size in sizes
+            for text in bench.texts
+        ]
+        lines.append(f"| {said} | {'<' if target == 1 else '<='} {target:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(rows: Sequence[Row], name: str, others: Sequence[str], text: str) -> str:
+    rises = {r["name"]: r["texts"][text]["ppl"] - r["texts"][text]["base"] for r in rows if "failed" not in r}
+    against = [rises[other] for other in others if other in rises]
+    return f"{rises[name] / min(against):.3f}" if name in rises and against else "-"
+
+
 def sha256(*paths: Path) -> str:
     found = hashlib.sha256()
     for path in paths:
@@ -351,6 +447,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.2, 0.3], help="of the parameters, gone")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--self-samples", type=int, help="rows sampled from the model itself [as many as of the text]")
     parser.add_argument("--candidates", type=int, default=10, help="shapes judged by the search")
     parser.add_argument("--windows", type=int, default=200, help="of 512 tokens, of each text")
     parser.add_argument("--rival", type=Path, help="python of Torch-Pruning's environment")
@@ -358,6 +455,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cache", type=Path, help="folder of finished rows (default: removed at the end)")
+    parser.add_argument("--deadline", type=float, help="seconds, after which no row is begun")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     data: Path = options.data
@@ -370,14 +468,16 @@ def main() -> None:
         options.cache.mkdir(parents=True, exist_ok=True)
         bench = Bench(options, Path(temporary))
         sizes = bench.sizes()
-        rows: dict[Size, list[Row]] = {}
-        for size in sizes:
-            rows[size] = rows_of(bench, size)
-            if options.json:
-                options.json.write_text(json.dumps({"settings": bench.settings, "rows": sum(rows.values(), [])}))
+        rows = all_rows(bench, sizes)
     print(table(bench, sizes, rows))
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    print(f"\n{where}; {options.samples} x {options.seq_len} calibration tokens, {options.windows} windows of {WINDOW}")
+    text = (
+        f"{len(bench.rows.text.ids_NT)} rows of the text and {bench.rows.num_own} of its own, {options.seq_len} tokens"
+    )
+    print(f"\n{where}; calibrated on {text}; judged on {options.windows} windows of {WINDOW} of each text")
+    if bench.left_out:
+        print(f"not done within --deadline {options.deadline:g}, run it again: {', '.join(bench.left_out)}")
+    print(against_targets(bench, sizes, rows))
 
 
 if __name__ == "__main__":

@@ -190,8 +190,8 @@ def perplexity(folder: Path, original: Path, text: Path, options: Any) -> float:
     import torch
 
     from compress.distill import models
-    from compress.distill.losses import Objective, losses
     from compress.distill.models import head_of
+    from compress.losses.in_blocks import Objective, losses
     from compress.tokens import load_tokenizer
 
     lines = [line + "\n" for line in text.read_text(encoding="utf-8").split("\n")]

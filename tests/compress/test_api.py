@@ -60,7 +60,8 @@ def test_the_other_stages_make_what_the_command_line_makes(
     pairs = [
         (compress.quantize_int8(model, "int8", scheme="w8a16", group_size=32, effort="fast", **given).out,
          ["int8", str(model), "--scheme", "w8a16", "--group-size", "32", "--effort", "fast", *small]),
-        (compress.prune_model(model, "prune", depth=1, **given).out, ["prune", str(model), "--depth", "1", *small]),
+        (compress.prune_model(model, "prune", depth=1, self_samples=2, watch=calib, **given).out,
+         ["prune", str(model), "--depth", "1", "--self-samples", "2", "--watch", str(calib), *small]),
         (found.out, ["auto", str(model), "--bytes", "1.13M", "--effort", "fast", *small]),
     ]  # fmt: skip
     for made, args in pairs:

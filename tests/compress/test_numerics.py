@@ -110,6 +110,7 @@ HARMLESS = {
     "prune.structure": "integers, on the CPU",
     "prune.importance": "booleans",
     "prune.prune_block": "on the CPU",
+    "losses.in_blocks": "of training, as all of distill",
     "sampling": "of whole rows, each by one block of threads",
     "runtime.generate": "nothing that it finds is an artifact",
 }
@@ -137,3 +138,37 @@ def test_values_are_added_at_their_index_in_their_order() -> None:
         expected[i] += value
     found = numerics.add_by_index_(total, index, values)
     assert found is total and torch.equal(found, expected)
+
+
+def test_a_widened_symmetric_range_cuts_off_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    four, eight = Scheme(symmetric=True), Scheme(num_bits=8, symmetric=True)
+    plain = numerics.range_factors(four, 0.5, 20)
+    assert (plain[0], plain[-1], len(plain)) == (1.0, 0.5, 21)
+    monkeypatch.setattr(numerics, "WIDEN_SYMMETRIC", True)
+    wide = numerics.range_factors(four, 0.5, 20)
+    assert wide[:21] == plain and wide[-1] == pytest.approx(8 / 7) and len(wide) == 26
+    assert numerics.range_factors(eight, 0.5, 20) == numerics.range_factors(Scheme(), 0.5, 20) == plain
+    w_OGg = torch.linspace(0.0, 7.0, 8).reshape(1, 1, 8)  # a positive group: the widest range holds it exactly
+    scale, zero = numerics.scale_and_zero(*(wide[-1] * end for end in numerics.range_of(w_OGg)), four)
+    torch.testing.assert_close(numerics.fake_quantize(w_OGg, scale, zero, four), w_OGg, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("search", ["feedback", "gram"])
+def test_widening_symmetric_ranges_lowers_what_is_searched(search: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.quantize import awq, feedback
+
+    scheme = Scheme(group_size=32, symmetric=True)
+    w_OI = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    importance_g = torch.linspace(0.5, 2.0, 32)
+
+    def row_errors() -> torch.Tensor:
+        if search == "feedback":
+            scale, zero, _ = feedback.fit_range(w_OI, importance_g, scheme)
+        else:
+            scale, zero = (x[:, 0] for x in awq.search_range(w_OI, importance_g.diag(), scheme)[:2])
+        return (numerics.fake_quantize(w_OI, scale, zero, scheme) - w_OI).square() @ importance_g
+
+    before = row_errors()
+    monkeypatch.setattr(numerics, "WIDEN_SYMMETRIC", True)
+    after = row_errors()
+    assert (after <= before + 1e-6).all() and after.sum() < 0.97 * before.sum()

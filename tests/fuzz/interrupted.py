@@ -37,7 +37,7 @@ Arguments = tuple[Any, ...]
 def commands(root: Path) -> dict[str, Arguments]:
     """Every command that writes a folder, without its `-o`."""
     text = ("--calib", root / "text.txt", "--samples", 4, "--seq-len", 32, "--device", "cpu")
-    prune = ("--depth", 1, *text)
+    prune = ("--depth", 1, *text, "--self-samples", 0)
     return {
         "awq": ("awq", root / "m", *text),
         "awq best": ("awq", root / "m", *text, "--effort", "best", "--self-samples", 0),

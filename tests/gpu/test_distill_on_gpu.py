@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import calibration_data
-from compress.distill import at_once, losses
-from compress.distill.at_once import Weights
 from compress.distill.data import Mix
-from compress.distill.heads import DenseTeacher, Head
-from compress.distill.losses import Objective
 from compress.distill.request import DistillRequest
 from compress.distill.run import distill
 from compress.distill.train import Stopped
+from compress.losses import at_once, in_blocks
+from compress.losses.at_once import Weights
+from compress.losses.heads import DenseTeacher, Head
+from compress.losses.in_blocks import Objective
 from compress.workspace import resolve
 
 pytestmark = [
@@ -57,7 +57,7 @@ def test_sixteen_bit_losses_are_those_of_float64(kind: str, way: str) -> None:
                 )
             else:
                 fuse = "comp" in way and not exact
-                parts = losses.losses(h, Head(weight_VH=w), teacher, labels.to(device), o, fuse=fuse)
+                parts = in_blocks.losses(h, Head(weight_VH=w), teacher, labels.to(device), o, fuse=fuse)
                 total = parts[0].mean() + parts[1].mean()
         found.append([x.double().cpu() for x in (total.detach(), *torch.autograd.grad(total, [h, w]))])
     assert abs(float(found[0][0] - found[1][0])) < 0.01 * float(found[0][0])

@@ -33,6 +33,7 @@ except ImportError as e:  # pragma: no cover - the message is the point
     sys.exit(f"error: {e.name} is not installed; pip install -r {Path(__file__).with_name('requirements.txt')}")
 
 HERE = Path(__file__).resolve().parent
+SPIN = 1000  # microseconds; longer than the gap between two tokens, shorter than anything a user does
 CHUNK = 128  # tokens of the prompt run at once: bounds the logits at CHUNK * V floats
 CGROUP = Path("/sys/fs/cgroup")
 SAFE_JINJA = (3, 1, 6)  # templates come with models; older sandboxes have known escapes
@@ -42,11 +43,12 @@ class Decoder:
     """The model and its KV cache.
 
     Keys and values live in buffers of `capacity` tokens that are bound once as past and as present, so a step writes
-    one row of each and copies nothing. `folder` holds model.onnx and genai_config.json. spin: threads that wait for
-    work burn their core instead of sleeping.
+    one row of each and copies nothing. `folder` holds model.onnx and genai_config.json. spin: for how many microseconds
+    a thread that waits keeps its core busy before it sleeps; the next piece of a token comes within tens of them, and
+    waking a thread takes longer than most pieces do.
     """
 
-    def __init__(self, folder: Path, capacity: int, threads: int = 0, spin: bool = False) -> None:
+    def __init__(self, folder: Path, capacity: int, threads: int = 0, spin: int = SPIN) -> None:
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         decoder = config["decoder"]
         self.context_length = int(config["context_length"])
@@ -55,8 +57,8 @@ class Decoder:
         self.eos = frozenset(eos if isinstance(eos, list) else [eos])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
-        for kind in ("intra", "inter"):
-            options.add_session_config_entry(f"session.{kind}_op.allow_spinning", str(int(spin)))
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin > 0)))
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin))
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(
             str(folder / decoder["filename"]), options, providers=["CPUExecutionProvider"]
@@ -308,7 +310,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draws; the same seed gives the same text")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: every core of this process")
     parser.add_argument(
-        "--spin", action="store_true", help="threads that wait keep their core busy: for an idle machine"
+        "--spin",
+        type=int,
+        default=SPIN,
+        metavar="US",
+        help=f"microseconds that a waiting thread keeps its core before it sleeps; default: {SPIN}, 0: sleeps at once",
     )
     parser.add_argument("--ids", action="store_true", help="print token ids, one a line, instead of text")
     parser.add_argument("--json", action="store_true", help="the figures on standard error as one line of JSON")
@@ -319,6 +325,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ("top_k", options.top_k >= 0, "0 or more"),
         ("top_p", 0 < options.top_p <= 1, "more than 0 and at most 1"),
         ("threads", options.threads >= 0, "0 or more"),
+        ("spin", options.spin >= 0, "0 or more"),
         ("seed", options.seed >= 0, "0 or more"),
     ):
         if not fits:

@@ -75,7 +75,7 @@ def main() -> None:
         "bits": options.bits,
         "group_size": options.group_size,
         "sym": options.sym,
-        "device": "cpu",
+        "device": options.device,
         "offload_to_disk": False,
     }
     if options.method == "awq":

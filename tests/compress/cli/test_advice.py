@@ -33,7 +33,7 @@ TEXT, OTHER = "te xt.txt", "other text.txt"  # to calibrate and learn on, and to
 LITTLE = {
     "awq": ["--calib", TEXT, "--samples", "2", "--seq-len", "64", "--effort", "fast", "--force"],
     "int8": ["--calib", TEXT, "--samples", "2", "--seq-len", "64", "--force"],
-    "prune": ["--calib", TEXT, "--samples", "2", "--seq-len", "64", "--force"],
+    "prune": ["--calib", TEXT, "--samples", "2", "--seq-len", "64", "--self-samples", "2", "--force"],
     "evaluate": ["--max-tokens", "300"],
     "export": ["--force"],
     "distill": ["--epochs", "1", "--batch", "2", "--seq-len", "64", "--tokens", "512", "--force"],

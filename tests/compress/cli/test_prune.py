@@ -70,7 +70,7 @@ def test_a_page_that_cannot_be_written_is_refused_first(build_model: Any, tmp_pa
 
 def test_its_result_goes_on(build_model: Any, text: Path, tmp_path: Path) -> None:
     """Pruned in depth and width, with its page; then judged against the original, quantized both ways, and exported."""
-    small = ("--calib", text, "--samples", 8, "--seq-len", 32, "--device", "cpu")
+    small = ("--calib", text, "--samples", 8, "--seq-len", 32, "--self-samples", 4, "--device", "cpu")
     page, pruned = tmp_path / "page.html", tmp_path / "pruned"
     amounts = ("--depth", 1, "--intermediate", 0.5, "--heads", 2)
     made = found("prune", build_model(num_hidden_layers=3), *amounts, *small, "-o", pruned, "--report", page)

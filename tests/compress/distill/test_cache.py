@@ -13,8 +13,8 @@ from torch import Tensor
 
 from compress.distill import cache
 from compress.distill.cache import Settings, Sparse
-from compress.distill.heads import Head
 from compress.errors import ConfigError
+from compress.losses.heads import Head
 
 
 def case(vocabulary: int, positions: int, spread: float, seed: int = 0) -> tuple[Tensor, Head]:

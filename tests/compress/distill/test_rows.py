@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import calibration_data
 from compress.distill import data
 from compress.distill.data import Mix
-from compress.distill.losses import IGNORED
 from compress.distill.rows import RowsWriter, order, read_rows, shares
 from compress.errors import ArtifactError, ConfigError
+from compress.losses.in_blocks import IGNORED
 from compress.tokens import load_tokenizer
 
 TOKENIZER = load_tokenizer(calibration_data.reference_model())

@@ -25,7 +25,7 @@ Build = Callable[..., Path]
 
 @pytest.fixture
 def calib_text(tmp_path: Path) -> Path:
-    """Text of two batches: one to fit on, one of 8 rows to judge on."""
+    """Text of 40 rows of 64 tokens and more: 35 to fit on, 5 to judge on."""
     words = "the old house stood by the river and nobody had lived there for many years since the war".split()
     lines = [" ".join(words[(i * 7 + j * j + i * i * j) % len(words)] for j in range(14)) for i in range(200)]
     path = tmp_path / "calib.txt"
@@ -34,7 +34,8 @@ def calib_text(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, out: Path, calib: Path, **changes: Any) -> Outcome:
-    options = {"samples": 40, "seq_len": 64, **{k: changes.pop(k) for k in list(changes) if k in ("repair", "max_kl")}}
+    options = {"samples": 40, "seq_len": 64, "self_samples": 0}
+    options |= {k: changes.pop(k) for k in list(changes) if k in ("repair", "max_kl", "self_samples", "watch")}
     request = PruneRequest(
         source=resolve(str(folder)), out=out, asked=Asked(**changes), calib=str(calib), force=True, **options
     )
@@ -50,8 +51,8 @@ def logits(folder: Path, ids: Tensor) -> Tensor:
     return found
 
 
-def held_out_ids(folder: Path, calib: Path) -> Tensor:
-    """The batch that nothing is fitted to: the last 8 of 40 rows of 64 tokens."""
+def calibration_ids(folder: Path, calib: Path) -> Tensor:
+    """The first 40 rows of 64 tokens."""
     from compress import calibration
     from compress.tokens import load_tokenizer
 
@@ -59,7 +60,12 @@ def held_out_ids(folder: Path, calib: Path) -> Tensor:
         str(calib), load_tokenizer(folder), num_samples=40, seq_len=64, seed=0, model=folder, is_reference=False,
         vocab_size=4096,
     )  # fmt: skip
-    return found.ids_NT[32:]
+    return found.ids_NT
+
+
+def held_out_ids(folder: Path, calib: Path) -> Tensor:
+    """The rows that nothing is fitted to: the last 5 of 40."""
+    return calibration_ids(folder, calib)[35:]
 
 
 CUTS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, int]]] = [
@@ -153,6 +159,45 @@ def test_killed_at_every_block_it_ends_with_the_same_bytes(
     assert again.resumed == 2 and len(measured) == 1
     for name in ("model.safetensors", "config.json"):
         assert file_sha256(whole.out / name) == file_sha256(again.out / name)
+
+
+def test_each_kind_of_text_judges_and_the_watched_one_is_not_fitted_to(
+    build_model: Build, calib_text: Path, tmp_path: Path
+) -> None:
+    """The text, what the model writes itself, and a watched text; their mean is what is held against bounds."""
+    from safetensors.torch import load_file
+
+    folder = build_model(num_hidden_layers=3)
+    other = tmp_path / "other.txt"
+    other.write_text("Nine ships sailed; 41 came home. " * 200, encoding="utf-8")
+    asked = {"intermediate": "0.5", "self_samples": 16}
+    plain = run(folder, tmp_path / "plain", calib_text, **asked)
+    watched = run(folder, tmp_path / "watched", calib_text, **asked, watch=str(other))
+    found = watched.record["divergence"]
+    assert list(found["by_text"]) == ["text", "own", "watched"]
+    assert found["held_out"] == pytest.approx(sum(found["by_text"].values()) / 3)
+    assert {k: found["by_text"][k] for k in ("text", "own")} == pytest.approx(plain.record["divergence"]["by_text"])
+    one, two = (load_file(outcome.out / "model.safetensors") for outcome in (plain, watched))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    rows = watched.record["calibration"]
+    assert rows["num_sampled_from_model"] == 16 and rows["watched"]["path"].endswith("other.txt")
+    ids = calibration_ids(folder, other)[: rows["watched"]["num_samples"]]
+    log_p, log_q = (logits(f, ids).double().log_softmax(-1) for f in (folder, watched.out))
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert found["by_text"]["watched"] == pytest.approx(divergence, rel=2e-3)
+
+
+def test_a_watched_text_decides_as_well(build_model: Build, calib_text: Path, tmp_path: Path) -> None:
+    """What is judged for a goal is judged on every kind, and the mean decides."""
+    folder = build_model(num_hidden_layers=3)
+    asked = {"params": 580_000, "candidates": 2, "self_samples": 8}
+    outcome = run(folder, tmp_path / "out", calib_text, **asked, watch=str(calib_text))
+    tried = outcome.record["search"]["tried"]
+    for one in tried:
+        assert list(one["by_text"]) == ["text", "own", "watched"]
+        assert one["divergence"] == pytest.approx(sum(one["by_text"].values()) / 3)
+    best = min(tried, key=lambda one: one["divergence"])
+    assert best["shape"] == outcome.record["shape"]["after"]
 
 
 def test_a_goal_is_met_by_the_best_of_those_judged(build_model: Build, calib_text: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def outline(folder: Path, **changes: Any) -> StreamedModel:
     [
         (4096, 128, ""),
         (1152, 128, ""),
+        (640, 128, ""),
         (576, 64, "64, the largest of 128, 64 and 32 that divides every layer's inputs (128 does not divide the 576"),
         (2880, 64, "128 does not divide the 2880 of model.layers.0.self_attn.q_proj)"),
         (608, 32, "128 does not divide the 608"),

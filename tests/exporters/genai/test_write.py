@@ -18,6 +18,7 @@ from compress.errors import ArtifactError, CompressError, ConfigError, Unsupport
 from compress.files import file_sha256
 from compress.formats import stored
 from compress.quantize.awq_stage import AwqRequest, quantize_awq
+from compress.runtime.ort_decoder import OrtDecoder
 from compress.scheme import Scheme
 from compress.workspace import resolve
 from exporters.reader import Job, Written
@@ -29,6 +30,7 @@ from exporters import reference  # noqa: E402
 from exporters.genai import graph as genai_graph
 from exporters.genai import head as genai_head
 from exporters.genai import write as onnx_genai
+from exporters.genai.bundle.run import Decoder
 from exporters.genai.check import compare_weights, node_weights  # noqa: E402
 
 CPU = TARGETS["cpu"]
@@ -136,6 +138,13 @@ def test_int8_activations_are_asked_for_and_seen(llama: Path, tmp_path: Path) ->
     (tmp_path / "int16").mkdir()
     for name in ("genai_config.json",):
         shutil.copyfile(tmp_path / "int8" / name, tmp_path / "int16" / name)
+    shown = next(n for n in genai_graph.matmul_nbits(graph) if genai_graph.is_identity(n))
+    compare_weights(graph, stored(Checkpoint.open(llama)))
+    codes = np.array(graph.array(shown.input[1]))
+    graph.set(shown.input[1], codes << 1)
+    with pytest.raises(ArtifactError, match="does not multiply by 1, so inputs lose bits"):
+        compare_weights(graph, stored(Checkpoint.open(llama)))
+    graph.set(shown.input[1], codes)
     graph.save(tmp_path / "int16", "test")
     in_two_parts = onnx_genai.decoded(tmp_path / "int16", expected)
     error = reference.compare(in_two_parts, expected, tolerance=onnx_genai.TOLERANCES["int16"], what="onnx")
@@ -152,14 +161,14 @@ def test_output_matrix_in_8_bits(llama: Path, tmp_path: Path) -> None:
     assert narrow.record["head"] == "int8" and "head" not in plain.record
     assert narrow.parts["embedding"] == plain.parts["embedding"]
     table = stored(Checkpoint.open(llama)).checkpoint.tensor("model.embed_tokens.weight")
-    assert narrow.parts["lm_head"] == table.numel() * 9 // 8  # a byte a weight, four for 32
+    assert narrow.parts["lm_head"] == table.numel() * 17 // 16  # a byte a weight, four for 64
     errors = [w.record["verified"]["relative_error"] for w in (plain, narrow)]
     assert errors[0] < 1e-3 < errors[1] < onnx_genai.HEAD_TOLERANCE
     graph = genai_graph.Graph(tmp_path / "narrow")
     weight_VH = onnx_genai.output_matrix(Checkpoint.open(llama))
     genai_head.compare(graph, weight_VH)
     codes = np.array(graph.array(genai_head.CODES))
-    codes[7, 1, 3] ^= 2
+    codes[7, 0, 35] ^= 2
     graph.set(genai_head.CODES, codes)
     with pytest.raises(ArtifactError, match="row 7, column 35 of the output matrix is more than half a step"):
         genai_head.compare(graph, weight_VH)
@@ -167,16 +176,16 @@ def test_output_matrix_in_8_bits(llama: Path, tmp_path: Path) -> None:
         export(llama, tmp_path / "refused", head="int8")
 
 
-@given(st.integers(0, 2**31), st.sampled_from([1, 3, 5]))
-def test_codes_of_an_output_matrix(seed: int, rows: int) -> None:
+@given(st.integers(0, 2**31), st.sampled_from([1, 3, 5]), st.sampled_from(genai_head.BLOCKS))
+def test_codes_of_an_output_matrix(seed: int, rows: int, block: int) -> None:
     """Within half a step, the largest of a block exact, zeros exact; one value at a time."""
     rng = np.random.default_rng(seed)
-    w_RH = rng.standard_normal((rows, 64)).astype(np.float32) * rng.choice([1e-6, 1.0, 1e4])
-    w_RH[0, :32] = 0
-    codes, scales = genai_head.quantize(w_RH)
+    w_RH = rng.standard_normal((rows, 2 * block)).astype(np.float32) * rng.choice([1e-6, 1.0, 1e4])
+    w_RH[0, :block] = 0
+    codes, scales = genai_head.quantize(w_RH, block)
     for row, column in np.ndindex(w_RH.shape):
-        step = float(scales[row, column // 32])
-        code = int(codes[row, column // 32, column % 32]) - 128
+        step = float(scales[row, column // block])
+        code = int(codes[row, column // block, column % block]) - 128
         assert abs(code * step - float(w_RH[row, column])) <= 0.5001 * step
     assert (np.abs(codes.astype(int) - 128).max(axis=2)[:, 1:] == 127).all()
 
@@ -192,6 +201,27 @@ def llama(exported: tuple[Path, Path]) -> Path:
 @pytest.fixture
 def graph(exported: tuple[Path, Path]) -> genai_graph.Graph:
     return genai_graph.Graph(exported[1])
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_toolkits_decoder(exported: tuple[Path, Path], in_place: bool, tmp_path: Path) -> None:
+    """`compress generate` and `bench`: the bundle's logits, for two texts at once, again after a longer one."""
+    folder = tmp_path / "out"
+    shutil.copytree(exported[1], folder)
+    if not in_place:
+        config = json.loads((folder / "genai_config.json").read_text())
+        config["search"]["past_present_share_buffer"] = False
+        (folder / "genai_config.json").write_text(json.dumps(config))
+    ids_BT = torch.tensor([[5, 80, 300, 12, 7, 900, 41], [9, 2, 77, 1500, 8, 8, 60]])
+    decoder = OrtDecoder.open(folder, capacity=16, batch=2)
+    assert decoder.runner.shares_caches is in_place
+    decoder.prefill(torch.cat([ids_BT.flip(1), ids_BT], dim=1))
+    found = [decoder.prefill(ids_BT[:, :4]).clone(), *(decoder.step(ids_BT[:, t]).clone() for t in (4, 5, 6))]
+    for row, ids in enumerate(ids_BT.tolist()):
+        bundled = Decoder(folder, capacity=16)
+        wanted = [bundled.prefill(ids[:4]).copy(), *(bundled.forward([token])[-1].copy() for token in ids[4:])]
+        for mine, other in zip(found, wanted, strict=True):
+            assert np.linalg.norm(mine[row].numpy() - other) < 1e-5 * np.linalg.norm(other)
 
 
 def test_every_weight_is_the_artifacts(llama: Path, graph: genai_graph.Graph) -> None:

@@ -1,14 +1,21 @@
 """Where a model's logits come from, kept apart from the logits themselves: last hidden states and an output matrix.
 
+`head_of` reads a transformers model's head, and `proven_head` compares what it gives with what the model gives.
+
 Shapes: P tokens (positions), V vocabulary, H hidden size, K entries of a sparse teacher
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from compress.errors import UnsupportedError
+
+PROBE_TOKENS = 12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,3 +106,49 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def output_layer(model: nn.Module, path: Path) -> nn.Linear:
+    """The linear that gives the logits of the transformers model that was loaded from `path`."""
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(layer, nn.Linear):
+        raise UnsupportedError(
+            f"{path}: {type(model).__name__} has no linear output layer, from whose inputs the losses are computed; "
+            "choose another model"
+        )
+    return layer
+
+
+def head_of(model: nn.Module, path: Path) -> Head:
+    """The model's head as the losses know it (see `proven_head`)."""
+    layer, config = output_layer(model, path), model.config
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides
+    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return Head(
+        weight_VH=layer.weight,
+        bias_V=layer.bias,
+        scale=float(scale or 1.0) / float(scaling or 1.0),
+        cap=None if cap is None else float(cap),
+    )
+
+
+@torch.no_grad()
+def proven_head(model: nn.Module, base: nn.Module, path: Path) -> Head:
+    """`head_of`, proven: its logits of a few tokens are the model's own. UnsupportedError where they are not.
+
+    base: the model without its head.
+    """
+    head = head_of(model, path)
+    vocabulary, device = len(head.weight_VH), head.weight_VH.device
+    ids = torch.arange(PROBE_TOKENS, device=device)[None] * 7919 % min(vocabulary, 32_000)
+    hidden = base(input_ids=ids, use_cache=False).last_hidden_state
+    own = model(input_ids=ids, use_cache=False).logits[0].float()
+    ours = head.logits(hidden[0])
+    tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+    if not float((own - ours).norm()) <= tolerance * float(own.norm()):
+        raise UnsupportedError(
+            f"{path}: {type(model).__name__} computes its logits in a way that the losses do not follow (not scale * "
+            "(W h + b), capped); choose another model"
+        )
+    return head

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.distill.heads import wide
+from compress.losses.heads import wide
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,11 @@
 """Losses and their gradients in one pass over the tokens: what each token counts must be known beforehand.
 
-`losses.losses` computes every logit twice, forward and backward, because a token's part of the gradient is known only
-when the backward pass comes. A training step knows it before: the weights of the means. Then some tokens' logits over
-the whole vocabulary are computed once, turned into losses and gradient, and dropped, as Liger Kernel's chunked losses
-do (Hsu et al., arXiv:2410.10989); logits, and sums of the output matrix's gradient over the parts, are float32 here. A
-tenth of a step's products less where the output matrix is a fifth of the model; memory is that of `BUDGET` logits of
-each model, whatever the vocabulary. On a GPU, compiled: a CPU is quicker with blocks that fit its cache.
+`in_blocks.losses` computes every logit twice, forward and backward, because a token's part of the gradient is known
+only when the backward pass comes. A training step knows it before: the weights of the means. Then some tokens' logits
+over the whole vocabulary are computed once, turned into losses and gradient, and dropped, as Liger Kernel's chunked
+losses do (Hsu et al., arXiv:2410.10989); logits, and sums of the output matrix's gradient over the parts, are float32
+here. A tenth of a step's products less where the output matrix is a fifth of the model; memory is that of `BUDGET`
+logits of each model, whatever the vocabulary. On a GPU, compiled: a CPU is quicker with blocks that fit its cache.
 
 Shapes: P tokens, p tokens at a time, V vocabulary, H hidden size
 """
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.distill.arithmetic import GRADIENTS, jsd_step, probability
-from compress.distill.heads import DenseTeacher, Head, product, through, wide
-from compress.distill.losses import IGNORED, Objective, compiled
+from compress.losses.arithmetic import GRADIENTS, jsd_step, probability
+from compress.losses.heads import DenseTeacher, Head, product, through, wide
+from compress.losses.in_blocks import IGNORED, Objective, compiled
 
 # Logits of each model held at once.
 BUDGET = 1 << 28
@@ -49,7 +49,7 @@ def total(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, divergence_P, entropy_P): the weighted sum of both, differentiable; each token's, in nats, are not.
 
-    Arguments as of `losses.losses`. Cross-entropy is zero where nothing counts it. The gradient is computed with the
+    Arguments as of `in_blocks.losses`. Cross-entropy is zero where nothing counts it. The gradient is computed with the
     value, so it can be asked for once.
     """
     kind = hidden_PH.device.type
@@ -169,7 +169,7 @@ def whole_rows(
 def _divergence(
     z: Tensor, t: Tensor, student: Tensor, other: Tensor, kind: str, temperature: float, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """The divergence (before the factor T^2), and what its gradient needs of it; see `losses._divergence`."""
+    """The divergence (before the factor T^2), and what its gradient needs of it; see `in_blocks._divergence`."""
     if kind == "jsd":
         to_teacher, to_student = jsd_step(z, t, student, other, beta, temperature)
         return beta * to_teacher + (1 - beta) * to_student, to_student

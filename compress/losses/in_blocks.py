@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.distill.arithmetic import (
+from compress.losses.arithmetic import (
     GRADIENTS,
     STEPS,
     Running,
@@ -34,7 +34,7 @@ from compress.distill.arithmetic import (
     probability,
     sparse_step,
 )
-from compress.distill.heads import DenseTeacher, Head, SparseTeacher, Teacher, product, wide
+from compress.losses.heads import DenseTeacher, Head, SparseTeacher, Teacher, product, wide
 
 KINDS = ("forward-kl", "reverse-kl", "jsd")
 IGNORED = -100

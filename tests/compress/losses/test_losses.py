@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compress.distill import at_once, losses
-from compress.distill.at_once import Weights
-from compress.distill.heads import DenseTeacher, Head, SparseTeacher
-from compress.distill.losses import IGNORED, KINDS, Objective
+from compress.losses import at_once, in_blocks
+from compress.losses.at_once import Weights
+from compress.losses.heads import DenseTeacher, Head, SparseTeacher
+from compress.losses.in_blocks import IGNORED, KINDS, Objective
 
 _SPEC = importlib.util.spec_from_file_location("plain", Path(__file__).with_name("plain.py"))
 assert _SPEC and _SPEC.loader
@@ -89,7 +89,7 @@ def test_equals_the_formula(
     hidden, head, teacher, labels = case(torch.float64, tokens, vocabulary, capped=capped, seed=seed)
     o = Objective(kind=kind, temperature=temperature, beta=beta)
     wanted = reference(hidden, head, teacher, labels, o)
-    found = losses.losses(hidden, head, teacher, labels, o, block=block)
+    found = in_blocks.losses(hidden, head, teacher, labels, o, block=block)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     for a, b in zip(gradients(found, hidden, head), gradients(wanted, hidden, head), strict=True):
@@ -182,7 +182,7 @@ def test_gradcheck(kind: str, capped: bool) -> None:
 
     def run(h: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
         mine = Head(weight_VH=w, bias_V=b, scale=head.scale, cap=head.cap)
-        return losses.losses(h, mine, teacher, labels, Objective(kind=kind, temperature=1.3), block=(3, 4))
+        return in_blocks.losses(h, mine, teacher, labels, Objective(kind=kind, temperature=1.3), block=(3, 4))
 
     assert torch.autograd.gradcheck(run, (hidden, head.weight_VH, bias))
 
@@ -198,7 +198,7 @@ def test_float32_noise(kind: str) -> None:
     labels = torch.randint(0, 4096, (64,), generator=g)
     o = Objective(kind=kind)
     wanted = reference(hidden, head, teacher, labels, o)
-    found = losses.losses(hidden, head, teacher, labels, o, block=(50, 1000))
+    found = in_blocks.losses(hidden, head, teacher, labels, o, block=(50, 1000))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
     for a, b in zip(gradients(found, hidden, head), gradients(wanted, hidden, head), strict=True):
@@ -207,10 +207,10 @@ def test_float32_noise(kind: str) -> None:
 
 def test_without_teacher_or_labels() -> None:
     hidden, head, teacher, labels = case(torch.float64)
-    only_text = losses.losses(hidden, head, None, labels, Objective())
+    only_text = in_blocks.losses(hidden, head, None, labels, Objective())
     assert not only_text[0].any()
     torch.testing.assert_close(only_text[1], reference(hidden, head, teacher, labels, Objective())[1])
-    only_teacher = losses.losses(hidden, head, teacher, None, Objective(), block=(2, 5))
+    only_teacher = in_blocks.losses(hidden, head, teacher, None, Objective(), block=(2, 5))
     assert not only_teacher[1].any()
     torch.testing.assert_close(only_teacher[0], reference(hidden, head, teacher, labels, Objective())[0])
 
@@ -229,8 +229,8 @@ def test_sparse_teacher_that_knows_all(temperature: float) -> None:
         vocabulary=13,
     )
     o = Objective(temperature=temperature)
-    wanted = losses.losses(hidden, head, teacher, labels, o)
-    found = losses.losses(hidden, head, sparse, labels, o, block=(3, 5))
+    wanted = in_blocks.losses(hidden, head, teacher, labels, o)
+    found = in_blocks.losses(hidden, head, sparse, labels, o, block=(3, 5))
     torch.testing.assert_close(found[0], wanted[0])
     for a, b in zip(gradients(found, hidden, head), gradients(wanted, hidden, head), strict=True):
         torch.testing.assert_close(a, b)
@@ -239,9 +239,9 @@ def test_sparse_teacher_that_knows_all(temperature: float) -> None:
 def test_autocast_computes_in_sixteen_bits() -> None:
     """Products of bfloat16 inputs summed in float32: close to float32, not equal to it; gradients are float32."""
     hidden, head, teacher, labels = case(torch.float32, 32, 50)
-    exact = losses.losses(hidden, head, teacher, labels, Objective())
+    exact = in_blocks.losses(hidden, head, teacher, labels, Objective())
     with torch.autocast("cpu", torch.bfloat16):
-        coarse = losses.losses(hidden, head, teacher, labels, Objective())
+        coarse = in_blocks.losses(hidden, head, teacher, labels, Objective())
     assert coarse[0].dtype == torch.float32
     assert 0 < float((exact[0] - coarse[0]).detach().abs().max()) < 0.1
     for a, b in zip(gradients(exact, hidden, head), gradients(coarse, hidden, head), strict=True):
@@ -298,7 +298,7 @@ def peak_bytes(way: str, vocabulary: int, kind: str) -> int:
             )[:1]
         elif way == "blocks":
             teacher = DenseTeacher(hidden_PH=theirs, head=Head(weight_VH=other))
-            parts = losses.losses(hidden, Head(weight_VH=weight), teacher, labels, Objective(kind=kind))
+            parts = in_blocks.losses(hidden, Head(weight_VH=weight), teacher, labels, Objective(kind=kind))
         else:
             z, t = hidden @ weight.t(), theirs @ other.t()
             parts = (

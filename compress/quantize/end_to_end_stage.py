@@ -1,0 +1,265 @@
+"""`end_to_end` for a run of the driver: whether the model fits, what is loaded, what is written.
+
+The one place where quantizing holds a whole model: the original in float32, then, in its place, the quantized one,
+whose blocks are read back from the run's journal. What was learned is a second journal beside the first, so that a
+killed run finds it whole or learns it again, with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from compress.block import BlockResult
+from compress.calibration_rows import weight_bytes
+from compress.devices import available
+from compress.errors import ConfigError
+from compress.files import file_sha256
+from compress.journal import Facts, Journal, read_record, write_record
+from compress.linear import is_linear, linears, parameter
+from compress.losses.heads import proven_head
+from compress.model import StreamedModel
+from compress.quantize.end_to_end import CPU_LOGITS, GPU_LOGITS, EndToEndOptions, Student, Trained, lessons, train
+from compress.sampling import largest
+from compress.shards import save_atomically, tensor_sha256
+from compress.stage import DTYPES, Job, Made, Refined
+from compress.tell import Tell
+
+UPDATES = 400
+ROWS = 8
+# Bytes that a backward pass may keep of all blocks; beyond, blocks compute them again.
+KEPT_ON_CPU, KEPT_ON_GPU = 2_000_000_000, 24_000_000_000
+_MARGIN = 1.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """updates: None leaves them to `updates_of`, 0 leaves the step out. seed: of the rows' order."""
+
+    updates: int | None
+    seed: int
+    group_size: int
+
+
+def refine(asked: Asked, job: Job, made: Made, tell: Tell) -> Refined:
+    """Learn the scales and norms of the finished blocks through the whole model, and keep them if that helped."""
+    updates, why = updates_of(asked, job, made.model, tokens=made.ids_NT.numel(), seq_len=made.ids_NT.shape[1])
+    if not why and len(made.ids_NT) < 2:
+        why = "there is one calibration row, and rows to learn from and to judge by are two"
+    if why:
+        note = f"scales and norms were not learned through the whole model: {why}"
+        return Refined(parts=made.parts, record={"end_to_end": {"left_out": why}}, notes=[note])
+    if not updates:
+        return Refined(parts=made.parts, record={})
+    journal = made.journal
+    folder = journal.folder / "end-to-end"
+    folder.mkdir(exist_ok=True)
+    learned = replace(made, journal=Journal(folder, journal.run, journal.format, journal.plan))
+    facts = Facts(folder, journal.run)
+    found = facts.known("end to end")
+    if found is None or not _all_there(learned, found["rest"]):
+        options = EndToEndOptions(
+            updates=updates,
+            rows=ROWS,
+            seed=asked.seed,
+            dtype=DTYPES[job.dtype],
+            checkpointing=_checkpoints(made.model, ROWS * made.ids_NT.shape[1]),
+        )
+        found = facts.keep("end to end", _learned(options, job, made, learned, tell))
+    record = {"end_to_end": found["report"]}
+    if not found["report"]["kept"]:
+        return Refined(parts=made.parts, record=record)
+    rest = [folder / path.name if path.name in found["rest"] else path for path in made.rest]
+    return Refined(parts=replace(learned, rest=rest).parts, record=record)
+
+
+def _learned(options: EndToEndOptions, job: Job, made: Made, learned: Made, tell: Tell) -> dict[str, Any]:
+    """Train, and write what came out where `learned` has its journal.
+
+    Returns the report, and the names of those files of what lies outside the blocks that were written anew.
+    """
+    tell.say("learning scales and norms through the whole model, from the original's predictions")
+    opened = StreamedModel.open(
+        job.source.path, dtype=torch.float32, device=job.device, trust_remote_code=job.trust_remote_code
+    )
+    opened.load_whole()
+    head = proven_head(opened.model, opened.base, job.source.path)
+    taught = lessons(opened.base, head, made.ids_NT, options.rows, options.dtype)
+    blocks = [_block(made.journal, index) for index in range(made.num_blocks)]
+    outside = _outside(made.rest)
+    student = student_of(opened, blocks, {name: value for _, name, value in outside})
+    trained = train(student, taught, options, tell)
+    report = {
+        "updates": options.updates,
+        "rows": options.rows,
+        "rate": options.rate,
+        "held_out_rows": trained.held_out_rows,
+        "held_out_kl": float(f"{trained.divergences[0]:.6g}"),
+        "held_out_kl_learned": float(f"{trained.divergences[1]:.6g}"),
+        "kept": trained.kept,
+    }
+    if not trained.kept:
+        return {"report": report, "rest": []}
+    for index, block in enumerate(blocks):
+        learned.journal.save(index, made.model.block_prefix(index), _with_learned(opened, index, block, trained))
+    rest = _save_outside(opened, outside, trained, learned.journal)
+    return {"report": report, "rest": rest}
+
+
+# ---- whether it fits ------------------------------------------------------------------------------------
+
+
+def updates_of(asked: Asked, job: Job, model: StreamedModel, *, tokens: int, seq_len: int) -> tuple[int, str]:
+    """How many updates to make, and, if none are made though some would be, why.
+
+    Unasked, none on a CPU, where they take hours, and none for models that are too large to be sampled from unasked.
+    ConfigError where updates are asked for and the model does not fit.
+    """
+    if asked.updates == 0 or (asked.updates is None and torch.device(job.device).type == "cpu"):
+        return 0, ""
+    size, most = weight_bytes(model.checkpoint), largest(job.device)
+    if asked.updates is None and size > most:
+        return 0, (
+            f"the model holds {size / 1e9:.1f} GB of weights, more than the {most / 1e9:.0f} GB up to which that is "
+            f"done by default on {torch.device(job.device).type}; pass --end-to-end {UPDATES}"
+        )
+    need, free = bytes_needed(model, asked.group_size, tokens, ROWS * seq_len), available(job.device)
+    if need <= free:
+        return asked.updates or UPDATES, ""
+    told = f"it is predicted to need {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free"
+    if asked.updates is not None:
+        raise ConfigError(f"--end-to-end {asked.updates} holds the whole model: {told}; pass --end-to-end 0")
+    return 0, told
+
+
+def bytes_needed(model: StreamedModel, group_size: int, tokens: int, batch: int) -> int:
+    """Memory that the step takes: the model in float32, a second table of embeddings, what it learns with moments, the
+    original's last hidden states of all `tokens`, and what a pass over `batch` tokens keeps."""
+    numbers = sum(p.numel() for p in model.model.parameters())
+    vocabulary, hidden = model.embedding.weight.shape
+    in_blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    learned = sum(in_blocks) // max(1, group_size)
+    on_gpu = model.device.type == "cuda"
+    per_block = batch * _kept_numbers(model.blocks[0])
+    kept = per_block * model.num_blocks + sum(in_blocks)
+    if _checkpoints(model, batch):
+        kept = batch * hidden * model.num_blocks + per_block + 2 * max(in_blocks)
+    loss = 6 * (GPU_LOGITS if on_gpu else CPU_LOGITS)
+    return int(_MARGIN * 4 * (numbers + vocabulary * hidden + 4 * learned + tokens * hidden + kept + loss))
+
+
+def _kept_numbers(block: nn.Module) -> int:
+    """Numbers of a token that a backward pass through the block keeps, about: what enters and leaves its linears, and
+    as much again for what lies between."""
+    return 2 * sum(sum(parameter(module, "weight").shape) for module in linears(block).values())
+
+
+def _checkpoints(model: StreamedModel, batch: int) -> bool:
+    most = KEPT_ON_GPU if model.device.type == "cuda" else KEPT_ON_CPU
+    return 4 * batch * _kept_numbers(model.blocks[0]) * model.num_blocks > most
+
+
+# ---- from files to a model, and back ----------------------------------------------------------------------
+
+
+def _block(journal: Journal, index: int) -> BlockResult:
+    result = journal.load(index)
+    if result is None:
+        raise ConfigError(f"{journal.tensors_path(index)} was lost while the run worked; run the same command again")
+    return result
+
+
+def _outside(paths: Iterable[Path]) -> list[tuple[Path, str, Tensor]]:
+    """What lies outside the blocks as the artifact will hold it: file, name in the folder, tensor."""
+    found = []
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            found += [(path, name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+    return found
+
+
+@torch.no_grad()
+def student_of(opened: StreamedModel, blocks: list[BlockResult], outside: dict[str, Tensor]) -> Student:
+    """The loaded model with the artifact's weights in the place of its own.
+
+    The output matrix that a lesson's head holds stays what it was: tensors are exchanged, not overwritten.
+    """
+    for name, value in opened.model.named_parameters():
+        stored = outside.get(opened.source_name(name))
+        if stored is not None and not torch.equal(stored.to(value), value):
+            value.data = stored.to(value.device, value.dtype)
+    norms = {
+        name: outside[opened.source_name(f"{name}.weight")]
+        for name, module in opened.model.named_modules()
+        if not name.startswith(opened.blocks_name + ".") and is_norm(module)
+    }
+    layers = {}
+    for index, (block, result) in enumerate(zip(opened.blocks, blocks, strict=True)):
+        prefix = f"{opened.blocks_name}.{index}."
+        layers.update({prefix + name: weight for name, weight in result.quantized.items()})
+        for name, value in block.named_parameters():
+            if name in result.dense:
+                value.data = result.dense[name].to(value.device, value.dtype)
+        norms.update(
+            {prefix + n: result.dense[f"{n}.weight"] for n, module in block.named_modules() if is_norm(module)}
+        )
+    return Student(
+        base=opened.base,
+        head=proven_head(opened.model, opened.base, opened.checkpoint.path),
+        blocks=opened.blocks,
+        model=opened.model,
+        layers=layers,
+        norms=norms,
+    )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module multiplies channels by a weight, as norms do."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 1 and not is_linear(module)
+
+
+def _with_learned(opened: StreamedModel, index: int, block: BlockResult, trained: Trained) -> BlockResult:
+    prefix = f"{opened.blocks_name}.{index}."
+    norms = {f"{name.removeprefix(prefix)}.weight": v for name, v in trained.norms.items() if name.startswith(prefix)}
+    return BlockResult(
+        quantized={name: trained.layers[prefix + name] for name in block.quantized},
+        dense={**block.dense, **norms},
+        inputs=block.inputs,
+        report={},
+    )
+
+
+def _save_outside(
+    opened: StreamedModel, outside: list[tuple[Path, str, Tensor]], trained: Trained, journal: Journal
+) -> list[str]:
+    """Write the learned norms outside the blocks. Returns the names of the files whose place they take."""
+    by_name = {opened.source_name(f"{name}.weight"): value for name, value in trained.norms.items()}
+    written = []
+    for old, name, _ in outside:
+        if name not in by_name:
+            continue
+        path = journal.folder / old.name
+        save_atomically(path, {name: by_name[name]})
+        facts = {"name": name, "sha256": file_sha256(path), "meant": {name: tensor_sha256(by_name[name])}}
+        write_record(path.with_suffix(".json"), journal.run, facts)
+        written.append(old.name)
+    return written
+
+
+def _all_there(learned: Made, rest: list[str]) -> bool:
+    """Whether every file that an earlier process wrote of what was learned is there, and whole."""
+    if not rest:  # it was not kept, so nothing was written
+        return True
+    journal = learned.journal
+    blocks = all(journal.record(index) is not None for index in range(learned.num_blocks))
+    return blocks and all(
+        read_record((path := journal.folder / name).with_suffix(".json"), journal.run, path) is not None
+        for name in rest
+    )

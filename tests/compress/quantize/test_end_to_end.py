@@ -1,0 +1,290 @@
+"""Scales and norms learned through the whole model: gradients, what is judged is what is written, kills, refusals."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from compress import numerics
+from compress.calibration_rows import read_rows
+from compress.checkpoint import Checkpoint
+from compress.errors import ConfigError
+from compress.files import file_sha256
+from compress.model import StreamedModel
+from compress.quantize import end_to_end, end_to_end_stage
+from compress.quantize.awq_stage import AwqRequest, quantize_awq, request_from_record
+from compress.quantize.end_to_end import held_out, offset_of
+from compress.quantized import QuantizedWeight
+from compress.scheme import Scheme
+from compress.stage import Outcome
+from compress.tell import Heard, Tell
+from compress.workspace import resolve
+
+G32 = Scheme(group_size=32)
+
+
+@pytest.fixture
+def request_of(calib_text: Path, tmp_path: Path) -> Any:
+    def make(model: Path, out: str = "out", **changes: Any) -> AwqRequest:
+        options: dict[str, Any] = {"calib": str(calib_text), "samples": 20, "seq_len": 32, "effort": "fast", **changes}
+        return AwqRequest(source=resolve(str(model)), out=tmp_path / out, scheme=G32, **options)
+
+    return make
+
+
+@pytest.fixture
+def quantize(request_of: Any) -> Any:
+    def run(model: Path, out: str = "out", tell: Tell | None = None, **changes: Any) -> Outcome:
+        return quantize_awq(request_of(model, out, **changes), tell or Tell())
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.name: file_sha256(p) for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate at which a few updates are seen."""
+    options = partial(end_to_end_stage.EndToEndOptions, rate=0.01)
+    monkeypatch.setattr(end_to_end_stage, "EndToEndOptions", options)
+
+
+@torch.no_grad()
+def plain_divergence(original: Path, artifact: Path, ids: torch.Tensor) -> float:
+    """Mean KL of whole logits, both models streamed from their folders."""
+    logits = []
+    for folder in (original, artifact):
+        model = StreamedModel.open(folder)
+        hidden = model.embed(ids)
+        for i in range(model.num_blocks):
+            model.load_block(i)
+            hidden = model.run_block(i, hidden)
+            model.release_block(i)
+        logits.append(model.head(hidden).double().log_softmax(-1))
+    return float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
+
+
+# ---- what is learned ---------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 2**16), symmetric=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_the_gradient_of_a_factor_is_the_formulas(seed: int, symmetric: bool) -> None:
+    """Beside autograd on the formula with scales that are not rounded: half a float16 step each of 8 terms apart."""
+    g = torch.Generator().manual_seed(seed)
+    scheme = Scheme(group_size=8, symmetric=symmetric)
+    codes = torch.randint(0, 16, (6, 24), generator=g)
+    zero = torch.full((6, 3), 8) if symmetric else torch.randint(0, 16, (6, 3), generator=g)
+    scale = (torch.rand(6, 3, generator=g) + 0.1).half()
+    log = 0.1 * torch.randn(6, 3, generator=g)
+    outer = torch.randn(6, 24, generator=g)
+    weight = QuantizedWeight(
+        codes_OI=codes.to(torch.uint8), scale_OG=scale, zero_point_OG=zero.to(torch.uint8), scheme=scheme
+    )
+    makes = end_to_end._Scales(weight, torch.device("cpu"))
+    ours, theirs = log.clone().requires_grad_(), log.clone().requires_grad_()
+    made = makes(ours)
+    (made * outer).sum().backward()
+    formula = numerics.dequantize(
+        numerics.to_groups(codes.float(), scheme), scale.float() * theirs.exp(), zero.float()
+    ).flatten(1)
+    (formula * outer).sum().backward()
+    assert torch.equal(made, makes.learned(log).dequantize())
+    assert torch.allclose(made, formula, rtol=2**-11, atol=1e-6)
+    assert ours.grad is not None and theirs.grad is not None
+    largest = float(formula.detach().abs().max() * outer.abs().max())
+    assert float((ours.grad - theirs.grad).abs().max()) <= 8 * 2**-11 * largest
+
+
+def test_norms_that_multiply_by_one_plus_weight_are_told_apart() -> None:
+    layer = nn.LayerNorm(8)
+    nn.init.normal_(layer.bias)
+    llama, gemma = LlamaRMSNorm(8), GemmaRMSNorm(8)
+    for norm, offset in ((llama, 0.0), (gemma, 1.0), (layer, 0.0)):
+        nn.init.normal_(norm.weight)
+        kept = norm.weight.clone()
+        assert offset_of(norm) == offset
+        assert torch.equal(norm.weight, kept)
+
+
+def test_held_out_rows_are_of_both_kinds() -> None:
+    """Rows of the text first, then the model's own, of which every other one may be a conversation."""
+    rows = held_out(256)
+    assert len(rows) == 17 and sum(i < 128 for i in rows) == 8
+    assert {i % 2 for i in rows if i >= 128} == {0, 1}
+    assert held_out(2) == [1]
+
+
+# ---- from folder to folder -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GPTNeoX"])
+def test_divergence_falls_and_what_is_judged_is_what_is_written(
+    family: str, build_model: Any, quantize: Any, quicker: None
+) -> None:
+    """The reported figures are those of the two artifacts, read back block by block; only scales and norms differ."""
+    changes = {"head_dim": None, "num_key_value_heads": None} if family == "GPTNeoX" else {}
+    folder = build_model(family, **changes)
+    before, told = quantize(folder, "before"), Heard()
+    after = quantize(folder, "after", told, end_to_end=12)
+    report = after.record["end_to_end"]
+    assert report["kept"] and report["held_out_rows"] == 1 and after.record["options"]["end_to_end"] == 12
+    assert ("start", "update of scales and norms", 12) in told.events and ("step", 12, "") in told.events
+    rows = rows_of(folder, after)[held_out(20)]
+    assert plain_divergence(folder, before.out, rows) == pytest.approx(report["held_out_kl"], rel=1e-3, abs=5e-7)
+    assert plain_divergence(folder, after.out, rows) == pytest.approx(report["held_out_kl_learned"], rel=1e-3, abs=5e-7)
+    a, b = (load_file(made.out / "model.safetensors") for made in (before, after))
+    assert a.keys() == b.keys()
+    changed = {name for name in a if not torch.equal(a[name], b[name])}
+    allowed = {name for name in a if name.endswith(".scales") or a[name].ndim == 1 and name.endswith("norm.weight")}
+    allowed |= {name for name in a if a[name].ndim == 1 and name.endswith("layernorm.weight")}
+    assert changed <= allowed
+    assert sum(name.endswith(".scales") for name in changed) == sum(name.endswith(".scales") for name in a)
+    final = [name for name in allowed if "layers." not in name]
+    assert len(final) == 1 and set(final) <= changed
+
+
+def rows_of(folder: Path, made: Outcome) -> torch.Tensor:
+    from compress.calibration_rows import Text
+
+    text = made.record["calibration"]["source"].removeprefix("file:")
+    return read_rows(Text(calib=text, samples=20, seq_len=32), StreamedModel.open(folder), is_reference=False).ids_NT
+
+
+def test_same_bytes_twice_blocks_computed_again_or_not_and_none_without_updates(
+    build_model: Any, quantize: Any, quicker: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_model()
+    plain = contents(quantize(folder, "plain").out)
+    first = contents(quantize(folder, "one", end_to_end=3).out)
+    assert contents(quantize(folder, "two", end_to_end=3).out) == first
+    monkeypatch.setattr(end_to_end_stage, "KEPT_ON_CPU", 0)
+    assert contents(quantize(folder, "three", end_to_end=3).out) == first
+    none = contents(quantize(folder, "four", end_to_end=0).out)
+    assert none["model.safetensors"] == plain["model.safetensors"] != first["model.safetensors"]
+
+
+@pytest.mark.parametrize("at", ["while it learns", "before it has a name"])
+def test_a_killed_run_ends_with_the_same_bytes(
+    at: str, build_model: Any, quantize: Any, quicker: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    class Stops(Tell):
+        def step(self, done: int | None = None, doing: str = "", **more: Any) -> None:
+            if done == 2 and more == {}:
+                raise Killed
+
+    folder = build_model()
+    expected = contents(quantize(folder, "whole", end_to_end=3).out)
+    options = {"end_to_end": 3}
+    if at == "while it learns":
+        with pytest.raises(Killed):
+            quantize(folder, "cut", Stops(), **options)
+    else:
+        with monkeypatch.context() as patched:
+            patched.setattr("compress.stage.assemble", lambda *a, **k: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                quantize(folder, "cut", **options)
+    assert not (tmp_path / "cut").exists()
+    told = Heard()
+    again = quantize(folder, "cut", told, **options)
+    assert again.resumed == 2 and contents(again.out) == expected
+    assert ("step", 3, "") in told.events or at == "before it has a name"
+    assert any("learning scales" in text for text in told.said) == (at == "while it learns")
+
+
+def test_what_an_earlier_process_learned_is_believed_only_whole(
+    build_model: Any, quantize: Any, quicker: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_model()
+    expected = contents(quantize(folder, "whole", end_to_end=3).out)
+    with monkeypatch.context() as patched:
+        patched.setattr("compress.stage.assemble", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(folder, "cut", end_to_end=3)
+    (found,) = [p for p in tmp_path.rglob("end-to-end/block-00001.safetensors")]
+    data = bytearray(found.read_bytes())
+    data[-1] ^= 1
+    found.write_bytes(bytes(data))
+    told = Heard()
+    assert contents(quantize(folder, "cut", told, end_to_end=3).out) == expected
+    assert any("learning scales" in text for text in told.said)
+
+
+def test_what_does_not_help_on_held_out_rows_is_undone(
+    build_model: Any, quantize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(end_to_end_stage, "EndToEndOptions", partial(end_to_end_stage.EndToEndOptions, rate=3.0))
+    folder = build_model()
+    made = quantize(folder, "made", end_to_end=3)
+    report = made.record["end_to_end"]
+    assert not report["kept"] and report["held_out_kl_learned"] > report["held_out_kl"]
+    plain = quantize(folder, "plain")
+    assert contents(made.out)["model.safetensors"] == contents(plain.out)["model.safetensors"]
+
+
+# ---- whether it is done ----------------------------------------------------------------------------------------
+
+
+def test_a_model_that_does_not_fit(
+    build_model: Any, request_of: Any, quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for, it is refused before any work; by default it is left out, and that is said."""
+    monkeypatch.setattr(end_to_end_stage, "available", lambda device: 1_000_000)
+    folder = build_model()
+    with pytest.raises(ConfigError, match="--end-to-end 5 holds .* need .* free; pass --end-to-end 0"):
+        quantize(folder, end_to_end=5)
+    assert not (tmp_path / "out").exists()
+    job, model = request_of(folder).job(), StreamedModel.open(folder)
+    asked = end_to_end_stage.Asked(updates=None, seed=0, group_size=32)
+    on_gpu = end_to_end_stage.replace(job, device="cuda")
+    find = partial(end_to_end_stage.updates_of, asked, on_gpu, model, tokens=640, seq_len=32)
+    assert find()[0] == 0 and "predicted to need" in find()[1]
+    monkeypatch.setattr(end_to_end_stage, "available", lambda device: 1 << 40)
+    assert find() == (end_to_end_stage.UPDATES, "")
+    assert end_to_end_stage.updates_of(asked, job, model, tokens=640, seq_len=32) == (0, "")  # on a CPU: unasked, none
+    monkeypatch.setattr(end_to_end_stage, "largest", lambda device: 1000)
+    assert find()[0] == 0 and "pass --end-to-end 400" in find()[1]
+
+
+def test_what_is_left_out_is_said(build_model: Any, quantize: Any) -> None:
+    made = quantize(build_model(), end_to_end=3, samples=1)
+    assert "one calibration row" in made.record["end_to_end"]["left_out"]
+    assert any("were not learned through the whole model" in note for note in made.notes)
+
+
+def test_bytes_predicted_hold_what_is_held(build_model: Any) -> None:
+    """Four bytes a parameter at least; more with more text, and less once blocks are computed again."""
+    model = StreamedModel.open(build_model())
+    numbers = sum(info.num_bytes for info in Checkpoint.open(model.checkpoint.path).tensors.values())
+    need = partial(end_to_end_stage.bytes_needed, model, 32)
+    assert numbers < need(1000, 100) < need(2000, 100) < need(2000, 1000)
+    end_to_end_stage.KEPT_ON_CPU, kept = 0, end_to_end_stage.KEPT_ON_CPU
+    try:
+        again = need(2000, 100_000)
+    finally:
+        end_to_end_stage.KEPT_ON_CPU = kept
+    assert again < need(2000, 100_000)
+
+
+def test_a_recipe_from_before_runs_without_it(build_model: Any, tmp_path: Path, request_of: Any) -> None:
+    folder = build_model()
+    made = request_of(folder, effort="best")
+    record = {"stage": "awq", "options": made.options(), "calibration": {"source": "self"}, "parent": {"path": "p"}}
+    again = partial(request_from_record, folder=tmp_path / "x", source=made.source, out=tmp_path / "y", scheme=G32)
+    assert again(record).end_to_end is None
+    del record["options"]["end_to_end"]
+    assert again(record).end_to_end == 0
+    assert "end_to_end" not in request_of(folder).options()
