@@ -1,16 +1,18 @@
 """Decode speed, first token and peak memory on a CPU: our ONNX bundle beside transformers and llama.cpp.
 
     python tests/bench/onnx_cpu.py ARTIFACT... [--model PARENT] [--llama PYTHON] [--only REGEX] [--threads 2]
-        [--rounds 7] [--tokens 128] [--json FILE]
+        [--rounds 7] [--tokens 128] [--prefill 512] [--json FILE]
 
 ARTIFACT is a folder of `compress awq` or `compress int8`; the model it was made from is what the rivals get. PYTHON is
 an interpreter that has llama-cpp-python, gguf and safetensors. Every entry generates the same number of tokens greedily
 from the same token ids, in a process of its own; the entries take turns, round after round, so that other load on the
 machine hits all alike, and the figures are medians over the rounds with the extremes beside them. Ratios are taken
-inside a round, by the median token; the second table has their medians.
+inside a round, by the median token and by the prompt's time; the second table has their medians. --prefill: tokens of a
+second, longer prompt, for the time of a prompt (0: not measured).
 
 first token: from the start of the process, imports and loading included. decode: tokens after the first over the time
-they took. median step: the same from the median time of a token, which one interruption does not move.
+they took. median step: the same from the median time of a token, which one interruption does not move. prefill: tokens
+of a long prompt over its time, from when the model is loaded to its first new token, in a process of its own.
 peak RSS: of the process, as the kernel counts it (pages of a mapped model file included).
 
 The GGUF is written here with the `gguf` package: our tokenizer is byte-level BPE with GPT-2's splitting rule, which
@@ -31,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ def child_export(given: dict[str, Any]) -> dict[str, Any]:
 def child_tokenize(given: dict[str, Any]) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
-    return {"ids": Tokenizer.from_file(given["tokenizer"]).encode(PROMPT).ids}
+    return {"ids": Tokenizer.from_file(given["tokenizer"]).encode(given["text"]).ids}
 
 
 def child_transformers(given: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +100,7 @@ def child_transformers(given: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(given["threads"])
     model = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32).eval()
     ids, past, made, times = torch.tensor([given["ids"]]), None, [], []
+    begun = time.perf_counter()
     with torch.inference_mode():
         for _ in range(given["tokens"]):
             out = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
@@ -106,7 +109,7 @@ def child_transformers(given: dict[str, Any]) -> dict[str, Any]:
             times.append(time.perf_counter())
             if len(times) == 1:
                 first = seconds_since_start()
-    return figures(made, times, first)
+    return figures(made, times, first, begun)
 
 
 def child_llama(given: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +129,7 @@ def child_llama(given: dict[str, Any]) -> dict[str, Any]:
     context = c.llama_init_from_model(model, params)
     vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
     ids, made, times = list(given["ids"]), [], []
+    begun = time.perf_counter()
     for _ in range(given["tokens"]):
         array = (c.llama_token * len(ids))(*ids)
         if c.llama_decode(context, c.llama_batch_get_one(array, len(ids))):
@@ -136,7 +140,7 @@ def child_llama(given: dict[str, Any]) -> dict[str, Any]:
         times.append(time.perf_counter())
         if len(times) == 1:
             first = seconds_since_start()
-    return figures(made, times, first)
+    return figures(made, times, first, begun)
 
 
 def child_gguf(given: dict[str, Any]) -> dict[str, Any]:
@@ -203,11 +207,12 @@ def child_quantize(given: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def figures(made: Sequence[int], times: Sequence[float], first: float) -> dict[str, Any]:
+def figures(made: Sequence[int], times: Sequence[float], first: float, begun: float) -> dict[str, Any]:
     import resource
 
     return {
         "ids": list(made),
+        "prefill_seconds": times[0] - begun,
         "tokens_per_second": (len(times) - 1) / (times[-1] - times[0]),
         "median_step_seconds": statistics.median(b - a for a, b in zip(times, times[1:], strict=False)),
         "first_token_seconds": first,
@@ -232,16 +237,17 @@ def run_child(python: str, name: str, given: dict[str, Any], threads: int) -> di
     return result
 
 
-def run_bundle(folder: Path, tokens: int, threads: int) -> dict[str, Any]:
+def run_bundle(folder: Path, text: str, tokens: int, threads: int) -> dict[str, Any]:
     """The folder's own run.py, as a user would call it."""
     command = [
-        sys.executable, str(folder / "run.py"), PROMPT, "--max-new-tokens", str(tokens), "--threads", str(threads),
+        sys.executable, str(folder / "run.py"), text, "--max-new-tokens", str(tokens), "--threads", str(threads),
         "--ids", "--json", "--no-chat",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment(threads), cwd=folder)
     if done.returncode:
         raise SystemExit(f"run.py: {done.stderr[-2000:]}")
-    return json.loads(done.stderr.splitlines()[-1]) | {"ids": [int(line) for line in done.stdout.split()]}
+    found: dict[str, Any] = json.loads(done.stderr.splitlines()[-1])
+    return found | {"ids": [int(line) for line in done.stdout.split()]}
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -253,10 +259,51 @@ def environment(threads: int) -> dict[str, str]:
 
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Prepare every entry, then run them in turn. Returns machine, entries and their runs."""
-    python, threads, tokens = sys.executable, options.threads, options.tokens
-    model = options.model
-    ids = run_child(python, "tokenize", {"tokenizer": str(model / "tokenizer.json")}, threads)["ids"]
-    entries: dict[str, Any] = {}
+    threads, tokens = options.threads, options.tokens
+    texts = {"decode": PROMPT}
+    ids = {"decode": tokens_of(options.model, PROMPT)}
+    if options.prefill:
+        texts["prefill"] = " ".join([PROMPT] * -(-options.prefill // len(ids["decode"])))
+        ids["prefill"] = tokens_of(options.model, texts["prefill"])
+    entries = prepared(options, work, texts, ids)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in entries}
+    load = [os.getloadavg()[0]]
+    for number in range(options.rounds):
+        for name, (run, _) in entries.items():
+            result = run("decode", tokens)
+            if len(result["ids"]) != tokens:
+                raise SystemExit(f"{name}: {len(result['ids'])} tokens instead of {tokens}; it met an end of text")
+            which = "prefill" if options.prefill else "decode"
+            prompt = run(which, 2) if options.prefill else result
+            result["prefill_seconds"] = prompt["prefill_seconds"] / len(ids[which])
+            runs[name].append(result)
+        load.append(os.getloadavg()[0])
+        log(f"round {number + 1} of {options.rounds}, load {load[-1]:.1f}")
+    check_same_model(runs)
+    ratios = {"token": ratios_of(runs, "median_step_seconds")}
+    if options.prefill:
+        ratios["prompt"] = ratios_of(runs, "prefill_seconds")
+    return {
+        "machine": f"{platform.machine()}, {cpu_name()}, {os.cpu_count()} cores", "threads": threads, "tokens": tokens,
+        "prompt_tokens": {kind: len(found) for kind, found in ids.items()}, "rounds": options.rounds,
+        "load": [round(x, 1) for x in load],
+        "entries": {name: {"bytes": entries[name][1], **spread(results)} for name, results in runs.items()},
+        "ratios": ratios,
+    }  # fmt: skip
+
+
+def tokens_of(model: Path, text: str) -> list[int]:
+    given = {"tokenizer": str(model / "tokenizer.json"), "text": text}
+    ids: list[int] = run_child(sys.executable, "tokenize", given, 1)["ids"]
+    return ids
+
+
+def prepared(
+    options: argparse.Namespace, work: Path, texts: dict[str, str], ids: dict[str, list[int]]
+) -> dict[str, tuple[Callable[[str, int], dict[str, Any]], int]]:
+    """By name, what runs an entry (which prompt, how many new tokens) and its files' bytes."""
+    python, threads, model = sys.executable, options.threads, options.model
+    entries: dict[str, tuple[Callable[[str, int], dict[str, Any]], int]] = {}
     exports = [
         (f"ours, {kind_of(folder)}, {label}", folder, changes)
         for folder in options.artifacts
@@ -268,35 +315,23 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         folder = work / name.replace(" ", "-").replace(",", "")
         given = {"source": str(source), "out": str(folder), "options": changes}
         log(f"{name}: {run_child(python, 'export', given, threads)}")
-        entries[name] = (lambda f=folder: run_bundle(f, tokens, threads), size(folder, ".onnx", ".data"))
-    given = {"model": str(model), "ids": ids, "tokens": tokens, "threads": threads}
-    if options.only.search("transformers, float32"):
-        entries["transformers, float32"] = (
-            lambda: run_child(python, "transformers", given, threads), size(model, ".safetensors")
+        entries[name] = (
+            lambda which, count, f=folder: run_bundle(f, texts[which], count, threads), size(folder, ".onnx", ".data")
         )  # fmt: skip
+
+    def rival(interpreter: str, name: str, path: Path) -> Callable[[str, int], dict[str, Any]]:
+        return lambda which, count: run_child(
+            interpreter, name, {"model": str(path), "ids": ids[which], "tokens": count, "threads": threads}, threads
+        )
+
+    if options.only.search("transformers, float32"):
+        entries["transformers, float32"] = (rival(python, "transformers", model), size(model, ".safetensors"))
     if options.llama:
         for name, path in ggufs(options, work).items():
-            mine = given | {"model": str(path)}
-            entries[name] = (lambda g=mine: run_child(options.llama, "llama", g, threads), path.stat().st_size)
+            entries[name] = (rival(options.llama, "llama", path), path.stat().st_size)
     else:
         log("LLAMA.CPP ABSENT: pass --llama PYTHON; its rows were not measured")
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in entries}
-    load = [os.getloadavg()[0]]
-    for number in range(options.rounds):
-        for name, (run, _) in entries.items():
-            result = run()
-            if len(result["ids"]) != tokens:
-                raise SystemExit(f"{name}: {len(result['ids'])} tokens instead of {tokens}; it met an end of text")
-            runs[name].append(result)
-        load.append(os.getloadavg()[0])
-        log(f"round {number + 1} of {options.rounds}, load {load[-1]:.1f}")
-    check_same_model(runs)
-    return {
-        "machine": f"{platform.machine()}, {cpu_name()}, {os.cpu_count()} cores", "threads": threads, "tokens": tokens,
-        "prompt_tokens": len(ids), "rounds": options.rounds, "load": [round(x, 1) for x in load],
-        "entries": {name: {"bytes": entries[name][1], **spread(results)} for name, results in runs.items()},
-        "ratios": ratios(runs),
-    }  # fmt: skip
+    return entries
 
 
 def kind_of(folder: Path) -> str:
@@ -308,14 +343,11 @@ def kind_of(folder: Path) -> str:
     return "W8A8" if any(g["input_activations"] for g in groups) else f"INT{groups[0]['weights']['num_bits']}"
 
 
-def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
+def ratios_of(runs: dict[str, list[dict[str, Any]]], key: str) -> dict[str, dict[str, list[float]]]:
     """Of each of our entries, how many times as quick as each other entry it was in each round, sorted."""
     return {
         name: {
-            other: sorted(
-                round(b["median_step_seconds"] / a["median_step_seconds"], 3)
-                for a, b in zip(results, runs[other], strict=True)
-            )
+            other: sorted(round(b[key] / a[key], 3) for a, b in zip(results, runs[other], strict=True))
             for other in runs
             if other != name and (other == DENSE or not other.startswith("ours"))
         }
@@ -328,7 +360,8 @@ def spread(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Each figure over the rounds, sorted."""
     keys = {"tokens_per_second": 1, "first_token_seconds": 4, "peak_rss_mib": 1}
     out = {key: sorted(round(float(r[key]), digits) for r in results) for key, digits in keys.items()}
-    return out | {"steady_tokens_per_second": sorted(round(1 / r["median_step_seconds"], 1) for r in results)}
+    out["steady_tokens_per_second"] = sorted(round(1 / r["median_step_seconds"], 1) for r in results)
+    return out | {"prefill_tokens_per_second": sorted(round(1 / r["prefill_seconds"], 1) for r in results)}
 
 
 def ggufs(options: argparse.Namespace, work: Path) -> dict[str, Path]:
@@ -377,7 +410,8 @@ def cpu_name() -> str:
 def table(result: dict[str, Any]) -> str:
     columns = (
         ("decode, tokens/s", "tokens_per_second", 0), ("median step, tokens/s", "steady_tokens_per_second", 0),
-        ("first token, s", "first_token_seconds", 2), ("peak RSS, MiB", "peak_rss_mib", 0),
+        ("prefill, tokens/s", "prefill_tokens_per_second", 0), ("first token, s", "first_token_seconds", 2),
+        ("peak RSS, MiB", "peak_rss_mib", 0),
     )  # fmt: skip
     lines = ["| | MB | " + " | ".join(title for title, _, _ in columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, entry in result["entries"].items():
@@ -386,11 +420,12 @@ def table(result: dict[str, Any]) -> str:
             values = entry[key]
             cells.append(f"{statistics.median(values):.{digits}f} ({values[0]:.{digits}f} to {values[-1]:.{digits}f})")
         lines.append(f"| {name} | {entry['bytes'] / 1e6:.1f} | {' | '.join(cells)} |")
-    lines += ["", "| times as quick, median token | than | median | least | most |", "|---|---|---|---|---|"]
-    for name, others in result["ratios"].items():
-        for other, values in others.items():
-            said = " | ".join(f"{v:.2f}" for v in (statistics.median(values), values[0], values[-1]))
-            lines.append(f"| {name} | {other} | {said} |")
+    for what, ratios in result["ratios"].items():
+        lines += ["", f"| times as quick, {what} | than | median | least | most |", "|---|---|---|---|---|"]
+        for name, others in ratios.items():
+            for other, values in others.items():
+                said = " | ".join(f"{v:.2f}" for v in (statistics.median(values), values[0], values[-1]))
+                lines.append(f"| {name} | {other} | {said} |")
     return "\n".join(lines)
 
 
@@ -406,6 +441,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt, about; 0: none")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     options.artifacts = [folder.resolve() for folder in options.artifacts]
