@@ -181,6 +181,7 @@ def test_families(
     artifact = make(family, sizes, **changes)
     written = export(artifact, tmp_path / "out")
     assert written.record["activations"] == activations
+    assert written.record.get("head") == ("int8" if activations == "int16" else None)  # as the weights are
     verified = written.record["verified"]
     assert verified["layers_compared"] == {"quantized": counted[0], "dense": counted[1]}
     assert verified["relative_error"] <= verified["tolerance"] < 0.5
