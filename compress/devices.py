@@ -50,11 +50,13 @@ def described(device: str) -> str:
 
 
 def available(device: str) -> int:
-    """Bytes that can still be taken: of the GPU, or of the machine and this process's control group."""
+    """Bytes that can still be taken: of the GPU, what this process keeps of it unused included, or of the machine and
+    this process's control group."""
     import torch
 
     if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     import psutil
 
     free = int(psutil.virtual_memory().available)

@@ -1,10 +1,11 @@
 """Several processes share the calibration set: each runs its part of the batches, and the sums are added up.
 
-Every process loads each block and computes every choice from the same sums, so that weights never travel; only the
-first one should write. The parts are contiguous runs of batches, and their sums are always added in the order of the
-parts: W processes give, bit for bit, what one process gives that adds the set up in W parts (`num_parts=W` of
-`blocks.stream`, with as many threads a process). One process that adds it up in one part takes float32 sums in another
-order and gets other last bits, because what was summed one by one cannot be had from sums of parts.
+Every process loads each block and makes every choice from the same sums, so that weights never travel; what a layer
+becomes may be computed by one of them and sent to the others. Only the first one should write. The parts are contiguous
+runs of batches, and their sums are always added in the order of the parts: W processes give, bit for bit, what one
+process gives that adds the set up in W parts (`num_parts=W` of `blocks.stream`, with as many threads a process). One
+process that adds it up in one part takes float32 sums in another order and gets other last bits, because what was
+summed one by one cannot be had from sums of parts.
 """
 
 from __future__ import annotations
@@ -81,6 +82,16 @@ def parts(items: Sequence[T], count: int) -> list[list[T]]:
     return [list(items[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
+def owners(costs: Sequence[float], count: int) -> list[int]:
+    """Which of `count` processes does which piece of work: the dearest first, each to who has least to do so far."""
+    loads = [0.0] * count
+    found = [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        found[item] = loads.index(min(loads))
+        loads[found[item]] += costs[item]
+    return found
+
+
 def add_up(partial: Tensor) -> None:
     """Replace each process's `partial` by the sum over processes, added in their order; in place, the same everywhere.
 
@@ -134,6 +145,15 @@ def from_first(value: Tensor) -> Tensor:
     dist.broadcast(shape, 0)
     out = value.contiguous() if rank() == 0 else torch.empty(shape.tolist(), dtype=value.dtype, device=value.device)
     dist.broadcast(out, 0)
+    return out
+
+
+def from_one(value: Tensor, source: int) -> Tensor:
+    """What process `source` holds; `value` elsewhere gives the shape, the dtype and the device, and is overwritten."""
+    if not running():
+        return value
+    out = value.contiguous()
+    dist.broadcast(out, source)
     return out
 
 

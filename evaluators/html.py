@@ -16,6 +16,8 @@ font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 h1{font-size:1.6rem;margin:0 0 .2em}h2{font-size:1.05rem;margin:0 0 .5em}
 .PASS{color:var(--pass)}.FAIL{color:var(--fail)}.INCONCLUSIVE{color:var(--inconclusive)}
 p{margin:.3em 0}.soft{color:var(--soft)}code{overflow-wrap:anywhere;font-size:.92em}
+.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr));margin:16px 0}
+.tiles div{background:var(--card);border-radius:10px;padding:12px 16px}.tiles b{display:block;font-size:1.25rem}
 .grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));margin:16px 0}
 section{background:var(--card);border-radius:10px;padding:16px;min-width:0;break-inside:avoid}
 svg{display:block;width:100%;height:auto;color:var(--ink)}
@@ -23,6 +25,8 @@ svg{display:block;width:100%;height:auto;color:var(--ink)}
 th,td{padding:4px 10px 4px 0;text-align:right;border-bottom:1px solid var(--faint);white-space:nowrap}
 th:first-child,td:first-child{text-align:left;white-space:normal;min-width:9em}
 td.text{text-align:left;white-space:normal}th{font-weight:600;color:var(--soft)}
+@media (max-width:640px){table{font-size:.8rem}th,td{white-space:normal;padding:4px 6px 4px 0}
+th:first-child,td:first-child{min-width:0}}
 @media print{body{max-width:none}section{border:1px solid var(--faint)}}
 """
 
@@ -35,6 +39,16 @@ def document(title: str, body: Sequence[str]) -> bytes:
         f"<title>{escape(title)}</title><style>{_CSS}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
     return page.encode()
+
+
+def tiles(rows: Sequence[tuple[str, str, str]]) -> str:
+    """A box for each figure: its name, its value, and a word beside it; all are escaped."""
+    boxes = (
+        f'<div><span class="soft">{escape(name)}</span><b>{escape(value)}</b><span class="soft">{escape(beside)}</span>'
+        "</div>"
+        for name, value, beside in rows
+    )
+    return f'<div class="tiles">{"".join(boxes)}</div>'
 
 
 def section(name: str, title: str, how: str, svg: str | None, missing: str = "Not available.") -> str:

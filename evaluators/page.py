@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from evaluators import plots
-from evaluators.html import document, section, table
-from evaluators.report import LABELS, headline, interval, number
+from evaluators.html import document, section, table, tiles
+from evaluators.report import headline, interval, named, number, unit
 from evaluators.results import Report
 
 _MISSING = "Not available in this evaluation."
@@ -59,6 +59,7 @@ def to_html(report: Report, others: Sequence[dict[str, Any]] = ()) -> bytes:
     outcome = report.outcome or ""
     body = [
         f'<h1><span class="{outcome}">{escape(title)}</span></h1>',
+        tiles(summary(report)),
         f"<p><code>{escape(report.candidate.path)}</code> against <code>{escape(report.reference.path)}</code></p>",
         *([f"<p>Judged: {escape(report.judged)}</p>"] if report.judged else []),
         f'<p class="soft">{escape(_said(report))}</p>',
@@ -72,11 +73,11 @@ def to_html(report: Report, others: Sequence[dict[str, Any]] = ()) -> bytes:
             ("measure", "reference", "candidate", "95 % interval", "unit", "n"),
             [
                 (
-                    LABELS.get(m.name, m.name),
+                    named(m),
                     number(m.reference),
                     number(m.value),
                     interval(m),
-                    m.unit,
+                    unit(m),
                     f"{m.n} {m.counted}",
                 )
                 for m in report.metrics
@@ -92,6 +93,29 @@ def to_html(report: Report, others: Sequence[dict[str, Any]] = ()) -> bytes:
         f'<p class="soft">{escape(", ".join(f"{k} {v}" for k, v in report.versions.items()))}</p>',
     ]
     return document(title, body)
+
+
+def summary(report: Report) -> list[tuple[str, str, str]]:
+    """What a manager asks first: size, what is kept, speed; each with its name, its value and a word beside it."""
+    before, after = report.reference, report.candidate
+    found = {metric.name: metric for metric in report.metrics}
+    bits = f", {after.bits_per_weight:.2f} bits a weight" if after.num_parameters else ""
+    share = after.weight_bytes / max(1, before.weight_bytes)
+    out = [
+        (
+            "Size",
+            f"{before.weight_bytes / 1e6:.1f} → {after.weight_bytes / 1e6:.1f} MB",
+            f"{share:.0%} of the original{bits}",
+        )
+    ]
+    if "perplexity_recovery" in found:
+        kept = found["perplexity_recovery"]
+        bound = "" if kept.lower is None else f", at least {kept.lower:.2%}"
+        out.append(("Quality kept", f"{kept.value:.2%}", f"of perplexity{bound}"))
+    if "top1_agreement" in found:
+        out.append(("Same next token", f"{found['top1_agreement'].value:.1%}", "as the original's first choice"))
+    out.append(("Speed", "not measured here", "compress bench measures both, on the machine it runs on"))
+    return out
 
 
 def _said(report: Report) -> str:

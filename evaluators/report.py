@@ -21,6 +21,33 @@ LABELS = {
 }
 
 
+# What the other measures are called where all are shown.
+_OTHERS = {
+    "nll": "negative log-likelihood",
+    "kl_median": "KL divergence, median",
+    "kl_95": "KL divergence, 95 %",
+    "kl_99.9": "KL divergence, 99.9 %",
+    "kl_max": "KL divergence, largest",
+}
+
+
+def named(metric: Metric) -> str:
+    """What a measure is called in a table of all of them."""
+    known = {**LABELS, **_OTHERS}
+    if metric.name in known:
+        return known[metric.name]
+    for end, said in (("_recovery", "share kept"), ("_acc_norm", "accuracy, by length"), ("_acc", "accuracy")):
+        if metric.name.endswith(end):
+            task = metric.name.removesuffix(end)
+            return f"{known.get(task, task)}, {said}"
+    return metric.name
+
+
+def unit(metric: Metric) -> str:
+    """A measure's unit; none for a pure number."""
+    return "" if metric.unit == "1" else metric.unit.replace("/", " a ")
+
+
 def finite(value: Any) -> Any:
     """The same value with NaN and infinities as None: JSON has no word for them."""
     if isinstance(value, float):
@@ -172,8 +199,8 @@ def to_markdown(report: Report) -> str:
     out += ["", "| measure | reference | candidate | 95 % interval | unit |", "|---|---|---|---|---|"]
     for m in report.metrics:
         if not m.name.endswith("_recovery"):
-            name = LABELS.get(m.name, m.name)
-            out.append(f"| {_cell(name)} | {number(m.reference)} | {number(m.value)} | {interval(m)} | {m.unit} |")
+            cells = (number(m.reference), number(m.value), interval(m), unit(m))
+            out.append(f"| {_cell(named(m))} | {' | '.join(cells)} |")
     if report.blocks:
         worst = sorted(report.blocks, key=lambda b: math.inf if b.snr_db is None else b.snr_db)[:3]
         parts = ", ".join(f"{b.name} {b.snr_db:.1f} dB" for b in worst if b.snr_db is not None)

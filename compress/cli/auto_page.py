@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
-from evaluators.html import document, section, table
+from evaluators.html import document, section, table, tiles
 from evaluators.svg import BLUE, INK, ORANGE, RED, STYLE, new_figure, to_svg
 
 _HOW = {
@@ -38,7 +38,8 @@ def to_html(found: Mapping[str, Any], title: str) -> bytes:
     draw = {"frontier": frontier_plot, "chosen": chosen_plot, "cost": cost_plot}
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(summary(found))}</p>",
+        tiles(figures(found)),
+        *(f"<p>{escape(note)}</p>" for note in found["notes"]),
         '<div class="grid">',
         *(section(name, *_HOW[name], plot(found)) for name, plot in draw.items()),
         "</div>",
@@ -50,16 +51,24 @@ def to_html(found: Mapping[str, Any], title: str) -> bytes:
     return document(title, body)
 
 
-def summary(found: Mapping[str, Any]) -> str:
-    """What a person wants to know first."""
-    size = found["out_bytes"] or 0
-    said = f"{found['source_bytes'] / 1e6:.1f} MB -> {size / 1e6:.1f} MB"
+def figures(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What a person wants to know first: names, values, and a word beside each."""
+    before, size = found["source_bytes"], found["out_bytes"] or 0
+    out = [
+        (
+            "Size",
+            f"{before / 1e6:.1f} → {size / 1e6:.1f} MB",
+            f"{size / max(1, before):.0%} of the original",
+        )
+    ]
     kept = next((t for t in found["tried"] if t["bytes"] == size and t["recovery"] is not None), None)
     if kept is not None:
-        said += f"; recovery {kept['recovery']:.2%}, at least {kept['lower']:.2%}; KL {kept['kl']:.4f} nats a token"
+        out.append(("Quality kept", f"{kept['recovery']:.2%}", f"of perplexity, at least {kept['lower']:.2%}"))
+        out.append(("KL divergence", f"{kept['kl']:.4f}", f"nats a token; predicted {kept['predicted_kl']:.4f}"))
         if found["gate"] is not None:
-            said += f"; the gate of {found['gate']:.1%} is {'passed' if kept['passes'] else 'missed'}"
-    return said + "."
+            word = "passed" if kept["passes"] else "missed"
+            out.append(("Gate", word, f"of {found['gate']:.1%}, at its lower bound"))
+    return out
 
 
 def frontier_plot(found: Mapping[str, Any]) -> str | None:
@@ -82,14 +91,19 @@ def draw_frontier(axes: Axes, found: Mapping[str, Any]) -> None:
         [p["bytes"] / 1e6 for p in uniform.values()], [p["predicted_kl"] for p in uniform.values()], "s", color=ORANGE,
         label="one scheme",
     )  # fmt: skip
-    for name, point in uniform.items():
-        axes.annotate(name, (point["bytes"] / 1e6, point["predicted_kl"]), xytext=(6, 3), textcoords="offset points")
+    for number, (name, point) in enumerate(sorted(uniform.items(), key=lambda pair: pair[1]["bytes"])):
+        left = number % 2  # two in a row lie near each other, so their names lie on either side
+        axes.annotate(
+            name, (point["bytes"] / 1e6, point["predicted_kl"]), xytext=(-7, -4) if left else (7, 3),
+            textcoords="offset points", ha="right" if left else "left", va="top" if left else "bottom",
+        )  # fmt: skip
     for one in found["tried"]:
         if one["kl"]:
             kept = one["bytes"] == found["out_bytes"]
             axes.plot(one["bytes"] / 1e6, one["kl"], "o", color=RED if kept else INK, markersize=8 if kept else 5)
     axes.set_yscale("log")
-    axes.set_xlabel("weights, MB")
+    axes.margins(x=0.12)
+    axes.set_xlabel("all weights, MB")
     axes.set_ylabel("KL, nats a token")
     axes.legend()
 
@@ -178,5 +192,6 @@ def _tried_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _uniform_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
-        (name, f"{p['bytes'] / 1e6:.2f}", f"{p['predicted_kl']:.4f}") for name, p in sorted(found["uniform"].items())
+        (name, f"{p['bytes'] / 1e6:.2f}", f"{p['predicted_kl']:.4f}")
+        for name, p in sorted(found["uniform"].items(), key=lambda pair: pair[1]["bytes"])
     ]

@@ -123,7 +123,7 @@ def command(
     ended = time.monotonic()
     if as_json:
         # `seconds`: from the model and text being ready to the verified artifact
-        print_json(outcome, ended - started, seconds=ended - (shown.started or started))
+        print_json(outcome, ended - started, seconds=ended - shown.started.get("block", started))
     else:
         _print_summary(outcome, ended - started)
 

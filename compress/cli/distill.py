@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     from compress.workspace import Source
 
 
+class Sent(click.ParamType):  # type: ignore[type-arg]
+    """How gradients are sent: a rank, 1 or more, or `bf16`."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "bf16":
+            return "bf16"
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is neither a rank, such as 4, nor bf16", param, ctx)
+        return int(value)
+
+
 @click.command("distill", cls=Command)
 @click.option("--teacher", metavar="MODEL", help="Whom to learn from [default: the student's original].")
 @click.option("--student", metavar="MODEL", help="Who learns [default: the newest pruned artifact; with --scheme "
@@ -64,7 +77,8 @@ if TYPE_CHECKING:
 @click.option("--engine", type=click.Choice(["auto", "ddp", "fsdp", "deepspeed"]), default="auto", show_default=True,
               help="Of several processes (torchrun): copies, shares (FSDP2), or DeepSpeed ZeRO-3, whose runs begin "
               "again when killed.")  # fmt: skip
-@click.option("--compress-gradients", type=click.IntRange(1), metavar="RANK", help="PowerSGD between processes (ddp).")
+@click.option("--compress-gradients", type=Sent(), metavar="RANK|bf16",
+              help="Between processes (ddp): PowerSGD of this rank, or half of the bits.")  # fmt: skip
 @click.option(
     "--checkpointing", is_flag=True, help="Recompute blocks in the backward pass: less memory, a third slower."
 )

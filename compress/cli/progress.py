@@ -75,8 +75,8 @@ class Shown(Tell):
 
     On a terminal one line says what is done, what is left, and what goes on; elsewhere each step gets a plain line, but
     steps that follow each other within a second share one. `describe` turns what a step found into words. Notes are
-    shown at once and kept in `notes`. `quiet`: what is said is shown, steps and notes are not. `started`: when the last
-    job began, by `clock`.
+    shown at once and kept in `notes`. `quiet`: what is said is shown, steps and notes are not. `started`: when
+    each job began, by `clock`.
     """
 
     LINE_SECONDS = 1.0
@@ -94,7 +94,7 @@ class Shown(Tell):
         self.live = self.console.is_terminal and not quiet
         self.notes: list[str] = []
         self.pace: Pace | None = None
-        self.started: float | None = None
+        self.started: dict[str, float] = {}
         self._what = ""
         self._said = -1e9
         self._progress: Progress | None = None
@@ -124,7 +124,7 @@ class Shown(Tell):
     def start(self, what: str, total: int) -> None:
         self.end()
         hear("start", what=what, total=total)
-        self._what, self._said, self.started = what, -1e9, self.clock()
+        self._what, self._said, self.started[what] = what, -1e9, self.clock()
         self.pace = Pace(total, self.clock)
         if self.live:
             self._progress = _bar(self.console)

@@ -72,16 +72,16 @@ class Checkpoints:
 
     def newest(self, note: Callable[[str], None]) -> int | None:
         """The newest step whose checkpoint is whole; `note` hears of damaged ones. The same in every process."""
-        found = -1
-        if distributed.rank() == 0:
+
+        def whole() -> int | None:
             for step in reversed(self.steps()):
                 damaged = self._damaged(step)
                 if damaged is None:
-                    found = step
-                    break
+                    return step
                 note(f"checkpoint {self.path(step)} is damaged ({damaged}); the one before it is used")
-        found = int(distributed.from_first(torch.tensor([found])))
-        return None if found < 0 else found
+            return None
+
+        return distributed.told_by_first(whole)
 
     def _damaged(self, step: int) -> str | None:
         try:

@@ -26,14 +26,15 @@ ENGINES = ("auto", "ddp", "fsdp", "deepspeed")
 class EngineOptions:
     """engine: one of `ENGINES`. compute: dtype of matrix products; master weights are float32. device: of this process.
 
-    compress_gradients: rank of PowerSGD's factors, None for whole gradients. exact_parameters: shares are gathered in
-    float32, for parameters that 16 bits would change (codes about to be rounded). clip: largest norm of a gradient.
+    compress_gradients: rank of PowerSGD's factors, `gradients.HALVED`, None for whole gradients. exact_parameters:
+    shares are gathered in float32, for parameters that 16 bits would change (codes about to be rounded). clip: largest
+    norm of a gradient.
     """
 
     engine: str = "auto"
     compute: torch.dtype = torch.float32
     device: str = "cpu"
-    compress_gradients: int | None = None
+    compress_gradients: int | str | None = None
     exact_parameters: bool = False
     clip: float = 1.0
 
@@ -139,13 +140,14 @@ class Engine:
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Gradients stay in each process unless this is the last pass before an update."""
+        """Gradients of copies stay in each process unless this is the last pass before an update.
+
+        Those of shares are shared out after each pass: before that they are as large as the whole model.
+        """
         if self.kind == "deepspeed":
             self.module.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
-        context = (
-            contextlib.nullcontext() if last or self.kind == "deepspeed" else self._accelerator.no_sync(self.module)
-        )
-        with context:
+        waits = self.kind == "ddp" and not last
+        with self._accelerator.no_sync(self.module) if waits else contextlib.nullcontext():
             yield
 
     def clip(self, most: float) -> Tensor:

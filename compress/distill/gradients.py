@@ -1,4 +1,5 @@
-"""Gradients sent as two thin matrices: PowerSGD (Vogels et al., arXiv:1905.13727) as a hook of DDP, kept over a resume.
+"""Gradients sent as less than they are, by hooks of DDP: as bfloat16, or as two thin matrices (PowerSGD, Vogels et al.,
+arXiv:1905.13727), whose state is kept over a resume.
 
 PyTorch's hook keeps an error and a factor for each bucket of gradients, and DDP lays its buckets out anew after the
 first backward pass of a process. A resumed run would meet its old errors in other buckets. So each process makes one
@@ -8,7 +9,7 @@ backward pass that changes nothing before the hook begins (`Engine.rehearse`), a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,9 +19,55 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
 
 _MEMORIES = ("error_dict", "p_memory_dict", "q_memory_dict")
+# What `--compress-gradients` is called that halves them.
+HALVED = "bf16"
 
 
-class GradientCompression:
+class Compression(Protocol):
+    """A hook that is off until `on`, what a checkpoint holds of it, and the bytes of gradients that it saves."""
+
+    on: bool
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold of this process."""
+
+    def numbers(self) -> dict[str, Any]: ...
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], device: torch.device) -> None: ...
+
+    def saved(self) -> dict[str, int]:
+        """Bytes of gradients that a process has handed to the network, and what it would have without compression."""
+
+
+def compression_of(module: nn.Module, how: int | str, begins: int, seed: int) -> Compression:
+    """`HALVED`, or PowerSGD of rank `how`. begins: updates before that compresses."""
+    if isinstance(how, str):
+        return HalvedGradients(module)
+    return PowerSgd(module, how, begins, seed)
+
+
+class HalvedGradients:
+    """Gradients of one DDP module are rounded to bfloat16, sent and added up in it. Nothing is carried over."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.on = False
+        self.elements = 0
+        module.register_comm_hook(self, _halve)  # type: ignore[operator]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def numbers(self) -> dict[str, Any]:
+        return {"elements": self.elements}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], device: torch.device) -> None:
+        self.elements = numbers["elements"]
+
+    def saved(self) -> dict[str, int]:
+        return {"sent": 2 * self.elements, "uncompressed": 4 * self.elements}
+
+
+class PowerSgd:
     """PowerSGD of one DDP module. begins: updates before it compresses (at least 2). Off until `on`."""
 
     def __init__(self, module: nn.Module, rank: int, begins: int, seed: int) -> None:
@@ -35,7 +82,6 @@ class GradientCompression:
         module.register_comm_hook(self, _hook)  # type: ignore[operator]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of this process."""
         out = {
             f"powersgd.{memory}.{bucket}": value
             for memory in _MEMORIES
@@ -69,12 +115,18 @@ class GradientCompression:
         self.state.total_numel_before_compression, self.state.total_numel_after_compression = before, after
 
     def saved(self) -> dict[str, int]:
-        """Bytes of gradients that a process has handed to the network, and what it would have without compression."""
         before, after = self.state.total_numel_before_compression, self.state.total_numel_after_compression
         return {"sent": 4 * (self.plain_elements + after), "uncompressed": 4 * (self.plain_elements + before)}
 
 
-def _hook(mine: GradientCompression, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+def _halve(mine: HalvedGradients, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    if not mine.on:
+        return default_hooks.allreduce_hook(None, bucket)  # type: ignore[arg-type]
+    mine.elements += bucket.buffer().numel()
+    return default_hooks.bf16_compress_hook(None, bucket)  # type: ignore[arg-type]
+
+
+def _hook(mine: PowerSgd, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     if not mine.on:
         return default_hooks.allreduce_hook(None, bucket)  # type: ignore[arg-type]
     if mine.state.iter < mine.state.start_powerSGD_iter:
@@ -87,4 +139,5 @@ def _hook(mine: GradientCompression, bucket: GradBucket) -> torch.futures.Future
 
 
 # DDP looks at the annotations themselves, which are text in this file
-_hook.__annotations__.update({"bucket": GradBucket, "return": torch.futures.Future[torch.Tensor]})
+for _one in (_halve, _hook):
+    _one.__annotations__.update({"bucket": GradBucket, "return": torch.futures.Future[torch.Tensor]})

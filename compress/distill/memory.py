@@ -34,7 +34,8 @@ class Needs:
     """What a run holds in a process, in numbers: see `total`.
 
     trained, frozen: parameters of the student. compute_bytes: of a number in matrix products. tokens: of a pass.
-    token_bytes: activations a token without checkpointing; kept_bytes: with it. shares: processes that share weights.
+    token_bytes: activations a token without checkpointing; kept_bytes: with it. shares: processes that share weights;
+    gathered, teacher_gathered: parameters that each of those has whole at once, of both models.
     vocabulary: its entries. at_once: whether losses are computed as `at_once.total` does.
     """
 
@@ -51,13 +52,18 @@ class Needs:
     on_gpu: bool
     vocabulary: int = 0
     at_once: bool = False
+    gathered: int = 0
+    teacher_gathered: int = 0
 
     def total(self) -> int:
         """Bytes in one process: master weights, gradients and two moments (16 a trained parameter), the teacher, a copy
         of the weights in the products' dtype, activations, the loss."""
         weights = (16 * self.trained + 4 * self.frozen) / self.shares
         copy = self.compute_bytes * (self.trained + self.frozen) if self.compute_bytes < 4 else 0
-        teacher = self.teacher_parameters * self.teacher_bytes / self.shares
+        teacher = self.teacher_parameters * self.teacher_bytes
+        if self.shares > 1:  # weights, their gradients, and these in float32, as they are added up
+            copy = (2 * self.compute_bytes + 4) * self.gathered
+            teacher = teacher / self.shares + self.teacher_gathered * self.teacher_bytes
         activations = self.tokens * (self.kept_bytes if self.checkpointing else self.token_bytes)
         rows, columns = GPU_BLOCK if self.on_gpu else CPU_BLOCK
         loss: float = 4 * _LOSS_ARRAYS * min(rows, self.tokens) * columns

@@ -129,6 +129,12 @@ def num_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def gathered_parameters(loaded: LoadedModel) -> int:
+    """What a process has whole at once of a model that is shared by blocks: all outside of them, and two of them."""
+    sizes = sorted((num_parameters(block) for block in loaded.blocks), reverse=True)
+    return num_parameters(loaded.model) - sum(sizes) + sum(sizes[:2])
+
+
 def held_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

@@ -360,6 +360,8 @@ def check_memory(
         on_gpu=request.device.startswith("cuda"),
         vocabulary=student.vocab_size,
         at_once=request.compile,
+        gathered=models.gathered_parameters(student),
+        teacher_gathered=0 if taught is None else models.gathered_parameters(taught),
     )
     loaded = sum(p.numel() * p.element_size() for p in student.model.parameters())
     if taught is not None:

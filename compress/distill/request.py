@@ -24,7 +24,8 @@ class DistillRequest:
     tokens: to train on, None for all of the text; epochs: how often each is read. batch: rows of an update over all
     processes. micro_batch: rows of a pass, None for the largest that the pass limit allows. rate: peak learning rate.
     ce, hidden: weights beside the divergence. on_policy: share of updates on text that the student writes. scheme:
-    `w4a16` and the like, of a quantized student whose codes are trained (see `qad`).
+    `w4a16` and the like, of a quantized student whose codes are trained (see `qad`). compress_gradients: see
+    `EngineOptions`.
     """
 
     teacher: Source
@@ -58,7 +59,7 @@ class DistillRequest:
     dtype: str = "float32"
     teacher_dtype: str = "auto"
     engine: str = "auto"
-    compress_gradients: int | None = None
+    compress_gradients: int | str | None = None
     checkpointing: bool = False
     compile: bool = False
 

@@ -16,7 +16,7 @@ from compress.distill import flops, lora, models, prepare, qad, teacher
 from compress.distill.cache import CachedTeacher
 from compress.distill.checkpoint import Checkpoints
 from compress.distill.engine import Engine, EngineOptions
-from compress.distill.gradients import GradientCompression
+from compress.distill.gradients import compression_of
 from compress.distill.manifest import content, versions
 from compress.distill.meter import Meter
 from compress.distill.models import LoadedModel
@@ -261,7 +261,7 @@ def _training(
     kind = options.resolved(distributed.num_processes())
     if request.compile:
         ready.student.compile_blocks()
-        if ready.taught is not None and kind != "fsdp" and ready.teacher_held_as != "w8a16":
+        if ready.taught is not None and ready.teacher_held_as != "w8a16":
             ready.taught.compile_blocks()
     student = Student(ready.student, request.goal, states=ready.states, fuse=request.compile)
     if kind != "fsdp" or options.exact_parameters:  # FSDP2 has its own policy
@@ -283,7 +283,7 @@ def _training(
     compression = None
     if request.compress_gradients is not None:
         begins = round(0.1 * ready.plan.steps)
-        compression = GradientCompression(engine.module, request.compress_gradients, begins, request.seed)
+        compression = compression_of(engine.module, request.compress_gradients, begins, request.seed)
     what = {"processes": distributed.num_processes(), "engine": engine.kind, "data": ready.rows.sha256}
     training = Training(
         engine,

@@ -58,9 +58,15 @@ class LiveTeacher:
 
 
 def shard(loaded: LoadedModel) -> None:
-    """Keep a share of each block's weights in every process, and gather a block when it runs (FSDP2)."""
+    """Keep a share of each block's weights in every process, and gather a block when it runs (FSDP2).
+
+    The blocks have a root in common, or each would be one, and FSDP2 never gives back what a root has gathered; and one
+    block is gathered while the one before it runs. What is outside of blocks stays whole: the losses read the head.
+    """
     from torch.distributed.fsdp import fully_shard
 
     block: nn.Module
     for block in loaded.blocks:
         fully_shard(block)
+    inside = {p for block in loaded.blocks for p in block.parameters()}
+    fully_shard(loaded.base, ignored_params={p for p in loaded.base.parameters() if p not in inside})

@@ -21,7 +21,7 @@ from compress import distributed
 from compress.distill import checkpoint
 from compress.distill.checkpoint import Checkpoints
 from compress.distill.engine import Engine
-from compress.distill.gradients import GradientCompression
+from compress.distill.gradients import Compression
 from compress.distill.onpolicy import is_on_policy, uniforms
 from compress.distill.optim import Rate, set_rate
 from compress.distill.rows import Batch, Rows, order
@@ -98,7 +98,7 @@ class Training:
         checkpoints: Checkpoints,
         *,
         watch: Watch | None = None,
-        compression: GradientCompression | None = None,
+        compression: Compression | None = None,
         stop: Stop | None = None,
         tell: Tell | None = None,
         describe: Callable[[dict[str, float]], str] = lambda record: f"loss {record['loss']:.4f}",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from compress.errors import UnsupportedError
 from compress.linear import is_conv1d
 from compress.model import StreamedModel
-from compress.prune.shape import Shape, config_of, shape_of, skeleton
+from compress.prune.shape import Counter, Shape, config_of, shape_of, skeleton
 from compress.prune.structure import Section, Structure
 
 # Attributes that follow from a block's place, not from what it computes.
@@ -105,17 +105,23 @@ def _family(model: StreamedModel) -> str:
 
 
 def _hidden_axes(model: StreamedModel, shape: Shape, kept: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Axes that change when only the hidden size does: found by building the model so."""
+    """Axes that change when only the hidden size does: found by building the model so, with its heads or the new ones.
+
+    A hidden size that the model's heads do not divide is built with those that stay; some configs insist on that.
+    """
     old = shape_of(model)
     if shape.hidden == old.hidden:
         return {}
-    narrow = skeleton(model, config_of(model, replace(old, hidden=shape.hidden, blocks=1), kept[:1]))
-    block = _blocks(narrow, model)[0]
-    out = {name: _differing(value, dict(model.blocks[kept[0]].named_parameters())[name])
-           for name, value in block.named_parameters()}  # fmt: skip
+    counter = Counter(model)
+    heads = [replace(old, blocks=1), replace(old, blocks=1, heads=shape.heads, kv_heads=shape.kv_heads)]
+    pairs = [(wide, replace(wide, hidden=shape.hidden)) for wide in heads]
+    built = next((pair for pair in pairs if all(counter.builds(one) for one in pair)), pairs[0])
+    counter.check(built[1])
+    wide, narrow = (skeleton(model, config_of(model, one, kept[:1])) for one in built)
     inside = f"{model.blocks_name}."
-    before = dict(model.model.named_parameters())
-    out.update({n: _differing(v, before[n]) for n, v in narrow.named_parameters() if not n.startswith(inside)})
+    blocks = [dict(_blocks(made, model)[0].named_parameters()) for made in (wide, narrow)]
+    outside = [{n: v for n, v in made.named_parameters() if not n.startswith(inside)} for made in (wide, narrow)]
+    out = {n: _differing(v, before[n]) for before, after in (blocks, outside) for n, v in after.items()}
     return {name: axes for name, axes in out.items() if axes}
 
 
@@ -235,9 +241,10 @@ def cut_shapes(block: nn.Module, cut: Cut) -> dict[str, tuple[int, ...]]:
 
 def some_units(section: Section, keep: int, cut: Cut) -> Tensor:
     """Any `keep` units that may stay: evenly from the groups, or whole groups where groups go."""
+    if section.unit_size == 1:
+        return torch.arange(keep)
     group_U = section.group_U
-    fewer = section.unit_size > 1 and cut.shape.kv_heads < cut.old.kv_heads
-    groups = cut.shape.kv_heads if fewer else section.num_groups if section.unit_size > 1 else keep
+    groups = cut.shape.kv_heads if cut.shape.kv_heads < cut.old.kv_heads else section.num_groups
     return torch.cat([(group_U == g).nonzero().flatten()[: keep // groups] for g in range(groups)]).sort().values
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -156,9 +157,19 @@ def _first_channels(old: Shape, shape: Shape) -> Tensor | None:
     return torch.arange(shape.hidden) if shape.hidden < old.hidden else None
 
 
-@torch.no_grad()
 def find_whole_structure(model: StreamedModel) -> Structure:
     """The structure of the model's blocks, found in the first. UnsupportedError when they are not alike."""
+    found = _known.get(model)
+    if found is None:
+        found = _known[model] = _find_whole_structure(model)
+    return found
+
+
+_known: WeakKeyDictionary[StreamedModel, Structure] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _find_whole_structure(model: StreamedModel) -> Structure:
     shapes = [{name: tuple(p.shape) for name, p in block.named_parameters()} for block in model.blocks]
     other = next((i for i, found in enumerate(shapes) if found != shapes[0]), None)
     if other is not None:

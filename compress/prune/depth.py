@@ -8,15 +8,17 @@ tried beside the blocks taken one by one (Gromov et al., arXiv:2403.17887, take 
 angle). The first and the last block are not special: they are measured like any other.
 
 A *sweep* runs every candidate at once: the hidden states that enter block i leave, in the model that bypasses it, as
-those that enter block i + 1, so each candidate branches off there and only the blocks behind it run again. A block is
-loaded once a sweep, and memory is one block and a set of hidden states a candidate, whatever the depth.
+those that enter block i + 1, so each candidate branches off there and only the blocks behind it run again. A sweep of a
+large model waits for its blocks to be loaded, each once: so the runs share the first one, and the next begins where
+the first candidate of the last branched off. Memory is one block and a set of hidden states a candidate, whatever the
+depth.
 
 Shapes: B batch, T tokens, H hidden size, V vocabulary
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,8 @@ from compress.tell import SILENT, Tell
 CANDIDATES = 8
 # Runs of neighbours that are measured beside the blocks taken one by one.
 SPANS = 3
+# Candidates of a sweep, at most.
+AT_ONCE = 24
 
 Batches = list[Tensor]
 
@@ -110,12 +114,14 @@ class Depth:
 class Swept:
     """Hidden states that leave the last block: of the model as it stands, and of each candidate.
 
-    influence: of each block that was run, by candidate (`()` for the model as it stands).
+    influence: of each block that was run, by candidate (`()` for the model as it stands). branch: hidden states where
+    the first candidate leaves the model as it stands; those that enter, if there is none.
     """
 
     final: Batches
     candidates: dict[tuple[int, ...], Batches]
     influence: dict[tuple[int, ...], dict[int, float]]
+    branch: Batches
 
 
 def measure_depth(
@@ -134,40 +140,56 @@ def measure_depth(
     """
     everything = list(range(model.num_blocks))
     entering = model.embed_batches(ids_NT, batch)
-    whole = sweep(model, entering, everything, [], tell=tell)
-    latest = whole.influence[()]
-    kept, removals = everything, []
+    turned = SpanInfluence(range(2, remove + 1) if spans else ())
+    whole = sweep(model, entering, everything, [], seen=turned.see, tell=tell)
+    influence = whole.influence[()]
+    runs = turned.least(spans)
+    latest, kept, removals = dict(influence), everything, []
+    run_costs: dict[tuple[int, int], float] = {}
+    begin, states = 0, entering
     for _ in range(remove):
         order = sorted(kept, key=lambda i: (latest[i], i))[:candidates]
-        chosen: list[tuple[int, ...]] = [(i,) for i in sorted(order)]
-        swept = sweep(model, entering, kept, chosen, tell=tell)
-        costs = divergences(model, whole.final, [swept.candidates[c] for c in chosen])
-        best = min(range(len(chosen)), key=lambda i: (costs[i], chosen[i]))
-        kept = [i for i in kept if i not in chosen[best]]
-        latest = swept.influence[chosen[best]]
-        tried = {c[0]: cost for c, cost in zip(chosen, costs, strict=True)}
-        removals.append(Removal(block=chosen[best][0], divergence=costs[best], tried=tried))
-    runs = _spans(model, entering, whole, range(2, remove + 1), spans, tell) if spans and remove > 1 else {}
-    influence = whole.influence[()]
-    return Depth(influence=[influence[i] for i in everything], removals=removals, spans=runs)
+        alone: list[tuple[int, ...]] = [(i,) for i in sorted(order)]
+        tried = sorted([*alone, *runs])
+        if tried[0][0] < begin:
+            begin, states = 0, entering
+        costs, influences, states = _tried(model, whole.final, states, [i for i in kept if i >= begin], tried, tell)
+        begin = tried[0][0]
+        run_costs.update({(run[0], len(run)): costs[run] for run in runs})
+        runs = []  # they are of the whole model
+        best = min(alone, key=lambda c: (costs[c], c))
+        kept = [i for i in kept if i not in best]
+        latest.update(influences[best])
+        removals.append(Removal(block=best[0], divergence=costs[best], tried={c[0]: costs[c] for c in alone}))
+    return Depth(influence=[influence[i] for i in everything], removals=removals, spans=run_costs)
 
 
-def _spans(
-    model: StreamedModel, entering: Batches, whole: Swept, lengths: Sequence[int], most: int, tell: Tell
-) -> dict[tuple[int, int], float]:
-    """Of every length, KL of the `most` runs of neighbours whose ends are nearest in angle."""
-    everything = list(range(model.num_blocks))
-    chosen: list[tuple[int, ...]] = []
-    for length, influence in span_influence(model, entering[:1], lengths).items():
-        starts = sorted(range(len(influence)), key=lambda i: (influence[i], i))[:most]
-        chosen += [tuple(range(start, start + length)) for start in sorted(starts)]
-    out: dict[tuple[int, int], float] = {}
-    for first in range(0, len(chosen), CANDIDATES):  # as many sets of hidden states at once as a removal needs
-        some = chosen[first : first + CANDIDATES]
-        swept = sweep(model, entering, everything, some, tell=tell)
-        costs = divergences(model, whole.final, [swept.candidates[c] for c in some])
-        out.update({(c[0], len(c)): cost for c, cost in zip(some, costs, strict=True)})
-    return out
+_Influences = dict[tuple[int, ...], dict[int, float]]
+
+
+def _tried(
+    model: StreamedModel,
+    original: Batches,
+    states: Batches,
+    kept: Sequence[int],
+    tried: Sequence[tuple[int, ...]],
+    tell: Tell,
+) -> tuple[dict[tuple[int, ...], float], _Influences, Batches]:
+    """KL of the model without each of `tried` (ascending), the influences, and the states where the first begins.
+
+    original: what leaves the whole model. states: what enters the first of the blocks `kept`.
+    """
+    costs: dict[tuple[int, ...], float] = {}
+    influences: _Influences = {}
+    branch: Batches = []
+    for first in range(0, len(tried), AT_ONCE):
+        some = tried[first : first + AT_ONCE]
+        swept = sweep(model, states, kept, some, tell=tell)
+        costs.update(zip(some, divergences(model, original, [swept.candidates[c] for c in some]), strict=True))
+        influences.update(swept.influence)
+        states, kept = swept.branch, [i for i in kept if i >= some[0][0]]
+        branch = branch or states
+    return costs, influences, branch
 
 
 @torch.no_grad()
@@ -177,10 +199,16 @@ def sweep(
     kept: Sequence[int],
     candidates: Sequence[tuple[int, ...]],
     *,
+    seen: Callable[[Tensor], None] = lambda hidden: None,
     tell: Tell = SILENT,
 ) -> Swept:
-    """Run the blocks `kept`, in order, and beside them the same without each of `candidates` (runs of them)."""
+    """Run the blocks `kept`, in order, and beside them the same without each of `candidates` (runs of them).
+
+    seen: called with the first batch as it enters, and as it leaves each block of the model as it stands.
+    """
     base = list(entering)
+    branch: Batches = []
+    seen(base[0])
     paths: dict[tuple[int, ...], Batches] = {}
     influence: dict[tuple[int, ...], dict[int, float]] = {key: {} for key in [(), *candidates]}
     for position, index in enumerate(kept):
@@ -189,14 +217,16 @@ def sweep(
             model.prefetch_block(kept[position + 1])
         for candidate in candidates:
             if candidate[0] == index:
+                branch = branch or list(base)
                 paths[candidate] = list(base)
                 influence[candidate] = dict(influence[()])
         for key, hidden in [((), base), *paths.items()]:
             if index not in key:
                 influence[key][index] = _advance(model, index, hidden)
+        seen(base[0])
         model.release_block(index)
         tell.step(doing=f"block {index + 1} of {model.num_blocks}")
-    return Swept(final=base, candidates=paths, influence=influence)
+    return Swept(final=base, candidates=paths, influence=influence, branch=branch or list(entering))
 
 
 def _advance(model: StreamedModel, index: int, hidden: Batches) -> float:
@@ -216,20 +246,30 @@ def _turned(before: Tensor, after: Tensor) -> Tensor:
     return 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
 
 
-@torch.no_grad()
-def span_influence(model: StreamedModel, entering: Batches, lengths: Sequence[int]) -> dict[int, list[float]]:
-    """How far so many blocks in a row turn the hidden state, for each length and first block; one pass."""
-    held = [list(entering)]
-    out: dict[int, list[float]] = {length: [] for length in lengths}
-    for index in range(model.num_blocks):
-        model.load_block(index)
-        if model.device.type == "cuda" and index + 1 < model.num_blocks:
-            model.prefetch_block(index + 1)
-        held.append([model.run_block(index, h) for h in held[-1]])
-        model.release_block(index)
-        del held[: -max(lengths) - 1]
-        for length in lengths:
-            if len(held) > length:
-                turned = [_turned(a, b).mean() for a, b in zip(held[-1 - length], held[-1], strict=True)]
-                out[length].append(float(torch.stack(turned).mean()))
-    return out
+class SpanInfluence:
+    """How far so many blocks in a row turn the hidden state of a batch, for each length and first block.
+
+    `see` is called with the hidden state that enters the first block and with that which leaves each block.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.influence: dict[int, list[float]] = {length: [] for length in lengths}
+        self._held: list[Tensor] = []
+
+    def see(self, hidden: Tensor) -> None:
+        """One more hidden state, `[B, T, H]`."""
+        if not self.influence:
+            return
+        self._held.append(hidden)
+        del self._held[: -max(self.influence) - 1]
+        for length, found in self.influence.items():
+            if len(self._held) > length:
+                found.append(float(_turned(self._held[-1 - length], hidden).mean()))
+
+    def least(self, most: int) -> list[tuple[int, ...]]:
+        """The `most` runs of each length that turn it least, as the blocks that they consist of."""
+        runs: list[tuple[int, ...]] = []
+        for length, influence in self.influence.items():
+            starts = sorted(range(len(influence)), key=lambda i: (influence[i], i))[:most]
+            runs += [tuple(range(start, start + length)) for start in starts]
+        return runs

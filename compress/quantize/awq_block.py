@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import numerics
+from compress import distributed, numerics
 from compress.block import BlockResult, LoadedBlock
 from compress.errors import ConfigError
 from compress.groups import Group
@@ -82,9 +82,10 @@ def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> Bloc
     if not options.allow_damage:
         for name in chosen:
             refuse_drowning(loaded.prefix + name, weight_OI(layers[name]))
+    runs = _runs(loaded, chosen)
     signals = {
         name: awq.output_error(weight_OI(layers[name]).float(), statistics.gram_II)
-        for name, statistics in _inputs(loaded, chosen)
+        for name, statistics in _inputs(loaded, [n for run in runs if run.is_mine for n in run.names])
     }
     row_scale: dict[str, Tensor] = {}
     group_reports = []
@@ -101,7 +102,8 @@ def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> Bloc
         report, s_I, current = _smooth(loaded, group, statistics, members, prepared[-1], mine, row_scale, current)
         group_reports.append(report)
         scales.append(s_I)
-    rounded, errors = _round_groups(loaded, schemes, scales, prepared, row_scale, options)
+    rounded, errors = _round_groups(loaded, runs, schemes, scales, prepared, row_scale, options)
+    rounded, errors, signals = _exchanged(runs, layers, schemes, rounded, errors, signals)
     relative = {name: _judged(loaded.prefix + name, errors[name], signals[name], options) for name in chosen}
     block_report: dict[str, Any] = {}
     if options.effort == "best" and rounded:
@@ -281,15 +283,45 @@ def _feedback_prefers(
     return errors[0] < errors[1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Layers of one group of linears that are rounded together, and the process that does."""
+
+    group: int
+    names: list[str]
+    owner: int
+
+    @property
+    def is_mine(self) -> bool:
+        return self.owner == distributed.rank()
+
+
+def _runs(loaded: LoadedBlock, chosen: Sequence[str]) -> list[_Run]:
+    """The layers in the order of their groups. Of several processes each rounds some; as many products a process as
+    can be, and each layer as one process would round it."""
+    layers = linears(loaded.module)
+    found = [
+        (i, names)
+        for i, group in enumerate(loaded.groups)
+        for names in stacks({name: weight_OI(layers[name]).numel() for name in group.layers if name in chosen})
+    ]
+    costs = [sum(weight_OI(layers[n]).numel() for n in names) * loaded.groups[i].in_features for i, names in found]
+    return [
+        _Run(group=i, names=names, owner=owner)
+        for (i, names), owner in zip(found, distributed.owners(costs, distributed.num_processes()), strict=True)
+    ]
+
+
 def _round_groups(
     loaded: LoadedBlock,
+    runs: Sequence[_Run],
     schemes: Mapping[str, Scheme],
     scales: Sequence[Tensor],
     prepared: list[Prepared | None],
     row_scale: Mapping[str, Tensor],
     options: AwqOptions,
 ) -> tuple[dict[str, Rounded], dict[str, _Errors]]:
-    """Codes of every layer that has a scheme, and its squared output error against what it was rounded from.
+    """Codes of every layer of this process's runs, and its squared output error against what it was rounded from.
 
     Errors are those of the layer as it was before anything was folded into it (`row_scale`). Uses up the statistics and
     `prepared`: a wide layer's are gigabytes, and gone before the next layer's turn.
@@ -297,18 +329,59 @@ def _round_groups(
     layers = linears(loaded.module)
     rounded: dict[str, Rounded] = {}
     errors: dict[str, _Errors] = {}
-    for i, (group, statistics, s_I) in enumerate(zip(loaded.groups, loaded.statistics, scales, strict=True)):
+    for i, (statistics, s_I) in enumerate(zip(loaded.statistics, scales, strict=True)):
         inputs, prepared[i] = prepared[i], None
-        inputs = None if inputs is None else inputs.scaled(s_I)
-        statistics.smooth_(s_I)
-        for names in stacks({name: weight_OI(layers[name]).numel() for name in group.layers if name in schemes}):
+        mine = [run.names for run in runs if run.group == i and run.is_mine]
+        if mine:
+            inputs = None if inputs is None else inputs.scaled(s_I)
+            statistics.smooth_(s_I)
+        for names in mine:
             weights = {name: weight_OI(layers[name]).float().contiguous() for name in names}
-            mine = replace(options, scheme=schemes[names[0]])
-            found, lost = _round(weights, inputs, statistics, s_I, row_scale, mine)
+            found, lost = _round(
+                weights, inputs, statistics, s_I, row_scale, replace(options, scheme=schemes[names[0]])
+            )
             rounded.update(found)
             errors.update(lost)
         statistics.clear()
     return rounded, errors
+
+
+def _exchanged(
+    runs: Sequence[_Run],
+    layers: Mapping[str, nn.Module],
+    schemes: Mapping[str, Scheme],
+    rounded: Mapping[str, Rounded],
+    errors: Mapping[str, _Errors],
+    signals: Mapping[str, float],
+) -> tuple[dict[str, Rounded], dict[str, _Errors], dict[str, float]]:
+    """Codes, errors and signals of all runs, in their order, in every process; each comes from the run's owner."""
+    all_rounded, all_errors, all_signals = dict(rounded), dict(errors), dict(signals)
+    if not distributed.running():
+        return all_rounded, all_errors, all_signals
+    for run in runs:
+        for name in run.names:
+            w_OI = weight_OI(layers[name])
+            held = rounded[name] if run.is_mine else _blank(w_OI, schemes[name])
+            assert held.wanted_OI is None, "tuning is done in one process"
+            parts = (held.codes_OI, held.scale_OG, held.zero_point_OG, held.factor_OG)
+            codes_OI, scale_OG, zero_OG, factor_OG = (distributed.from_one(part, run.owner) for part in parts)
+            all_rounded[name] = Rounded(
+                codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=zero_OG, factor_OG=factor_OG, wanted_OI=None
+            )
+            lost = errors.get(name, _Errors(rounded=0.0, to_nearest=0.0))
+            sums = torch.tensor([lost.rounded, lost.to_nearest, signals.get(name, 0.0)], dtype=torch.float64)
+            ours, nearest, signal = distributed.from_one(sums.to(w_OI.device), run.owner).tolist()
+            all_errors[name], all_signals[name] = _Errors(rounded=ours, to_nearest=nearest), signal
+    return all_rounded, all_errors, all_signals
+
+
+def _blank(w_OI: Tensor, scheme: Scheme) -> Rounded:
+    """Room for what another process has rounded."""
+    scale_OG, zero_OG, factor_OG = (
+        torch.empty(len(w_OI), scheme.groups(w_OI.shape[1]), device=w_OI.device) for _ in range(3)
+    )
+    codes_OI = torch.empty(w_OI.shape, dtype=torch.uint8, device=w_OI.device)
+    return Rounded(codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=zero_OG, factor_OG=factor_OG, wanted_OI=None)
 
 
 def _round(

@@ -46,12 +46,14 @@ CPU_LOGITS, GPU_LOGITS = 1 << 22, 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndOptions:
-    """updates: of all factors. rows: calibration rows an update. rate: the first update's; it falls to zero. seed: of
-    the rows' order. dtype: of matrix products. checkpointing: compute blocks again in the backward pass."""
+    """updates: of all factors. rows: calibration rows an update. rate: the first update's; it falls to zero. code_rate:
+    the same of codes, in steps of the grid; 0 leaves them. seed: of the rows' order. dtype: of matrix products.
+    checkpointing: compute blocks again in the backward pass."""
 
     updates: int
     rows: int = 8
     rate: float = RATE
+    code_rate: float = 0.0
     seed: int = 0
     dtype: torch.dtype = torch.float32
     checkpointing: bool = False
@@ -100,7 +102,10 @@ class Trained:
 
 
 class _Dequantize(torch.autograd.Function):
-    """The weight `[O, I]` of codes and scales times `exp(log_OG)`; keeps bytes, not numbers, for the backward pass."""
+    """The weight `[O, I]` of codes and scales times `exp(log_OG)`; codes that are learned are real numbers, rounded.
+
+    Keeps codes, not weights, for the backward pass, which goes through the rounding unchanged.
+    """
 
     @staticmethod
     def forward(
@@ -113,14 +118,23 @@ class _Dequantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         log_OG, codes_OI, scale_OG, zero_OG = ctx.saved_tensors
-        weight_OGg = numerics.to_groups(_weight(log_OG, codes_OI, scale_OG, zero_OG, ctx.scheme), ctx.scheme)
-        grad_OGg = numerics.to_groups(grads[0].float(), ctx.scheme)
-        return (grad_OGg * weight_OGg).sum(-1), None, None, None, None
+        scheme: Scheme = ctx.scheme
+        weight_OGg = numerics.to_groups(_weight(log_OG, codes_OI, scale_OG, zero_OG, scheme), scheme)
+        grad_OGg = numerics.to_groups(grads[0].float(), scheme)
+        grad_codes = None
+        if ctx.needs_input_grad[1]:
+            inside = (codes_OI > -0.5) & (codes_OI < scheme.max_code + 0.5)
+            grad_codes = (grad_OGg * _held(log_OG, scale_OG).float()[..., None]).flatten(1) * inside
+        return (grad_OGg * weight_OGg).sum(-1), grad_codes, None, None, None
 
 
 def _weight(log_OG: Tensor, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme) -> Tensor:
-    codes_OGg = numerics.to_groups(codes_OI, scheme).float()
+    codes_OGg = numerics.to_groups(_whole(codes_OI, scheme), scheme)
     return numerics.dequantize(codes_OGg, _held(log_OG, scale_OG).float(), zero_OG.float()).flatten(1)
+
+
+def _whole(codes_OI: Tensor, scheme: Scheme) -> Tensor:
+    return codes_OI.round().clamp_(0, scheme.max_code) if codes_OI.is_floating_point() else codes_OI.float()
 
 
 def _held(log_OG: Tensor, scale_OG: Tensor) -> Tensor:
@@ -129,26 +143,31 @@ def _held(log_OG: Tensor, scale_OG: Tensor) -> Tensor:
 
 
 class _Scales(nn.Module):
-    """Makes a linear's weight of the logarithms of factors, `[O, G]`, which take its place among the parameters."""
+    """Makes a linear's weight of the logarithms of factors, `[O, G]`, which take its place among the parameters; beside
+    them stand the codes where those are learned as well."""
 
-    def __init__(self, weight: QuantizedWeight, device: torch.device) -> None:
+    def __init__(self, weight: QuantizedWeight, device: torch.device, codes: bool = False) -> None:
         super().__init__()
-        self.scheme = weight.scheme
+        self.scheme, self.codes = weight.scheme, codes
         self.register_buffer("codes_OI", weight.codes_OI.to(device))
         self.register_buffer("scale_OG", weight.scale_OG.to(device))
         self.register_buffer("zero_OG", weight.zero_point_OG.to(device))
 
-    def forward(self, log_OG: Tensor) -> Tensor:
-        parts = (self.get_buffer(name) for name in ("codes_OI", "scale_OG", "zero_OG"))
-        found: Tensor = _Dequantize.apply(log_OG, *parts, self.scheme)  # type: ignore[no-untyped-call]
+    def forward(self, log_OG: Tensor, latent_OI: Tensor | None = None) -> Tensor:
+        codes_OI, scale_OG, zero_OG = (self.get_buffer(name) for name in ("codes_OI", "scale_OG", "zero_OG"))
+        if latent_OI is not None:
+            codes_OI = latent_OI
+        found: Tensor = _Dequantize.apply(log_OG, codes_OI, scale_OG, zero_OG, self.scheme)  # type: ignore[no-untyped-call]
         return found
 
-    def right_inverse(self, weight_OI: Tensor) -> Tensor:
-        return torch.zeros_like(self.get_buffer("scale_OG"), dtype=torch.float32)
+    def right_inverse(self, weight_OI: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        log_OG = torch.zeros_like(self.get_buffer("scale_OG"), dtype=torch.float32)
+        return (log_OG, self.get_buffer("codes_OI").float()) if self.codes else log_OG
 
-    def learned(self, log_OG: Tensor) -> QuantizedWeight:
+    def learned(self, log_OG: Tensor, latent_OI: Tensor | None = None) -> QuantizedWeight:
+        codes_OI = self.get_buffer("codes_OI") if latent_OI is None else _whole(latent_OI, self.scheme)
         return QuantizedWeight(
-            codes_OI=self.get_buffer("codes_OI").cpu(),
+            codes_OI=codes_OI.to("cpu", torch.uint8),
             scale_OG=_held(log_OG, self.get_buffer("scale_OG")).cpu(),
             zero_point_OG=self.get_buffer("zero_OG").cpu(),
             scheme=self.scheme,
@@ -165,7 +184,7 @@ class _Channels(nn.Module):
 
     def forward(self, log: Tensor) -> Tensor:
         wanted = self._wanted(log)
-        return wanted + (self.learned(log).float() - wanted).detach()
+        return wanted + (self.learned(log).to(wanted) - wanted).detach()
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return torch.zeros_like(weight)
@@ -191,28 +210,43 @@ def offset_of(norm: nn.Module) -> float:
     return 1.0 if bool((plus != minus).any()) else 0.0
 
 
-def _learn(student: Student) -> tuple[dict[str, _Scales], dict[str, _Channels], dict[str, nn.Parameter]]:
-    """Put factors in the place of weights. Returns what makes the weights of them, and them, by the layers' names."""
-    scales, channels, logs = {}, {}, {}
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Learning:
+    """What makes the weights, by the names of linears and norms, and what it makes them of: logarithms of factors, and
+    codes where those are learned."""
+
+    makes: dict[str, _Scales | _Channels]
+    parameters: dict[str, list[nn.Parameter]]
+
+    def of_rate(self, options: EndToEndOptions) -> list[dict[str, Any]]:
+        """Adam's groups, each with the rate that it begins with."""
+        groups = [{"params": [held[0] for held in self.parameters.values()], "begins": options.rate}]
+        codes = [latent for held in self.parameters.values() for latent in held[1:]]
+        if codes:  # a code's gradient is a weight's times a step of the grid: near Adam's usual eps of 1e-8
+            groups.append({"params": codes, "begins": options.code_rate, "eps": 1e-12})
+        return groups
+
+
+def _learn(student: Student, options: EndToEndOptions) -> _Learning:
+    """Put what is learned in the place of weights."""
     for p in student.model.parameters():
         p.requires_grad_(False)
-    for name, weight in student.layers.items():
+    makes: dict[str, _Scales | _Channels] = {}
+    for name in [*student.layers, *student.norms]:
         module = student.model.get_submodule(name)
-        scales[name] = _Scales(weight, next(module.parameters()).device)
-        logs[name] = _replaced(module, scales[name])
-    for name, start in student.norms.items():
-        module = student.model.get_submodule(name)
-        channels[name] = _Channels(start, offset_of(module), next(module.parameters()).device)
-        logs[name] = _replaced(module, channels[name])
-    return scales, channels, logs
-
-
-def _replaced(module: nn.Module, makes: nn.Module) -> nn.Parameter:
-    register_parametrization(module, "weight", makes, unsafe=True)  # the factors have another shape
-    log = module.parametrizations.weight.original  # type: ignore[union-attr]
-    assert isinstance(log, nn.Parameter)
-    log.requires_grad_()
-    return log
+        device = next(module.parameters()).device
+        if name in student.layers:
+            makes[name] = _Scales(student.layers[name], device, codes=options.code_rate > 0)
+        else:
+            makes[name] = _Channels(student.norms[name], offset_of(module), device)
+        register_parametrization(module, "weight", makes[name], unsafe=True)  # what is learned has another shape
+    parameters = {
+        name: list(student.model.get_submodule(f"{name}.parametrizations.weight").parameters()) for name in makes
+    }
+    for held in parameters.values():
+        for p in held:
+            p.requires_grad_(True)
+    return _Learning(makes=makes, parameters=parameters)
 
 
 # ---- training -------------------------------------------------------------------------------------------
@@ -243,10 +277,10 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
 
     At least two rows. Deterministic on the CPU, and on a GPU as far as `numerics.repeatable` goes.
     """
-    scales, channels, logs = _learn(student)
+    learning = _learn(student, options)
     held = held_out(len(taught.ids_NT))
     kept = torch.tensor([i for i in range(len(taught.ids_NT)) if i not in set(held)])
-    adam = torch.optim.Adam(list(logs.values()), lr=options.rate)
+    adam = torch.optim.Adam(learning.of_rate(options), lr=options.rate)
     order = RowOrder(len(kept), options.seed)
     device = student.head.weight_VH.device
     divergence = partial(_divergence, student, taught, options)
@@ -261,7 +295,8 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
         with _checkpointed(student.blocks if options.checkpointing else ()):
             tell.start("update of scales and norms", options.updates)
             for step in range(options.updates):
-                adam.param_groups[0]["lr"] = options.rate * (1 - step / options.updates)
+                for group in adam.param_groups:
+                    group["lr"] = group["begins"] * (1 - step / options.updates)
                 with torch.enable_grad():
                     divergence(kept[order.take(min(options.rows, len(kept)))]).backward()
                 adam.step()
@@ -269,9 +304,10 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
                 tell.step(step + 1)
         after = judged()
     with torch.no_grad():
+        made = {name: makes.learned(*learning.parameters[name]) for name, makes in learning.makes.items()}
         return Trained(
-            layers={name: made.learned(logs[name]) for name, made in scales.items()},
-            norms={name: made.learned(logs[name]).cpu() for name, made in channels.items()},
+            layers={name: value for name, value in made.items() if isinstance(value, QuantizedWeight)},
+            norms={name: value.cpu() for name, value in made.items() if isinstance(value, Tensor)},
             divergences=(before, after),
             held_out_rows=len(held),
         )

@@ -1,21 +1,23 @@
 """What each choice for each set of linears would cost the whole model, in KL divergence, without a gradient.
 
-Three measurements, in one pass over the model, a block in memory at a time:
+Four measurements, in one pass over the model, a block in memory at a time:
 
 1. Of every set of linears that share an input (q, k, v; o; gate, up; down) and every option of the menu: the
    output error `tr(D H D^T)` after error feedback and refitted scales, on the Gram matrix H of calibration rows and a
    sample of the weight's rows. It tells options of one set from each other.
-2. Of every set, rounded whole in the option in the middle (the *probe*): how far the block's output moves, on rows that
-   H has not seen. It tells the sets of a block from each other: what an error does behind q is not what it does behind
-   `down`.
-3. Of every block (of some, in deep models) rounded whole in its probes, the rest of the model as it was: the true KL
-   divergence of the next token, on the same rows. It tells blocks from each other. All of these models walk through
-   the blocks side by side, each branching off where it differs, as in `prune.depth`. One more has all blocks rounded:
-   what its divergence is over the sum of the single ones corrects all figures for what errors do to each other.
+2. Of every set of some blocks (all, where they are few), rounded whole in the option in the middle (the *probe*), the
+   rest of the model as it was: the true KL divergence of the next token, on a few rows that H has not seen. It tells
+   the sets of a block from each other: what an error does behind q is not what it does behind `down`.
+3. Of every set, so rounded: how far the block's output moves. It carries what was found of the sets of probed blocks
+   to those between. By itself it misleads: a block's output is mostly a few channels and tokens of large values.
+4. Of every block that is probed, rounded whole: the true KL divergence on more rows. It tells blocks from each other.
+   All of these models walk through the blocks side by side, each branching off where it differs, as in `prune.depth`.
+   One more has all blocks rounded: what its divergence is over the sum of the single ones corrects all figures for
+   what errors do to each other.
 
 The output matrix, if it is chosen for, is a set of its own: rounded whole in its probe, its divergence is measured.
 
-So `kl[set][option] = KL(block) * share of the set in the block's movement * error(option) / error(probe) * correction`.
+So `kl[set][option] = KL(block) * share of the set among its block's * error(option) / error(probe) * correction`.
 Divergences add up while they are small, and a choice is judged as a whole afterwards, never by this sum alone.
 
 Shapes: N rows, T tokens, H hidden size, O out_features, I in_features
@@ -49,6 +51,8 @@ from compress.tell import Tell
 # Rows that Gram matrices are summed over, and tokens that divergences are measured on.
 GRAM_ROWS = 64
 PROBE_TOKENS = 4096
+# Tokens that the divergences of single sets are measured on: there are several times as many as blocks.
+SET_TOKENS = 1024
 # Rows of a weight whose error stands for all of them.
 SAMPLED_ROWS = 256
 # Blocks that are probed one by one; of more, as many at even distances, and what lies between is interpolated.
@@ -67,6 +71,11 @@ class _Set:
     moved: float
     behind: bool = False
 
+    @property
+    def place(self) -> str:
+        """Where in its block it lies, the same in every block: its layers' names after the block's number."""
+        return ", ".join(name.partition(f".{self.block}.")[2] for name in self.layers)
+
 
 @dataclass(kw_only=True)
 class _Found:
@@ -78,11 +87,17 @@ class _Found:
 
 @dataclass(kw_only=True)
 class _Paths:
-    """Hidden states of the rows that divergences are measured on: of the original, of each probe, and all rounded."""
+    """Hidden states of the rows that divergences are measured on: of the original, of each block's probe, with all
+    rounded, and, of the first few rows, of each set's probe by block and place."""
 
     original: list[Tensor]
     rounded: list[Tensor]
     probes: dict[int, list[Tensor]] = field(default_factory=dict)
+    sets: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def few(self, hidden: Tensor) -> Tensor:
+        """The rows of the first batch that single sets are measured on."""
+        return hidden[: max(1, SET_TOKENS // hidden.shape[1])]
 
 
 def measure(model: StreamedModel, ids_NT: Tensor, plan: LayerPlan, menu: Menu, tell: Tell) -> dict[str, Any]:
@@ -116,27 +131,52 @@ def measure(model: StreamedModel, ids_NT: Tensor, plan: LayerPlan, menu: Menu, t
         tell.step(step.index + 1)
     tell.say("comparing what the rounded models predict")
     kl = divergences(model, paths.original, [paths.rounded, *paths.probes.values()])
+    few = divergences(model, [paths.few(paths.original[0])], [[hidden] for hidden in paths.sets.values()])
+    shares = shares_of(found.sets, dict(zip(paths.sets, few, strict=True)))
     blocks = interpolated(dict(zip(paths.probes, kl[1:], strict=True)), found.moved)
     total = sum(blocks.values())
     correction = kl[0] / total if total > 0 else 1.0
     return {
         "gram_tokens": rows_NT.numel(),
         "probe_tokens": held * ids_NT.shape[1],
+        "set_tokens": paths.few(paths.original[0]).shape[0] * ids_NT.shape[1],
         "probes": {str(block): _digits(value) for block, value in zip(paths.probes, kl[1:], strict=True)},
         "all_rounded": _digits(kl[0]),
         "correction": _digits(correction),
         "sets": [
-            _priced(one, found.sets, one.moved if one.behind else blocks[one.block] * correction) for one in found.sets
+            _priced(one, one.moved if one.behind else blocks[one.block] * share * correction)
+            for one, share in zip(found.sets, shares, strict=True)
         ],
     }
 
 
-def _priced(one: _Set, sets: Sequence[_Set], block_kl: float) -> dict[str, Any]:
-    """A set as it is reported: its part of what its block costs, by option."""
-    total = sum(other.moved for other in sets if other.block == one.block)  # of what lies behind, itself
-    probe = block_kl * (one.moved / total if total > 0 else 1.0)
+def _priced(one: _Set, probe: float) -> dict[str, Any]:
+    """A set as it is reported: what its probe costs, by option."""
     kl = {name: _digits(probe * error) for name, error in monotone(one.errors).items()}
     return {"block": one.block, "layers": one.layers, "kl": kl}
+
+
+def shares_of(sets: Sequence[_Set], known: Mapping[tuple[int, str], float]) -> list[float]:
+    """Of each set its part in what its block costs.
+
+    known: divergences of single sets, by block and place. Of the others what they move, times what that costs in the
+    same place of the blocks around them; where that is not known of a place, the sets of a block share by what they
+    move.
+    """
+    costs: dict[tuple[int, str], float] = {}
+    for place in {one.place for one in sets}:
+        moved = {one.block: one.moved for one in sets if one.place == place}
+        of_place = {block: kl for (block, where), kl in known.items() if where == place}
+        if of_place and min(of_place) <= min(moved) and max(of_place) >= max(moved):
+            costs.update({(block, place): kl for block, kl in interpolated(of_place, moved).items()})
+    out = []
+    for one in sets:
+        siblings = [other for other in sets if other.block == one.block]
+        complete = all((other.block, other.place) in costs for other in siblings)
+        parts = [costs[other.block, other.place] if complete else other.moved for other in siblings]
+        mine = costs[one.block, one.place] if complete else one.moved
+        out.append(max(mine, 1e-12) / sum(max(part, 1e-12) for part in parts))
+    return out
 
 
 def probed_blocks(num_blocks: int, most: int = MOST_PROBES) -> list[int]:
@@ -192,6 +232,7 @@ def _block(
     first = paths.original[0]
     output = loaded.forward(first, {})
     weights: dict[str, Tensor] = {}
+    mine: dict[tuple[int, str], Tensor] = {}
     for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
         names = [name for name in group.layers if not plan[loaded.prefix + name].is_dense]
         options = menu.options(group.in_features)
@@ -199,9 +240,16 @@ def _block(
             continue
         errors, rounded = _rounded(loaded, group, names, statistics, options)
         weights.update(rounded)
-        full = [loaded.prefix + name for name in names]
-        moved = _moved(loaded.forward(first, rounded), output)
-        found.sets.append(_Set(block=index, layers=full, errors=errors, moved=moved))
+        changed = loaded.forward(first, rounded)
+        one = _Set(
+            block=index,
+            layers=[loaded.prefix + name for name in names],
+            errors=errors,
+            moved=_moved(changed, output),
+        )
+        found.sets.append(one)
+        if probe:
+            mine[index, one.place] = paths.few(changed).clone()
         statistics.clear()
     found.moved[index] = _moved(loaded.forward(first, weights), output) / float(output.double().square().mean())
     if probe:
@@ -210,6 +258,7 @@ def _block(
     for key, hidden in [(None, paths.original), *paths.probes.items()]:
         if key != index:
             hidden[:] = [model.run_block(index, h) for h in hidden]
+    paths.sets = {where: model.run_block(index, hidden) for where, hidden in paths.sets.items()} | mine
 
 
 def _moved(changed: Tensor, output: Tensor) -> float:

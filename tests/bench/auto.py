@@ -79,9 +79,14 @@ class Bench:
     def within(self, budget: int, out: Path) -> Row:
         began = time.monotonic()
         found = search(AutoRequest(out=out, **self.common), Goal(gate=None, most=budget), None)
-        assert found.best is not None
+        assert found.best is not None and found.choices is not None
         seconds = time.monotonic() - began
-        return {"kind": "auto", "seconds": seconds, "predicted": found.best.choice.kl, **self.judged(out)}
+        predicted = {name: choice.kl for name, choice in found.choices.uniform().items()}
+        labels = found.best.choice.labels
+        return {
+            "kind": "auto", "seconds": seconds, "predicted": found.best.choice.kl, "predicted_uniform": predicted,
+            "chosen": {label: labels.count(label) for label in sorted(set(labels))}, **self.judged(out),
+        }  # fmt: skip
 
     def smallest(self, out: Path) -> Row:
         gate = self.options.gate
@@ -145,6 +150,7 @@ def main() -> None:
     parser.add_argument("--gate", type=float, default=0.98)
     parser.add_argument("--tries", type=int, default=5)
     parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.25, 0.5])
+    parser.add_argument("--no-search", action="store_true", help="budgets alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("auto-bench"))
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which nothing new is begun")
@@ -158,7 +164,8 @@ def main() -> None:
         low, high = uniform[-2]["bytes"], uniform[-1]["bytes"]
         budgets.update({f"{share:g}": round(low + share * (high - low)) for share in bench.options.shares})
     found = [bench.row(f"auto-{name}", lambda out, b=b: bench.within(b, out)) for name, b in budgets.items()]
-    found.append(bench.row("smallest", bench.smallest))
+    if not bench.options.no_search:
+        found.append(bench.row("smallest", bench.smallest))
     print(f"\n{bench.source.name}, gate {bench.options.gate:.1%}, {bench.options.device}")
     table = [*uniform, *(row for row in found if row is not None)]
     for row in table:
@@ -166,6 +173,10 @@ def main() -> None:
         smaller = [u for u in uniform if u["bytes"] <= 1.001 * row["bytes"]]
         best = min(smaller, key=lambda u: u["kl"], default=None)
         print(line(row, None if row["kind"] == "uniform" else best))
+    for row in table:
+        if "predicted_uniform" in row:
+            said = ", ".join(f"{name} {kl:.4f}" for name, kl in row["predicted_uniform"].items() if kl)
+            print(f"{row['name']}: predicted {row['predicted']:.4f} ({said}); chosen {row['chosen']}")
     passing = min((u for u in uniform if u["outcome"] == "PASS"), key=lambda u: u["bytes"], default=None)
     print(f"smallest uniform that passes: {'none' if passing is None else passing['name']}")
     if bench.options.out is not None:

@@ -120,7 +120,13 @@ def learned(
     found = train(
         student,
         taught,
-        EndToEndOptions(updates=setting["updates"], rows=setting["rows"], rate=setting["rate"], dtype=dtype),
+        EndToEndOptions(
+            updates=setting["updates"],
+            rows=setting["rows"],
+            rate=setting["rate"],
+            code_rate=setting["codes"],
+            dtype=dtype,
+        ),
     )
     memory = torch.cuda.max_memory_allocated() / 1e9 if options.device != "cpu" else 0.0
     said = {"seconds": time.monotonic() - started, "held_out": found.divergences, "gigabytes": memory}
@@ -165,9 +171,9 @@ def line(name: str, row: Row, base: Row) -> str:
 
 
 def settings_of(options: argparse.Namespace) -> list[Row]:
-    swept = itertools.product(options.own, options.dtypes, options.rows, options.updates, options.rates)
-    names = ("own", "dtype", "rows", "updates", "rate")
-    off = dict(zip(names, (0, options.dtypes[0], options.rows[0], 0, 0.0), strict=True))
+    swept = itertools.product(options.own, options.dtypes, options.rows, options.updates, options.codes, options.rates)
+    names = ("own", "dtype", "rows", "updates", "codes", "rate")
+    off = dict(zip(names, (0, options.dtypes[0], options.rows[0], 0, 0.0, 0.0), strict=True))
     return [off, *(dict(zip(names, values, strict=True)) for values in swept)]
 
 
@@ -211,6 +217,7 @@ def arguments() -> argparse.Namespace:
     out.add_argument("--tune-steps", type=int, default=200)
     out.add_argument("--seeds", type=int, nargs="+", default=[0])
     out.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    out.add_argument("--codes", type=float, nargs="+", default=[0.0], help="rates of codes, in steps of the grid")
     out.add_argument("--updates", type=int, nargs="+", default=[200, 400, 800])
     out.add_argument("--rows", type=int, nargs="+", default=[8])
     out.add_argument("--own", type=int, nargs="+", default=[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import lzma
 import os
@@ -24,7 +25,7 @@ class OutOfTime(Exception):
 
 
 class Work:
-    """A folder with what is made, and the figures of each finished job, written as they come.
+    """A folder with what is made, and the figures of each finished job, written as they come. Calls may share it.
 
     out: where a copy of the figures goes. deadline: seconds from now after which no child goes on.
     """
@@ -34,7 +35,11 @@ class Work:
         self.folder, self.out = folder, out
         self.until = time.monotonic() + deadline
         self._file = folder / "results.json"
-        self.results: dict[str, Facts] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.results = self._kept()
+
+    def _kept(self) -> dict[str, Facts]:
+        found: dict[str, Facts] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        return found
 
     def job(self, name: str, make: Callable[[], Facts]) -> Facts:
         """The figures of `name`, from an earlier call or made now."""
@@ -49,19 +54,22 @@ class Work:
         return self.results[name]
 
     def save(self) -> None:
-        """Write the figures, whole."""
-        text = json.dumps(self.results, indent=1) + "\n"
-        for path in (self._file, *([self.out] if self.out else [])):
-            part = path.with_name(path.name + ".part")
-            part.write_text(text)
-            part.replace(path)
+        """Write the figures, whole, with those that a call beside this one has written."""
+        with open(self.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.results = {**self._kept(), **self.results}
+            text = json.dumps(self.results, indent=1) + "\n"
+            for path in (self._file, *([self.out] if self.out else [])):
+                part = path.with_name(path.name + ".part")
+                part.write_text(text)
+                part.replace(path)
 
     def compress(self, *arguments: object, processes: int = 1) -> Facts:
         """What `compress ... --json` prints. At the deadline it gets SIGTERM, with time to write a checkpoint."""
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
         command = [sys.executable, *launch, "-m", "compress", *map(str, arguments), "--json"]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        printed = self.folder / "printed.json"
+        printed = self.folder / f"printed-{os.getpid()}.json"
         with open(printed, "w+") as stdout:
             child = subprocess.Popen(command, stdout=stdout, cwd=self.folder, env={**os.environ, "PYTHONPATH": path})
             try:

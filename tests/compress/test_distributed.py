@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from compress.block import BlockResult, LoadedBlock
 from compress.blocks import stream
 from compress.cli.main import main
-from compress.distributed import add_up, from_first, num_processes, parts, rank
+from compress.distributed import add_up, from_first, num_processes, owners, parts, rank
 from compress.files import read_json
 from compress.linear import linears
 from compress.model import StreamedModel
@@ -160,6 +160,14 @@ def test_parts_are_contiguous_and_even(items: list[int], count: int) -> None:
     cut = parts(items, count)
     assert [x for part in cut for x in part] == items and len(cut) == count
     assert max(map(len, cut)) - min(map(len, cut)) <= 1
+
+
+@given(st.lists(st.integers(1, 1000)), st.integers(1, 9))
+def test_work_is_shared_out_evenly(costs: list[int], count: int) -> None:
+    """No process has more than the mean and one piece (Graham's bound), and each piece has one owner."""
+    found = owners(costs, count)
+    loads = [sum(c for c, o in zip(costs, found, strict=True) if o == i) for i in range(count)]
+    assert max(loads) <= sum(costs) / count + max(costs, default=0)
 
 
 def test_alone_nothing_is_exchanged() -> None:

@@ -249,6 +249,10 @@ def test_page_is_whole_and_alone(report: Report, tmp_path: Path) -> None:
     assert parser.stack == [] and len(parser.ids) == len(set(parser.ids))
     assert all(link.startswith("#") for link in parser.links), "the page asks for something outside itself"
     assert page.count("<svg") == 6 and "Not available" not in page
+    assert "Quality kept" in page and "of the original" in page and "not measured here" in page
+    for name in ("KL divergence, 99.9 %", "negative log-likelihood", "perplexity, share kept"):
+        assert f"<td>{name}</td>" in page, name
+    assert "<td>kl_" not in page and "<td>nats/token" not in page, "names and units are for people"
     assert "<script" not in page and "odd&lt;&amp;|name" in page
     again, _ = write_reports(report, tmp_path / "again")
     assert again[-1].read_bytes() == files[-1].read_bytes()

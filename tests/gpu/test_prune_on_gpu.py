@@ -26,7 +26,12 @@ def run(model: Path, out: Path, device: str, asked: Asked) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    "asked", [Asked(depth="1", intermediate="0.25"), Asked(hidden="0.25"), Asked(params=9_000_000, candidates=2)]
+    "asked",
+    [
+        Asked(depth="1", intermediate="0.25"),
+        Asked(hidden="0.25", heads="2"),
+        Asked(params=9_000_000, candidates=2),
+    ],
 )
 def test_the_gpu_prunes_as_the_cpu_does(reference_model: Path, tmp_path: Path, asked: Asked) -> None:
     cpu = run(reference_model, tmp_path / "cpu", "cpu", asked)

@@ -118,3 +118,14 @@ def test_quiet_shows_what_is_said_only() -> None:
         listener.step(1)
         listener.note("kept")
     assert file.getvalue() == "model: m\n" and listener.notes == ["kept"]
+
+
+def test_when_each_job_began_is_kept() -> None:
+    """`seconds` of a command count from its blocks on, whatever jobs come after them."""
+    listener, _, clock = shown()
+    with listener:
+        for seconds, what in ((3, "sampled position"), (5, "block"), (7, "update of scales and norms")):
+            clock.now += seconds
+            listener.start(what, 2)
+    assert listener.started["update of scales and norms"] - listener.started["block"] == pytest.approx(7)
+    assert listener.started["block"] - listener.started["sampled position"] == pytest.approx(5)

@@ -35,9 +35,10 @@ def killed(asked: dict[str, Any]) -> list[list[list[int]]]:
     [
         (1, {"isolate": True, "ce": 0.1, "hidden": 0.1, "on_policy": 0.25}),
         (2, {"engine": "ddp", "compress_gradients": 2}),
+        (2, {"engine": "ddp", "compress_gradients": "bf16"}),
         (2, {"engine": "fsdp"}),
     ],
-    ids=["one process", "two, PowerSGD", "two, FSDP2"],
+    ids=["one process", "two, PowerSGD", "two, bfloat16 gradients", "two, FSDP2"],
 )
 def test_killed_and_resumed(
     tmp_path: Path, pair: tuple[Path, Path], prose: Callable[..., Path], processes: int, more: dict[str, Any]
@@ -63,3 +64,5 @@ def test_killed_and_resumed(
     record = json.loads(whole["compress.json"])["lineage"][0]
     if "compress_gradients" in more:
         assert 0 < record["gradient_bytes"]["sent"] < 0.9 * record["gradient_bytes"]["uncompressed"]
+    if more.get("compress_gradients") == "bf16":
+        assert 2 * record["gradient_bytes"]["sent"] == record["gradient_bytes"]["uncompressed"]

@@ -260,6 +260,20 @@ def test_memory_that_is_too_small_names_what_fits(free: float, way: str) -> None
         memory.require(mine, int(free * 1e9), others)
 
 
+def test_shares_need_what_is_gathered(pair: Pair) -> None:
+    """Of a billion parameters, four processes hold a quarter with its gradient and moments, and a tenth whole."""
+    alone = needs(teacher_parameters=0, tokens=0)
+    shared = needs(teacher_parameters=0, tokens=0, shares=4, gathered=10**8)
+    assert alone.total() == pytest.approx(1.1 * (16 + 2) * 1e9)
+    assert shared.total() == pytest.approx(1.1 * (16 / 4 + (2 + 2 + 4) / 10) * 1e9)
+    taught = needs(trained=0, tokens=0, teacher_parameters=4 * 10**9, teacher_gathered=10**8, shares=4)
+    assert taught.total() == pytest.approx(1.1 * 2 * 1.1e9)
+    loaded = models.load(pair[0], dtype=torch.float32)
+    blocks = [models.num_parameters(b) for b in loaded.blocks]
+    assert len(blocks) == 3
+    assert models.gathered_parameters(loaded) == models.num_parameters(loaded.model) - blocks[0]
+
+
 def test_activations_are_measured(pair: Pair) -> None:
     """A token's share on 64 tokens predicts what three times as many leave."""
     loaded = models.load(pair[0], dtype=torch.float32)

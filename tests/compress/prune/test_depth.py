@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from compress.divergence import divergences
 from compress.model import StreamedModel
-from compress.prune.depth import Depth, Removal, measure_depth, span_influence, sweep
+from compress.prune import depth
+from compress.prune.depth import Depth, Removal, SpanInfluence, measure_depth, sweep
 
 Build = Callable[..., Path]
 BLOCKS = 5
@@ -104,10 +105,41 @@ def test_influence_is_one_minus_the_cosine(folder: Path) -> None:
 
     expected = [turned(states[i], states[i + 1]) for i in range(BLOCKS)]
     assert [swept.influence[()][i] for i in range(BLOCKS)] == pytest.approx(expected, rel=1e-3)
-    found = span_influence(model, entering, (2, 3))
+    found = SpanInfluence((2, 3))
+    sweep(model, entering, range(BLOCKS), [], seen=found.see)
     for length in (2, 3):
         spans = [turned(states[i], states[i + length]) for i in range(BLOCKS + 1 - length)]
-        assert found[length] == pytest.approx(spans, rel=1e-3)
+        assert found.influence[length] == pytest.approx(spans, rel=1e-3)
+        order = sorted(range(len(spans)), key=lambda i: spans[i])
+        assert [run for run in found.least(2) if len(run) == length] == [tuple(range(i, i + length)) for i in order[:2]]
+
+
+def test_a_sweep_goes_on_where_the_last_one_branched_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks before the first candidate are not loaded again, and nothing that is measured changes."""
+    model = StreamedModel.open(folder)
+    loaded: list[int] = []
+    load = model.load_block
+    monkeypatch.setattr(model, "load_block", lambda index, *args: (loaded.append(index), load(index, *args))[1])
+    found = measure_depth(model, ids(), 3, batch=2, candidates=2, spans=1)
+    first, second = [sorted(r.tried) for r in found.removals[:2]]
+    begin = min(*first, *(start for start, _ in found.spans))
+    assert loaded[: 2 * BLOCKS] == [*range(BLOCKS)] * 2
+    again = 0 if second[0] < begin else begin
+    third = [i for i in range(again, BLOCKS) if i != found.removals[0].block]
+    assert loaded[2 * BLOCKS :][: len(third)] == third
+    gone: set[int] = set()
+    for removal in found.removals:
+        for block, cost in removal.tried.items():
+            kept = sorted(set(range(BLOCKS)) - gone - {block})
+            assert cost == pytest.approx(slow_divergence(folder, kept), rel=1e-4)
+        gone.add(removal.block)
+
+
+def test_more_candidates_than_a_sweep_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StreamedModel.open(folder)
+    whole = measure_depth(model, ids(), 3, batch=2)
+    monkeypatch.setattr(depth, "AT_ONCE", 2)
+    assert measure_depth(model, ids(), 3, batch=2) == whole
 
 
 def test_nothing_to_remove(folder: Path) -> None:

@@ -74,6 +74,12 @@ CUTS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, int]]] = [
     ("Llama", {"attention_bias": True, "mlp_bias": True}, {"heads": "0.5"}, {"num_attention_heads": 2}),
     ("Llama", {}, {"kv_heads": "0.5"}, {"num_attention_heads": 2, "num_key_value_heads": 1}),
     ("Llama", {"tie_word_embeddings": True}, {"hidden": "0.5"}, {"hidden_size": 32, "head_dim": 16}),
+    (  # hidden sizes that the old number of heads does not divide, and transformers would refuse
+        "Llama",
+        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+        {"hidden": "32", "heads": "2"},
+        {"hidden_size": 64, "num_attention_heads": 4},
+    ),
     ("Qwen2", {}, {"depth": "0.25", "intermediate": "0.5"}, {"num_hidden_layers": 3, "intermediate_size": 64}),
     ("Qwen3", {}, {"heads": "0.5", "hidden": "0.5"}, {"num_attention_heads": 2, "hidden_size": 32}),
     ("Gemma3Text", {}, {"depth": "1", "intermediate": "0.25", "heads": "0.5"}, {"num_hidden_layers": 3}),

@@ -79,7 +79,7 @@ def plain_divergence(original: Path, artifact: Path, ids: torch.Tensor) -> float
 
 @given(seed=st.integers(0, 2**16), symmetric=st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_the_gradient_of_a_factor_is_the_formulas(seed: int, symmetric: bool) -> None:
+def test_gradients_are_the_formulas(seed: int, symmetric: bool) -> None:
     """Beside autograd on the formula with scales that are not rounded: half a float16 step each of 8 terms apart."""
     g = torch.Generator().manual_seed(seed)
     scheme = Scheme(group_size=8, symmetric=symmetric)
@@ -92,18 +92,36 @@ def test_the_gradient_of_a_factor_is_the_formulas(seed: int, symmetric: bool) ->
         codes_OI=codes.to(torch.uint8), scale_OG=scale, zero_point_OG=zero.to(torch.uint8), scheme=scheme
     )
     makes = end_to_end._Scales(weight, torch.device("cpu"))
-    ours, theirs = log.clone().requires_grad_(), log.clone().requires_grad_()
-    made = makes(ours)
+    ours, theirs, latent, real = (x.clone().requires_grad_() for x in (log, log, codes.float(), codes.float()))
+    made = makes(ours, latent)
     (made * outer).sum().backward()
-    formula = numerics.dequantize(
-        numerics.to_groups(codes.float(), scheme), scale.float() * theirs.exp(), zero.float()
-    ).flatten(1)
+    formula = numerics.dequantize(numerics.to_groups(real, scheme), scale.float() * theirs.exp(), zero.float()).flatten(
+        1
+    )
     (formula * outer).sum().backward()
-    assert torch.equal(made, makes.learned(log).dequantize())
+    assert torch.equal(made, makes.learned(log).dequantize()) and torch.equal(made, makes(log))
+    assert latent.grad is not None and real.grad is not None
+    assert torch.allclose(latent.grad, real.grad, rtol=2**-10)
     assert torch.allclose(made, formula, rtol=2**-11, atol=1e-6)
     assert ours.grad is not None and theirs.grad is not None
     largest = float(formula.detach().abs().max() * outer.abs().max())
     assert float((ours.grad - theirs.grad).abs().max()) <= 8 * 2**-11 * largest
+
+
+def test_codes_that_are_learned_are_rounded_and_stay_codes() -> None:
+    weight = QuantizedWeight(
+        codes_OI=torch.tensor([[0, 15, 7, 8, 3, 3, 3, 3]], dtype=torch.uint8), scale_OG=torch.ones(1, 1).half(),
+        zero_point_OG=torch.full((1, 1), 8, dtype=torch.uint8), scheme=Scheme(group_size=8),
+    )  # fmt: skip
+    makes = end_to_end._Scales(weight, torch.device("cpu"), codes=True)
+    log, latent = makes.right_inverse(weight.dequantize())
+    moved = (latent + torch.tensor([-0.7, 0.7, 0.4, 0.6, -0.4, -0.6, 0, 0])).requires_grad_()
+    found = makes.learned(log, moved.detach())
+    assert found.codes_OI.tolist() == [[0, 15, 7, 9, 3, 2, 3, 3]]
+    made = makes(log, moved)
+    assert torch.equal(made, found.dequantize())
+    made.sum().backward()
+    assert moved.grad is not None and moved.grad.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]  # none beyond the range
 
 
 def test_norms_that_multiply_by_one_plus_weight_are_told_apart() -> None:
