@@ -79,6 +79,7 @@ def load(
     is_reference: bool,
     vocab_size: int,
     device: str = "cpu",
+    purpose: Purpose = CALIBRATION,
     trust_remote_code: bool = False,
     tell: Tell = SILENT,
 ) -> CalibrationSet:
@@ -109,8 +110,10 @@ def load(
         )
     path = spec or str(default_calibration())
     source = "bundled:self_sampled" if spec is None else spec if spec.startswith("hf:") else f"file:{spec}"
-    tally = Tally(documents(path, render=partial(render, tokenizer)))
-    packed = pack(tally, tokenizer, num_samples=num_samples, seq_len=seq_len, vocab_size=vocab_size)
+    tally = Tally(documents(path, purpose=purpose, render=partial(render, tokenizer)))
+    packed = pack(
+        tally, tokenizer, num_samples=num_samples, seq_len=seq_len, vocab_size=vocab_size, purpose=purpose
+    )  # fmt: skip
     return _calibration_set(
         source,
         packed,

@@ -20,6 +20,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import ArtifactError, ConfigError
 from compress.model import StreamedModel
 from compress.tell import SILENT, Tell
+from compress.texts import CALIBRATION, WATCHED, Purpose
 from compress.tokens import ids_sha256, load_tokenizer
 
 # A stage that learns from the rows adds as many of the model's own as the text has, and more up to ENOUGH_ROWS in all;
@@ -93,7 +94,7 @@ def read_rows(
     folder, device = model.checkpoint.path, str(model.device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
-    def load(spec: str | None, num_samples: int, seq_len: int) -> CalibrationSet:
+    def load(spec: str | None, num_samples: int, seq_len: int, purpose: Purpose) -> CalibrationSet:
         return calibration.load(
             spec,
             tokenizer,
@@ -104,20 +105,25 @@ def read_rows(
             is_reference=is_reference,
             vocab_size=model.vocab_size,
             device=device,
+            purpose=purpose,
             trust_remote_code=trust_remote_code,
             tell=tell,
         )
 
-    found = load(text.calib, text.samples, text.seq_len)
-    watched = None if text.watch is None else load(text.watch, text.watch_samples, found.ids_NT.shape[1])
+    # What is quick is read first: a text that is not there is said before minutes of sampling.
+    watched = None if text.watch is None else load(text.watch, text.watch_samples, text.seq_len, WATCHED)
+    spec = calibration.chosen_text(
+        text.calib, seq_len=text.seq_len, model=folder, is_reference=is_reference, device=device
+    )
+    if spec == "self" and text.self_samples:
+        raise ConfigError(
+            "--self-samples adds to a text, but all rows are sampled from the model itself already; raise --samples"
+        )
+    found = load(text.calib, text.samples, text.seq_len, CALIBRATION)
     seen = [] if watched is None else [watched.ids_NT]
     asked, notes = _own_rows(text, found, model)
     if not asked:
         return Rows(ids_NT=torch.cat([found.ids_NT, *seen]), text=found, notes=notes, watched=watched)
-    if found.source == "self":
-        raise ConfigError(
-            "--self-samples adds to a text, but all rows are sampled from the model itself already; raise --samples"
-        )
     own_NT = sampling.sample_from_folder(
         folder,
         tokenizer,

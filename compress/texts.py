@@ -34,6 +34,7 @@ class Purpose:
 CALIBRATION = Purpose(
     "calibration", "pass --calib FILE.txt (or .jsonl, .parquet), --calib hf:DATASET:SPLIT:COLUMN or --calib self"
 )
+WATCHED = Purpose("watched", "pass --watch FILE.txt (or .jsonl, .parquet) or --watch hf:DATASET:SPLIT:COLUMN")
 EVALUATION = Purpose(
     "evaluation", "pass --data FILE.txt (or .jsonl, .parquet), --data hf:DATASET:SPLIT:COLUMN or --data self"
 )

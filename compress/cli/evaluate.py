@@ -216,6 +216,11 @@ def original_of(source: Source, reference: str | None) -> Path:
     if reference is not None:
         return resolve(reference).path
     manifest = read_manifest(source.path)
+    if manifest is None and source.is_reference:
+        raise ConfigError(
+            "nothing made in ./artifacts can be judged; make something, as with `compress awq --bits 4`, or name a "
+            "folder"
+        )
     if manifest is None:
         raise ConfigError(f"{source.path} has no manifest that names its original; pass --reference MODEL")
     return parent_path(manifest.root, source.path)

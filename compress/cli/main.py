@@ -6,6 +6,7 @@ inconclusive, 70 a bug of ours, 130 interrupted. COMPRESS_DEBUG=1 shows every tr
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -129,6 +130,15 @@ class _Commands(click.Group):
             return None
         command: click.Command = importlib.import_module(_COMMANDS[cmd_name][0]).command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """A name that is none is answered with the nearest that is."""
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            near = "".join(f" Did you mean '{name}'?" for name in difflib.get_close_matches(args[0], _COMMANDS, 1))
+            ctx.fail(f"No such command '{args[0]}'.{near}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, group in _GROUPS.items():

@@ -326,7 +326,8 @@ class _named:
         if isinstance(error, CompressError):
             step = self.planned.step
             said = str(error).replace(self.scratch, self.instead)
-            raise ConfigError(f"{step.where}: [{step.name}] would be refused: {said}") from error
+            how = f"; options of a step: --set {step.name}.OPTION=VALUE" if " --" in said else ""
+            raise ConfigError(f"{step.where}: [{step.name}] would be refused: {said}{how}") from error
 
 
 def _print_plan(rows: list[dict[str, Any]]) -> None:

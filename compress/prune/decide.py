@@ -24,7 +24,7 @@ from compress.prune.depth import Depth, measure_depth
 from compress.prune.judge import Sample, judge
 from compress.prune.kinds import Kinds
 from compress.prune.prune_block import PruneOptions
-from compress.prune.search import Costs, Tried, choices, grid, probes
+from compress.prune.search import Costs, Tried, choices, grid, probes, sized
 from compress.prune.shape import Counter, Shape, asked_shape, head_dim_of, shape_of
 from compress.prune.structure import Structure, find_structure
 from compress.tell import Tell
@@ -114,9 +114,13 @@ class Asked:
         ]
         nearest = min((shape for shape in both if counter.builds(shape)), key=counter.parameters)
         if not meets(nearest):
+            numbers = counter.parameters(nearest)
+            weights = -(-numbers * bytes_per_number(model) // 1)
+            ask = self.params and f"--params {numbers}" or self.bytes and f"--bytes {weights:.0f}"
             raise ConfigError(
                 f"no shape meets {self.goal_text()}: the smallest that is tried, {nearest.label()}, has "
-                f"{counter.parameters(nearest) / 1e6:.3g} M parameters; ask for that, or quantize as well"
+                f"{numbers / 1e6:.3g} M parameters in {weights / 1e6:.3g} MB; "
+                f"{f'ask for {ask}, or quantize' if ask else 'quantize it'} as well"
             )
 
     def meets(self, model: StreamedModel) -> Callable[[Shape], bool]:
@@ -139,8 +143,8 @@ class Asked:
     def goal_text(self) -> str:
         """The goal as the user would write it."""
         parts = {
-            "--params": self.params and f"{self.params / 1e6:g}M",
-            "--bytes": self.bytes and f"{self.bytes / 1e9:g}G",
+            "--params": self.params and sized(self.params),
+            "--bytes": self.bytes and sized(self.bytes),
             "--target": self.target,
             "--max-kl": self.max_kl and f"{self.max_kl:g}",
         }

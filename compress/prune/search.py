@@ -142,6 +142,14 @@ def probes(old: Shape, allowed: Mapping[str, Sequence[Shape]]) -> list[tuple[str
     return out + [("heads", s) for s in allowed["heads"] if s != old]
 
 
+def sized(value: int) -> str:
+    """A size as the user would write it: `50M`, `1.2G`; see `size_of`."""
+    scale, unit = next(
+        ((scale, unit) for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= scale), (1, "")
+    )
+    return f"{value / scale:g}{unit}"
+
+
 def size_of(text: str, option: str) -> int:
     """`50M`, `1.2B`, `2G` (bytes: G and B are both 10^9), `800k` or a plain number. ConfigError for anything else."""
     units = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}

@@ -45,10 +45,12 @@ from training import Facts, OutOfTime, Work, release, texts  # noqa: E402
 SHAPES: dict[str, dict[str, Any]] = {**gpu.SHAPES, **one_gpu.SHAPES}
 # Seconds that the others get once one process has failed.
 GRACE = 20.0
-# (rows a pass, more options) of a shape whose passes may not fit: the first that is not refused counts.
+# (rows a pass, more options) of a shape whose passes may not fit: the first that is not refused counts. The last ones
+# are for cards of 80 GB.
 PASSES: dict[str, list[tuple[int, dict[str, Any]]]] = {
-    "llama-3-8b": [(2, {}), (1, {}), (2, {"checkpointing": True})],
+    "llama-3-8b": [(2, {}), (4, {"checkpointing": True}), (2, {"checkpointing": True})],
 }
+LARGE_CARD = 100e9
 FORWARD = ("collecting statistics", "running the compressed block")
 
 
@@ -357,6 +359,8 @@ def _distill(work: Work, options: argparse.Namespace, shape: str, processes: int
     )
     refused = []
     passes = PASSES.get(shape, [(options.micro_batch, {})])
+    if len(passes) > 1 and torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < LARGE_CARD:
+        passes = passes[1:]
     for micro, more in [(min(micro, each), more) for micro, more in passes]:
         request = {
             "teacher": model, "student": model, "data": [str(text)], "tokens": tokens, "seq_len": options.seq_len,

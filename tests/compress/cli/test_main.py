@@ -62,7 +62,13 @@ def test_the_three_commands_chain_with_no_arguments(compress: Any, tmp_path: Pat
         (("awq", "some-org/some-model"), 1, "the hub did not give it"),
         (("inspect", "nowhere"), 1, "no such folder"),
         (("evaluate", "nowhere"), 1, "no such folder"),
-        (("frobnicate",), 2, "No such command"),
+        (("evalute",), 2, "No such command 'evalute'. Did you mean 'evaluate'?"),
+        (("frobnicate",), 2, "No such command 'frobnicate'."),
+        (
+            ("evaluate",),
+            1,
+            "nothing made in ./artifacts can be judged; make something, as with `compress awq --bits 4`",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -122,6 +122,7 @@ FEW = ("--set", "awq.samples=2", "--set", "awq.seq-len=64", "--set", "awq.effort
         ("[awq]\nout = 'x'", "r.toml line 2: [awq] out is set by the run itself"),
         ("[awq]\n[export]", "r.toml line 2: [export] has no target; add one"),
         ("[awq]\nbits = 3", "r.toml line 1: [awq] would be refused: --bits 3"),
+        ("[awq]\nbits = 3", "; options of a step: --set awq.OPTION=VALUE"),
         ("[awq]\n\n[int8]", "r.toml line 3: [int8] would be refused: artifacts/r-awq is quantized already"),
         ("[awq]\ngroup-size = 80", "[awq] would be refused: "),
         ("[awq]\n[export]\ntarget = 'z80'", "r.toml line 2: [export] would be refused: --target z80"),

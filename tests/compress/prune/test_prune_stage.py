@@ -186,6 +186,8 @@ def test_each_kind_of_text_judges_and_the_watched_one_is_not_fitted_to(
     one, two = (load_file(outcome.out / "model.safetensors") for outcome in (plain, watched))
     assert all(torch.equal(one[name], two[name]) for name in one)
     rows = watched.record["calibration"]
+    manifest = read_manifest(watched.out)
+    assert manifest is not None and manifest.record["calibration"] == rows
     assert rows["num_sampled_from_model"] == 16 and rows["watched"]["path"].endswith("other.txt")
     ids = calibration_ids(folder, other)[: rows["watched"]["num_samples"]]
     log_p, log_q = (logits(f, ids).double().log_softmax(-1) for f in (folder, watched.out))
@@ -224,7 +226,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"depth": "0"}, "nothing would go"),
     ({"heads": "0.3"}, "which 2 key-value heads do not divide; choose from 0.5"),
     ({"intermediate": "0.01"}, "is all of it"),
-    ({"params": 1000}, "no shape meets --params 0.001M: the smallest that is tried"),
+    ({"params": 1000}, "no shape meets --params 1k: the smallest that is tried"),
+    ({"bytes": 1}, "no shape meets --bytes 1: the smallest that is tried"),
     ({"params": 10**9}, "as it is; nothing need go"),
 ]
 
@@ -269,3 +272,26 @@ def test_the_user_is_told_what_must_come_next(build_model: Build, calib_text: Pa
                 calib=str(calib_text),
             )
         )
+
+
+@pytest.mark.parametrize("goal", ["params", "bytes"])
+def test_the_way_out_of_a_goal_that_nothing_meets_works_when_typed(
+    build_model: Build, calib_text: Path, tmp_path: Path, goal: str
+) -> None:
+    from compress.model import StreamedModel
+    from compress.prune.search import size_of
+
+    model = StreamedModel.open(build_model(num_hidden_layers=3))
+    with pytest.raises(ConfigError) as caught:
+        Asked(**{goal: 1}).check(model)
+    option, size = str(caught.value).partition("ask for ")[2].partition(",")[0].split()
+    assert option == f"--{goal}"
+    Asked(**{goal: size_of(size, option)}).check(model)
+
+
+def test_texts_are_refused_before_anything_is_sampled(build_model: Build, calib_text: Path, tmp_path: Path) -> None:
+    folder = build_model(num_hidden_layers=3)
+    with pytest.raises(ConfigError, match=r"watched file gone.txt does not exist; pass --watch FILE"):
+        run(folder, tmp_path / "out", calib_text, depth="1", watch="gone.txt", self_samples=10**6)
+    with pytest.raises(ConfigError, match="--self-samples adds to a text"):
+        run(folder, tmp_path / "out", Path("self"), depth="1", self_samples=10**6)
