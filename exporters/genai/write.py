@@ -14,7 +14,7 @@ artifact quantizes are quantized in the graph by the same rule. What weights alo
     int8      one int8 number, as llama.cpp does it: fastest, and about 1e-2 away
 
 The option `head` is for the last two: `int8` stores the output matrix in 8 bits (`exporters.genai.head`), `float` as
-the artifact has it. Default: 8 bits beside INT8 weights, whose own error is larger (docs/benchmarks.md).
+the artifact has it. Default: 8 bits, whose error is far below that of the other weights (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -154,9 +154,9 @@ def check(folder: Stored, job: Job) -> str:
 
 
 def narrows_head(job: Job, activations: str) -> bool:
-    """Whether the output matrix is stored in 8 bits: as asked, and by default where the weights are, if it can be.
+    """Whether the output matrix is stored in 8 bits: as asked, and by default where inputs are integers, if it can be.
 
-    ConfigError where it is asked for and its inputs stay floats: no kernel takes both.
+    ConfigError where it is asked for and inputs stay floats: no kernel takes both.
     """
     asked = job.options.get("head")
     if asked not in (None, "float", "int8"):
@@ -170,9 +170,7 @@ def narrows_head(job: Job, activations: str) -> bool:
         return bool(asked == "int8")
     folder = job.source.folder
     width = folder.checkpoint.info(output_matrix_name(folder.checkpoint)).shape[1]
-    return (
-        folder.format is compressed_tensors and activations in ("int16", "int8") and genai_head.block(width) is not None
-    )
+    return activations in ("int16", "int8") and genai_head.block(width) is not None
 
 
 def output_matrix_name(checkpoint: Checkpoint) -> str:
@@ -389,7 +387,7 @@ def notes(tied: bool, activations: str, options: Mapping[str, Any], narrow: bool
         out.append("lm_head is in 8 bits, as you asked; the embedding stays as it is")
     elif narrow:
         out.append(
-            "lm_head is in 8 bits as the other weights are, in blocks of one scale (logits within 1e-2); --head float "
+            "lm_head is in 8 bits, since inputs are integers, each block with a scale (logits within 1e-2); --head float "
             "keeps it as the artifact has it, and reads four times as much of it for every token"
         )
     elif tied:

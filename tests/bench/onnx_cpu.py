@@ -49,10 +49,10 @@ FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}
 EXPORTS: dict[str, list[tuple[str, dict[str, str]]]] = {
     "INT4": [
         ("float32 activations", {}),
-        ("int16 activations", {"activations": "int16"}),
-        ("int8 activations", {"activations": "int8"}),
-        ("int16 activations, int8 lm_head", {"activations": "int16", "head": "int8"}),
-        ("int8 activations and lm_head", {"activations": "int8", "head": "int8"}),
+        ("int16 activations, float lm_head", {"activations": "int16", "head": "float"}),
+        ("int8 activations, float lm_head", {"activations": "int8", "head": "float"}),
+        ("int16 activations, int8 lm_head", {"activations": "int16"}),
+        ("int8 activations and lm_head", {"activations": "int8"}),
     ],
     "INT8": [
         ("int16 activations, float lm_head", {"head": "float"}),

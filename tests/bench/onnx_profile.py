@@ -4,8 +4,8 @@
 
 Of each folder: the time of a step as a user has it (median and least), of which ONNX Runtime's `run`, the bundle's
 Python around it and the choice of the token; then, from a session that writes its profile, for each kind of node how
-many run for a token and their time, as the median over tokens. A profile costs a microsecond or two a node, so their sum
-is larger than the step; what is to be compared are the kinds. The last line has the bytes that the products' weights have
+many run for a token and their time, as the median over tokens. A profile costs a microsecond or two a node, so that
+they sum to more than a step; what is to be compared are the kinds. The last line has the bytes of the products' weights
 and the speed at which they are read if nothing else took time.
 """
 
