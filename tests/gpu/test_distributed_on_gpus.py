@@ -1,11 +1,16 @@
-"""Two processes with a GPU each make what one process with one GPU makes, bit for bit."""
+"""Two processes with a GPU each make what one process with one GPU makes, bit for bit; sharded training is one's."""
 
+import csv
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import calibration_data
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))
 from test_distributed import WORLD, outcome, several  # noqa: E402
@@ -25,3 +30,31 @@ def test_two_gpus_equal_one(build_model: Any, tmp_path: Path) -> None:
         for mine in found:
             assert mine[effort].keys() == expected.keys()
             assert not [key for key in expected if not torch.equal(mine[effort][key], expected[key])]
+
+
+def curves(processes: int, asked: dict[str, Any], outs: list[Path], kills: list[list[int]]) -> list[list[float]]:
+    """Losses of runs in so many processes, each killed at its steps and gone on with."""
+    script = Path(__file__).parents[1] / "compress/distill/killed.py"
+    what = {"processes": processes, "outs": [str(o) for o in outs], "kills": kills, "request": asked}
+    done = subprocess.run([sys.executable, str(script), json.dumps(what)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    codes = json.loads(done.stdout.splitlines()[-1])
+    assert all(last == [0] * processes for *_, last in codes), done.stderr[-3000:]
+    return [[float(row["loss"]) for row in csv.DictReader((out / "training.csv").open())] for out in outs]
+
+
+def test_sharded_training_is_that_of_one_gpu_and_goes_on(build_model: Any, tmp_path: Path) -> None:
+    """FSDP2 of student and teacher through NCCL, in float32: the losses of one process, also when killed."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    text = str(calibration_data.default_calibration())
+    asked = {
+        "teacher": str(build_model(**sizes, num_hidden_layers=3)), "data": [text],
+        "student": str(build_model(**sizes, num_hidden_layers=2, name="student")), "tokens": 8 * 16 * 64, "seq_len": 64,
+        "batch": 16, "micro_batch": 4, "rate": 1e-3, "ce": 0.2, "checkpoint_steps": 2, "device": "cuda",
+        "engine": "fsdp",
+    }  # fmt: skip
+    (alone,) = curves(1, asked, [tmp_path / "alone"], [[]])
+    whole, killed = curves(WORLD, asked, [tmp_path / "whole", tmp_path / "killed"], [[], [5]])
+    assert len(alone) == 8 and alone[-1] < alone[0]
+    assert whole == pytest.approx(alone, rel=2e-3)
+    assert killed == pytest.approx(whole, rel=2e-3)
