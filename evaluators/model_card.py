@@ -141,6 +141,9 @@ def _recipe(manifest: Manifest) -> str:
         text = record.get("calibration")
         if text:
             line += f"; calibrated on {text['num_samples']} x {text['seq_len']} tokens of {_place(text['source'])}"
+            own, watched = text.get("num_sampled_from_model"), text.get("watched")
+            line += f" and {own} rows of the model's own" if own else ""
+            line += f"; judged on {_place(watched['source'])} as well" if watched else ""
         lines.append(line)
     versions = manifest.record.get("versions", {})
     told = ", ".join(f"{name} {version}" for name, version in versions.items())
