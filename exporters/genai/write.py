@@ -387,8 +387,8 @@ def notes(tied: bool, activations: str, options: Mapping[str, Any], narrow: bool
         out.append("lm_head is in 8 bits, as you asked; the embedding stays as it is")
     elif narrow:
         out.append(
-            "lm_head is in 8 bits, a scale for each block of columns (logits within 1e-2); --head float keeps it as the "
-            "artifact has it, and reads four times as much of it for every token"
+            "lm_head is in 8 bits, a scale for each block of columns (logits within 1e-2); --head float keeps it as "
+            "the artifact has it, and reads four times as much of it for every token"
         )
     elif tied:
         out.append("lm_head is the embedding; it is stored once")
