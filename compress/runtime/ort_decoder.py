@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import ConfigError, UnsupportedError
-from compress.runtime.ort import DTYPES, OnnxRunner
+from compress.runtime.ort import DTYPES, LOGITS_FROM, OnnxRunner
 
 
 class OrtDecoder:
@@ -77,6 +77,8 @@ class OrtDecoder:
                 "shorter prompt"
             )
         feeds = {name: self._feed(name, ids_BT.numpy()) for name in self._types if name not in self._presents}
+        if LOGITS_FROM in self.runner.optional:
+            feeds[LOGITS_FROM] = np.array([count - 1])
         with self.runner.explained():
             logits = self._in_place(feeds) if self._binding is not None else self._returned(feeds)
         self.length += count
