@@ -141,6 +141,9 @@ def _recipe(manifest: Manifest) -> str:
         text = record.get("calibration")
         if text:
             line += f"; calibrated on {text['num_samples']} x {text['seq_len']} tokens of {_place(text['source'])}"
+            own, watched = text.get("num_sampled_from_model"), text.get("watched")
+            line += f" and {own} rows of the model's own" if own else ""
+            line += f"; judged on {_place(watched['source'])} as well" if watched else ""
         lines.append(line)
     versions = manifest.record.get("versions", {})
     told = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -171,6 +174,10 @@ def _usage(name: str, manifest: Manifest) -> str:
         "edge": f"    sh {name}/build_engine.sh    # on the device\n",
     }
     own = ways.get(form, "")
+    readers = next((r["readers"] for r in manifest.lineage if "readers" in r), None) if form == "hf" else None
+    if readers is not None:
+        needs = "; ".join(f"{reader} {version}" for reader, version in readers.items())
+        own = f"The output matrix is in integers, which needs of a reader: {needs}.\n\n{own}"
     return f'{own}    compress generate {name} "Once upon a time"\n' if form != "edge" else own
 
 

@@ -59,7 +59,6 @@ class PruneRequest(CalibratedRequest):
             "repair": self.repair,
             "samples": self.samples,
             "self_samples": self.self_samples,
-            "watch": self.watch is not None,
             "seq_len": self.seq_len,
             "seed": self.seed,
             "dtype": self.dtype,

@@ -9,7 +9,7 @@ import pytest
 
 from calibration_data import reference_model
 from compress import calibration, tokens
-from compress.artifact import Manifest, write_manifest
+from compress.artifact import Manifest, read_manifest, write_manifest
 from compress.errors import ConfigError
 from evaluators.overlap import refuse_calibration_text
 from evaluators.windows import Windows, load_windows
@@ -76,6 +76,18 @@ def test_the_same_text_in_another_file_is_refused(candidate: Path, tmp_path: Pat
     path = rewritten(kind, tmp_path / f"other.{kind}", lines(0, 300)[first:])
     with pytest.raises(ConfigError, match=r"\d\d\.\d% of file:.* is text that .* was calibrated on \(file:"):
         refuse(candidate, path)
+
+
+def test_a_watched_text_is_refused_as_well(tmp_path: Path, candidate: Path) -> None:
+    manifest = read_manifest(candidate)
+    assert manifest is not None
+    first, second = manifest.lineage
+    watched = second["calibration"]
+    other = {**watched, "source": "file:other", "text_sha256": "0", "source_sha256": None, "passages": None}
+    made = {**second, "calibration": {**other, "watched": watched}}
+    write_manifest(candidate, Manifest(lineage=[first, made], reports=[]))
+    with pytest.raises(ConfigError, match="was calibrated on"):
+        refuse(candidate, tmp_path / "calibration.jsonl")
 
 
 def test_a_part_is_refused_with_its_share(candidate: Path, tmp_path: Path) -> None:
