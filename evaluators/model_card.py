@@ -174,6 +174,10 @@ def _usage(name: str, manifest: Manifest) -> str:
         "edge": f"    sh {name}/build_engine.sh    # on the device\n",
     }
     own = ways.get(form, "")
+    readers = next((r["readers"] for r in manifest.lineage if "readers" in r), None) if form == "hf" else None
+    if readers is not None:
+        needs = "; ".join(f"{reader} {version}" for reader, version in readers.items())
+        own = f"The output matrix is in integers, which needs of a reader: {needs}.\n\n{own}"
     return f'{own}    compress generate {name} "Once upon a time"\n' if form != "edge" else own
 
 

@@ -55,7 +55,10 @@ def command(as_json: bool) -> None:
             )
         out = console()
         out.print(table)
-        print(f"{len(found)} artifacts, {sum(i.bytes for i in found) / 1e6:.1f} MB; lineage: compress log")
+        print(
+            f"{len(found)} artifact{'' if len(found) == 1 else 's'}, {sum(i.bytes for i in found) / 1e6:.1f} MB; "
+            "lineage: compress log"
+        )
     if going:
         size = sum(c.bytes for c in going) / 1e6
         print(f"{len(going)} leftovers of {size:.1f} MB could go: compress gc")

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from compress.advice import command
 from compress.errors import UnsupportedError
 from compress.formats import Stored
-from compress.plan import DENSE, LayerScheme
+from compress.plan import DENSE, LayerScheme, outside_blocks
+from compress.quantize.head import READERS
 
 # vLLM's models compute these as one matrix each.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -32,6 +33,10 @@ def check(folder: Stored, sm: str | None) -> list[str]:
     path = folder.checkpoint.path
     _same_in_fused(folder)
     notes = []
+    head = next((name for name in folder.layers if outside_blocks(name)), None)
+    if head is not None:
+        needs = "; ".join(f"{reader} {version}" for reader, version in READERS.items())
+        notes.append(f"{head} is in integers, which needs of a reader: {needs}; no server was run")
     for scheme, layers in folder.plan.groups().items():
         weight = scheme.weight
         if weight is None:

@@ -20,7 +20,7 @@ from compress.artifact import MANIFEST, carried_files
 from compress.checkpoint import INDEX, Checkpoint
 from compress.errors import ArtifactError, UnsupportedError
 from compress.files import copy_durably, file_sha256, write_bytes_atomically
-from compress.formats import Stored, awq_gemm, stored
+from compress.formats import Stored, awq_gemm, compressed_tensors, stored
 from compress.kv_cache import LAST_WRONG_VLLM
 from exporters.hf import modelopt, serve, vllm_rules
 from exporters.hf.layout import LAYOUT
@@ -30,13 +30,14 @@ from exporters.sizing.inventory import inventory, part_of
 
 __all__ = ["LAYOUT", "write"]
 
+WITH_COMPRESS = "transformers 5.23 itself does not load packed zero points"
 TRANSFORMERS = """
 `serve/` starts the same server under Triton, KServe and Kubernetes. With transformers:
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    {imports}
 
     tokenizer = AutoTokenizer.from_pretrained(".")
-    model = AutoModelForCausalLM.from_pretrained(".", device_map="auto")
+    model = {load}
     ids = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
     print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
 """
@@ -97,6 +98,11 @@ def _usage(folder: Stored, serving: serve.Serving) -> Usage:
         packages += ", gptqmodel (transformers reads AutoAWQ's layout with it)"
     elif folder.format is not None:
         packages += ", compressed-tensors"
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    load = 'AutoModelForCausalLM.from_pretrained(".", device_map="auto")'
+    if unpacked_nowhere(folder):
+        packages += f", and compress: {WITH_COMPRESS}"
+        imports, load = "import compress\n    from transformers import AutoTokenizer", 'compress.load_model(".")'
     vllm = serving.image.partition(":v")[2]
     vllm = f"vLLM newer than {LAST_WRONG_VLLM}" if serving.kv else f"vLLM ({vllm} is the one that serve/ names)"
     return Usage(
@@ -105,7 +111,16 @@ def _usage(folder: Stored, serving: serve.Serving) -> Usage:
         verb="serve it",
         command=("vllm", "serve", FOLDER, f"--served-model-name={serving.label}", *serve.flags(serving)),
         needs=(f"{vllm}; no server was run when this folder was made", f"with transformers: {packages}"),
-        more=TRANSFORMERS,
+        more=TRANSFORMERS.format(imports=imports, load=load),
+    )
+
+
+def unpacked_nowhere(folder: Stored) -> bool:
+    """Whether INT4 has packed zero points in compressed-tensors' layout: compressed-tensors 0.20 does not unpack them
+    for transformers (`compress` of its pack_quantized/base.py ends early on the meta device)."""
+    return folder.format is compressed_tensors and any(
+        scheme.weight is not None and scheme.input is None and not scheme.weight.symmetric
+        for scheme in folder.plan.groups()
     )
 
 
@@ -205,7 +220,8 @@ def _parts(folder: Stored) -> dict[str, int]:
     taken = folder.taken()
     parts = {"decoder linears": 0, "lm_head": 0, "embedding": 0, "norms and biases": 0}
     for name, info in folder.checkpoint.tensors.items():
-        parts["decoder linears" if name in taken else part_name(name, info.shape)] += info.num_bytes
+        packed = "decoder linears" if part_of(name, 2) != "lm_head" else "lm_head"
+        parts[packed if name in taken else part_name(name, info.shape)] += info.num_bytes
     if model.tied:
         parts.pop("lm_head")
         parts["embedding (tied with lm_head)"] = parts.pop("embedding")

@@ -95,9 +95,11 @@ def inventory(folder: Stored) -> Model:
             counts[part_of(name, len(info.shape))] += math.prod(info.shape)
     for layer in folder.layers:
         numel = math.prod(folder.shape(layer))
-        counts[part_of(f"{layer}.weight", 2)] += numel
-        counts["packed"] += numel
-        counts["packed_bytes"] += folder.num_bytes(layer)
+        part = part_of(f"{layer}.weight", 2)
+        counts[part] += numel
+        if part == "linears":  # an output matrix in integers is counted as if it were not: never too little
+            counts["packed"] += numel
+            counts["packed_bytes"] += folder.num_bytes(layer)
     groups = folder.plan.groups()
     scheme = max(groups, key=lambda s: len(groups[s])).weight if groups else None
     return _model(checkpoint.config, checkpoint.path, counts, scheme)

@@ -26,6 +26,11 @@ from compress.scheme import Scheme
 from compress.search import Goal, Judged, Tried, best_of, next_choice, search
 from compress.tell import Heard
 from compress.workspace import resolve
+from evaluators import model_card
+from exporters.hf import vllm_rules
+from exporters.hf import write as hf_write
+from exporters.hf.write import unpacked_nowhere
+from exporters.sizing.inventory import inventory
 
 # ---- which one next ------------------------------------------------------------------------------------
 
@@ -289,6 +294,7 @@ def test_a_mix_with_zero_points_as_a_transformers_model(request_for: AutoRequest
     found = search(request_for, Goal(gate=None, most=budget_of(request_for, 0.5)), None)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         transformers_logits(found.out)
+    assert unpacked_nowhere(stored(Checkpoint.open(found.out))), "an export says to load it as the next line does"
     model = compress.load_model(found.out, device="cpu", dtype="float32")
     torch.testing.assert_close(model(IDS).logits, logits_of(found.out))
     assert model.generate(IDS[:1], max_new_tokens=3, do_sample=False).shape == (1, 27)
@@ -315,6 +321,14 @@ def test_the_output_matrix_is_chosen_for(symmetric: bool, request_for: AutoReque
     assert "lm_head" not in config["ignore"] and config["quant_method"] == "compressed-tensors"
     assert "March 2026" in found.record["readers"]["vllm"]
     assert any("output matrix is in integers, which needs of a reader: vllm" in note for note in found.notes)
+    exported = vllm_rules.check(stored(checkpoint))
+    assert any("lm_head is in integers, which needs of a reader: vllm pull request 37291" in note for note in exported)
+    assert "The output matrix is in integers, which needs of a reader: vllm" in model_card.card(found.out)
+    parts = hf_write._parts(stored(checkpoint))
+    assert 0 < parts["lm_head"] < 4096 * 64 * 2 and parts["embedding"] == 4096 * 64 * 2
+    assert inventory(stored(checkpoint)).packed == sum(
+        math.prod(shape) for name, shape in found.choices.shapes.items() if name != "lm_head"
+    )
     reported = next(layer for layer in found.record["layers"] if layer["layer"] == "lm_head")
     assert 0 < reported["error"] < reported["rtn_error"] < 0.1
     original = logits_of(request.source.path)
