@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     "--head",
     type=click.Choice(["float", "int8"]),
     help="Format onnx, with integer activations: the output matrix; 8 bits are a quarter of what is read of it "
-    "[default: float].",
+    "[default: int8].",
 )
 @click.option(
     "--modelopt/--no-modelopt",

@@ -30,7 +30,7 @@ from compress.linear import is_conv1d, linears, weight_OI
 from compress.prune.cut import Cut, cut_axis, row_axis
 from compress.prune.importance import kept_neurons, kept_pieces, without
 from compress.prune.kinds import parts_of
-from compress.prune.repair import factor, hessian, lost_by_cutting, refit
+from compress.prune.repair import DAMPING, HIDDEN_DAMPING, factor, hessian, lost_by_cutting, refit
 from compress.prune.structure import Section
 from compress.statistics import InputStatistics
 
@@ -80,6 +80,7 @@ class _Work:
         # Whether what enters, what this block makes of it, or what is behind it differs from the original.
         self.wrong_before = any(a is not b for a, b in zip(loaded.inputs, loaded.sources, strict=True))
         self.touched = cut.channels is not None
+        self.damping = DAMPING if cut.channels is None else HIDDEN_DAMPING
         self.gone_behind = loaded.index + 1 not in (*cut.kept, cut.old.blocks)
         if cut.channels is not None:
             for name, value in self.weights.items():
@@ -133,7 +134,7 @@ class _Work:
         if not goes and not (astray and self.options.repair):
             return None
         statistics = self._evidence(section, is_heads, aim=astray and self.options.repair)
-        hessian_II, share = hessian(statistics)
+        hessian_II, share = hessian(statistics, self.damping)
         moved_OI = None if statistics.cross is None else share * statistics.cross
         statistics.clear()
         w_OI = self._weight(section.consumer)
@@ -227,7 +228,7 @@ class _Work:
             shift[:, kept] -= x.float()
             statistics.add(x, shift)
         statistics.finish()
-        hessian_II, share = hessian(statistics)
+        hessian_II, share = hessian(statistics, self.damping)
         assert statistics.cross is not None
         moved_OI = torch.cat(weights) @ (share * statistics.cross)
         stacked = torch.cat([self._weight(name) for name in names])

@@ -23,18 +23,23 @@ from compress.errors import ArtifactError
 from compress.statistics import InputStatistics, kept_share
 
 DAMPING = 0.1  # of the mean of diag(H)
+# Where hidden channels go, every linear loses part of its input, and what is left must be believed more.
+HIDDEN_DAMPING = 0.01
 STRENGTH = 0.5
 
 
-def hessian(statistics: InputStatistics) -> tuple[Tensor, float]:
-    """The Gram matrix as far as it is believed, damped, float32 `[I, I]`; and the share of its off-diagonal part."""
+def hessian(statistics: InputStatistics, damping: float = DAMPING) -> tuple[Tensor, float]:
+    """The Gram matrix as far as it is believed, damped, float32 `[I, I]`; and the share of its off-diagonal part.
+
+    damping: of the mean of its diagonal.
+    """
     gram_II = statistics.gram_II
     share = kept_share(len(gram_II), statistics.num_tokens)
     mean = float(gram_II.diagonal().mean())
     if not mean < float("inf"):
         raise ArtifactError("the Gram matrix of a layer's inputs is not finite; its weights or the text are damaged")
     hessian_II = gram_II * share
-    hessian_II.diagonal().copy_(gram_II.diagonal()).add_(max(DAMPING * mean, 1e-30))
+    hessian_II.diagonal().copy_(gram_II.diagonal()).add_(max(damping * mean, 1e-30))
     return hessian_II, share
 
 

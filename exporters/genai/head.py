@@ -34,20 +34,20 @@ def narrow(graph: Graph) -> None:
     product = next(n for n in graph.nodes if n.op_type == "FusedMatMul" and n.name == "/lm_head/MatMul")
     weight_VH = graph.array(matrix(product.input[1]))
     num_rows, width = weight_VH.shape
-    block = next((size for size in BLOCKS if width % size == 0), None)
-    if block is None:
+    size = block(width)
+    if size is None:
         raise UnsupportedError(f"--head int8: {width} columns are not whole blocks of {BLOCKS[-1]}; pass --head float")
-    codes = np.empty((num_rows, width // block, block), np.uint8)
-    scales = np.empty((num_rows, width // block), np.float32)
+    codes = np.empty((num_rows, width // size, size), np.uint8)
+    scales = np.empty((num_rows, width // size), np.float32)
     for rows in _slices(num_rows):
-        codes[rows], scales[rows] = quantize(weight_VH[rows].astype(np.float32), block)
+        codes[rows], scales[rows] = quantize(weight_VH[rows].astype(np.float32), size)
     graph.set(CODES, codes)
     graph.set(SCALES, scales.reshape(-1))
     index = list(graph.nodes).index(product)
     graph.nodes.remove(product)
     made = helper.make_node(
         "MatMulNBits", [product.input[0], CODES, SCALES], list(product.output), name=NODE, domain=CONTRIB,
-        K=width, N=num_rows, bits=8, block_size=block, accuracy_level=4,
+        K=width, N=num_rows, bits=8, block_size=size, accuracy_level=4,
     )  # fmt: skip
     graph.insert(index, made)
     for cast in [n for n in graph.nodes if n.op_type == "Cast" and n.output[0] == product.input[1]]:
@@ -55,14 +55,19 @@ def narrow(graph: Graph) -> None:
     graph.drop_unused()
 
 
+def block(width: int) -> int | None:
+    """Columns of a block of rows so wide; None where none divides them."""
+    return next((size for size in BLOCKS if width % size == 0), None)
+
+
 def matrix(name: str) -> str:
     """The stored matrix of a widened one."""
     return name.removesuffix("/float32")
 
 
-def quantize(w_RH: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes uint8 `[R, G, block]` and scales float32 `[R, G]`: `w ~= (code - 128) * scale`, the largest at 127."""
-    w_RGB = w_RH.reshape(len(w_RH), -1, block)
+def quantize(w_RH: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes uint8 `[R, G, size]` and scales float32 `[R, G]`: `w ~= (code - 128) * scale`, the largest at 127."""
+    w_RGB = w_RH.reshape(len(w_RH), -1, size)
     scale_RG = np.abs(w_RGB).max(axis=2) / np.float32(STEPS)
     inverse_RG = np.divide(1, scale_RG, out=np.zeros_like(scale_RG), where=scale_RG > 0)
     codes = np.rint(w_RGB * inverse_RG[:, :, None]).clip(-STEPS, STEPS) + MIDDLE

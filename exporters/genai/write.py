@@ -13,7 +13,8 @@ artifact quantizes are quantized in the graph by the same rule. What weights alo
               the default of INT8 weights, which float32 would widen to four times their bytes when they are loaded
     int8      one int8 number, as llama.cpp does it: fastest, and about 1e-2 away
 
-The option `head` is for the last two: `int8` stores the output matrix in 8 bits (`exporters.genai.head`).
+The option `head` is for the last two: `int8` stores the output matrix in 8 bits (`exporters.genai.head`), `float` as
+the artifact has it. Default: 8 bits, whose error is far below that of the other weights (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -99,7 +102,7 @@ def write(job: Job) -> Written:
     return Written(
         record=record,
         parts=parts(graph, job.staged),
-        notes=notes(tied, activations, job.options.get("activations"), narrow),
+        notes=notes(tied, activations, job.options, narrow),
         usage=USAGE,
     )
 
@@ -151,22 +154,32 @@ def check(folder: Stored, job: Job) -> str:
 
 
 def narrows_head(job: Job, activations: str) -> bool:
-    """Whether the output matrix is stored in 8 bits. ConfigError where its inputs stay floats: no kernel takes both."""
-    asked = job.options.get("head", "float")
-    if asked not in ("float", "int8"):
+    """Whether the output matrix is stored in 8 bits: as asked, and by default where inputs are integers, if it can be.
+
+    ConfigError where it is asked for and inputs stay floats: no kernel takes both.
+    """
+    asked = job.options.get("head")
+    if asked not in (None, "float", "int8"):
         raise ConfigError(f"head {asked!r}: choose float or int8")
     if asked == "int8" and activations not in ("int16", "int8"):
         raise ConfigError(
             f"--head int8: ONNX Runtime multiplies 8 bits by integers, and the activations here are {activations}; "
             "pass --activations int16 or int8 with an artifact of quantized weights"
         )
-    return bool(asked == "int8")
+    if asked is not None:
+        return bool(asked == "int8")
+    folder = job.source.folder
+    width = folder.checkpoint.info(output_matrix_name(folder.checkpoint)).shape[1]
+    return activations in ("int16", "int8") and genai_head.block(width) is not None
+
+
+def output_matrix_name(checkpoint: Checkpoint) -> str:
+    """The tensor of the output matrix `[V, H]`: lm_head, or the embedding where the two are one."""
+    return "lm_head.weight" if "lm_head.weight" in checkpoint else "model.embed_tokens.weight"
 
 
 def output_matrix(checkpoint: Checkpoint) -> np.ndarray:
-    """The artifact's `[V, H]`: its lm_head, or its embedding where the two are one."""
-    name = "lm_head.weight" if "lm_head.weight" in checkpoint else "model.embed_tokens.weight"
-    return as_numpy(checkpoint.tensor(name))
+    return as_numpy(checkpoint.tensor(output_matrix_name(checkpoint)))
 
 
 def _check_int8(folder: Stored, asked: str | None) -> str:
@@ -367,16 +380,23 @@ def parts(graph: genai_graph.Graph, folder: Path) -> dict[str, int]:
     return sizes
 
 
-def notes(tied: bool, activations: str, asked: str | None, narrow: bool) -> list[str]:
+def notes(tied: bool, activations: str, options: Mapping[str, Any], narrow: bool) -> list[str]:
+    """What differs from the artifact, and how to ask for less of it."""
     out = []
-    if narrow:
+    if narrow and options.get("head"):
         out.append("lm_head is in 8 bits, as you asked; the embedding stays as it is")
+    elif narrow:
+        out.append(
+            "lm_head is in 8 bits, a scale for each block of columns (logits within 1e-2); --head float keeps it as "
+            "the artifact has it, and reads four times as much of it for every token"
+        )
     elif tied:
         out.append("lm_head is the embedding; it is stored once")
-    if activations == "int16" and asked is None:
+    if activations == "int16" and options.get("activations") is None:
         out.append(
-            "weights only: inputs enter as int16, within 1e-3 of the artifact's logits; --activations float32 is exact "
-            "and widens the weights to four times their bytes when they are loaded"
+            "weights only: inputs enter as int16, within 1e-3 of the artifact's logits; --activations int8 is twice as "
+            "quick and about 1e-2 away, as llama.cpp is; float32 is exact and widens the weights to four times their "
+            "bytes when they are loaded"
         )
     elif activations not in ("float32", OWN):
         out.append(f"activations are {activations}, as you asked: faster, and not exactly what the artifact says")

@@ -1,14 +1,15 @@
 """Decode speed, first token and peak memory on a CPU: our ONNX bundle beside transformers and llama.cpp.
 
     python tests/bench/onnx_cpu.py ARTIFACT... [--model PARENT] [--llama PYTHON] [--only REGEX] [--threads 2]
-        [--rounds 7] [--tokens 128] [--prefill 512] [--json FILE]
+        [--rounds 7] [--tokens 128] [--prefill 512] [--work DIR] [--json FILE]
 
 ARTIFACT is a folder of `compress awq` or `compress int8`; the model it was made from is what the rivals get. PYTHON is
 an interpreter that has llama-cpp-python, gguf and safetensors. Every entry generates the same number of tokens greedily
 from the same token ids, in a process of its own; the entries take turns, round after round, so that other load on the
 machine hits all alike, and the figures are medians over the rounds with the extremes beside them. Ratios are taken
 inside a round, by the median token and by the prompt's time; the second table has their medians. --prefill: tokens of a
-second, longer prompt, for the time of a prompt (0: not measured).
+second, longer prompt, for the time of a prompt (0: not measured). --work: where exports and GGUFs are made; those that
+are there from an earlier run are not made again.
 
 first token: from the start of the process, imports and loading included. decode: tokens after the first over the time
 they took. median step: the same from the median time of a token, which one interruption does not move. prefill: tokens
@@ -28,6 +29,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -47,16 +49,16 @@ FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}
 EXPORTS: dict[str, list[tuple[str, dict[str, str]]]] = {
     "INT4": [
         ("float32 activations", {}),
-        ("int16 activations", {"activations": "int16"}),
-        ("int8 activations", {"activations": "int8"}),
-        ("int16 activations, int8 lm_head", {"activations": "int16", "head": "int8"}),
-        ("int8 activations and lm_head", {"activations": "int8", "head": "int8"}),
+        ("int16 activations, float lm_head", {"activations": "int16", "head": "float"}),
+        ("int8 activations, float lm_head", {"activations": "int8", "head": "float"}),
+        ("int16 activations, int8 lm_head", {"activations": "int16"}),
+        ("int8 activations and lm_head", {"activations": "int8"}),
     ],
     "INT8": [
-        ("int16 activations", {}),
-        ("int8 activations", {"activations": "int8"}),
-        ("int16 activations, int8 lm_head", {"activations": "int16", "head": "int8"}),
-        ("int8 activations and lm_head", {"activations": "int8", "head": "int8"}),
+        ("int16 activations, float lm_head", {"head": "float"}),
+        ("int8 activations, float lm_head", {"activations": "int8", "head": "float"}),
+        ("int16 activations, int8 lm_head", {}),
+        ("int8 activations and lm_head", {"activations": "int8"}),
     ],
     "W8A8": [("inputs as it says", {})],
 }
@@ -313,8 +315,11 @@ def prepared(
         if not options.only.search(name):
             continue
         folder = work / name.replace(" ", "-").replace(",", "")
-        given = {"source": str(source), "out": str(folder), "options": changes}
-        log(f"{name}: {run_child(python, 'export', given, threads)}")
+        if not folder.exists():
+            given = {"source": str(source), "out": str(work / "part"), "options": changes}
+            shutil.rmtree(work / "part", ignore_errors=True)
+            log(f"{name}: {run_child(python, 'export', given, threads)}")
+            (work / "part").rename(folder)
         entries[name] = (
             lambda which, count, f=folder: run_bundle(f, texts[which], count, threads), size(folder, ".onnx", ".data")
         )  # fmt: skip
@@ -366,8 +371,10 @@ def spread(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 
 def ggufs(options: argparse.Namespace, work: Path) -> dict[str, Path]:
     """llama.cpp's files: F16, Q4_0 with our F16 embedding and lm_head, and Q4_0 and Q4_K_M as it makes them."""
-    dense = work / "f16.gguf"
-    run_child(options.llama, "gguf", {"model": str(options.model), "out": str(dense)}, options.threads)
+    dense, part = work / "f16.gguf", work / "part.gguf"
+    if not dense.exists():
+        run_child(options.llama, "gguf", {"model": str(options.model), "out": str(part)}, options.threads)
+        part.rename(dense)
     out = {"llama.cpp, F16": dense}
     for type_, head, label in (
         ("Q4_0", "F16", "Q4_0, F16 embedding and lm_head"),
@@ -379,8 +386,10 @@ def ggufs(options: argparse.Namespace, work: Path) -> dict[str, Path]:
         if not options.only.search(f"llama.cpp, {label}"):
             continue
         path = work / f"{type_}-{head or 'default'}.gguf"
-        given = {"type": type_, "head": head, "source": str(dense), "out": str(path), "threads": options.threads}
-        run_child(options.llama, "quantize", given, options.threads)
+        if not path.exists():
+            given = {"type": type_, "head": head, "source": str(dense), "out": str(part), "threads": options.threads}
+            run_child(options.llama, "quantize", given, options.threads)
+            part.rename(path)
         out[f"llama.cpp, {label}"] = path
     return out
 
@@ -442,12 +451,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt, about; 0: none")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where exports are made, and found again")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     options.artifacts = [folder.resolve() for folder in options.artifacts]
     options.model = options.model.resolve()
-    with tempfile.TemporaryDirectory() as work:
-        result = measure(options, Path(work))
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        result = measure(options, work.resolve())
     print(table(result))
     print(f"\n{result['machine']}, {result['threads']} threads, {result['rounds']} rounds, load {result['load']}")
     if options.json:

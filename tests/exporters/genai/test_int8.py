@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,21 @@ def test_widened_weights_are_the_artifacts(group_size: int, one_product: genai_g
     assert float((found - wanted).norm() / wanted.norm()) < 1e-6
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_products_of_8_bits_do_not_saturate(split: bool, one_product: genai_graph.Graph, tmp_path: Path) -> None:
+    """Inputs that int8 holds, the largest and the smallest codes everywhere: integers come out, as int64 sums them."""
+    weight = weight_of()
+    weight = replace(weight, scale_OG=torch.ones_like(weight.scale_OG))
+    x = torch.randint(0, 2, (6, K), generator=torch.Generator().manual_seed(2)) * 254 - 127
+    x[0], x[1] = 127, -127
+    int8.replace(one_product, one_product.nodes[0], weight, None, widened=False)
+    if split:
+        assert genai_graph.split_activations(one_product) == 1
+    found = run(one_product, x.float(), tmp_path)
+    wanted = x @ (weight.codes_OI.to(torch.int64) - 128).t()
+    assert float((found - wanted).abs().max()) <= 1e-6 * float(wanted.abs().max())
+
+
 def test_blocks_divide_the_row() -> None:
     assert [int8.block_size(k, -1, "l") for k in (4096, 576, 96, 48)] == [128, 64, 32, 16]
     assert int8.block_size(4096, 32, "l") == 32
@@ -181,6 +197,7 @@ def test_families(
     artifact = make(family, sizes, **changes)
     written = export(artifact, tmp_path / "out")
     assert written.record["activations"] == activations
+    assert written.record.get("head") == ("int8" if activations == "int16" else None)  # as the weights are
     verified = written.record["verified"]
     assert verified["layers_compared"] == {"quantized": counted[0], "dense": counted[1]}
     assert verified["relative_error"] <= verified["tolerance"] < 0.5
