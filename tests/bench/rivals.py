@@ -55,7 +55,15 @@ from methods import Method  # noqa: E402
 from metrics import conversations  # noqa: E402
 from metrics.judge import Question, judge  # noqa: E402
 from metrics.perplexity import PUBLISHED, perplexity  # noqa: E402
-from pool import RunFailed, environment, in_own_process, log, run_child, run_pinned  # noqa: E402
+from pool import (  # noqa: E402
+    RunFailed,
+    environment,
+    in_own_process,
+    log,
+    run_child,
+    run_pinned,
+    stop_children_when_ended,
+)
 
 Row = dict[str, Any]
 
@@ -397,6 +405,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every wanted row was measured, 1 when some are missing."""
     options = parse(argv)
+    stop_children_when_ended()
     with tempfile.TemporaryDirectory(prefix="rivals-") as temporary:
         options.work = options.work or Path(temporary)
         options.work.mkdir(parents=True, exist_ok=True)
