@@ -202,6 +202,14 @@ class Engine:
         return {name: value.detach().cpu() for name, value in state.items()}
 
 
+def shared_precision(options: EngineOptions) -> Any:
+    """FSDP2's policy: what a block gives stays in the dtype that it is gathered in, for the losses multiply in it."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    gathered_in = torch.float32 if options.exact_parameters else options.compute
+    return MixedPrecisionPolicy(param_dtype=gathered_in, reduce_dtype=torch.float32)
+
+
 def _accelerator(kind: str, options: EngineOptions, block_class: str, micro_batch: int, accumulation: int) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -210,18 +218,12 @@ def _accelerator(kind: str, options: EngineOptions, block_class: str, micro_batc
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process
     extra: dict[str, Any] = {}
     if kind == "fsdp":
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
         extra["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=True,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=[block_class],
-            mixed_precision_policy=MixedPrecisionPolicy(
-                param_dtype=torch.float32 if options.exact_parameters else options.compute,
-                reduce_dtype=torch.float32,
-                output_dtype=torch.float32,
-            ),
+            mixed_precision_policy=shared_precision(options),
         )
     if kind == "deepspeed":
         extra["deepspeed_plugin"] = DeepSpeedPlugin(

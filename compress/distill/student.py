@@ -121,7 +121,7 @@ class Student(nn.Module):
 
     def _loss(self, study: Study, out: Any) -> tuple[Tensor, list[Tensor]]:
         """What is minimised, and its parts. Where losses are compiled, an update's gradient is computed with them."""
-        hidden_PH: Tensor = out.last_hidden_state.flatten(0, 1)
+        hidden_PH = _as_narrow_as(head_of(self._loaded).weight_VH, out.last_hidden_state.flatten(0, 1))
         labels_P = study.batch.labels_BT.flatten()
         sparse = isinstance(study.lesson.teacher, SparseTeacher)
         if self._fuse and torch.is_grad_enabled() and not sparse:
@@ -166,6 +166,12 @@ class Student(nn.Module):
             hidden_PH, head_of(self._loaded), lesson.teacher, labels_P, objective, weights, fuse=True
         )
         return total, [(divergence_P * share_P).sum(), (entropy_P * known_P).sum()]
+
+
+def _as_narrow_as(weight_VH: Tensor, hidden_PH: Tensor) -> Tensor:
+    """Hidden states in the dtype of 16-bit weights, as FSDP2 gathers them: a norm may have left it, and losses multiply
+    in the dtype of the hidden states."""
+    return hidden_PH.to(weight_VH.dtype) if weight_VH.dtype.itemsize < hidden_PH.dtype.itemsize else hidden_PH
 
 
 def _known(labels_P: Tensor) -> Tensor:

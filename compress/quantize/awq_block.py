@@ -5,8 +5,7 @@ to a block in the right order. What each effort does, and why, is in METHODS.md:
 
     fast      AWQ scales; ranges fitted to the Gram matrix; rounded to nearest
     balanced  AWQ scales where error feedback profits; retargeted; rounded with error feedback; scales refitted
-    best      the same, then codes, scales and norms tuned on the block's output (and, with the whole model in memory,
-              scales and norms on the model's: `end_to_end_stage`)
+    best      the same, then codes, scales and norms tuned on the block's output
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from compress.quantize.folding import fold_proven
 from compress.quantize.lift import lift_of, room_of
 from compress.quantize.refit import refit_scales
 from compress.quantize.retarget import retarget
-from compress.quantize.stacks import stacks
+from compress.quantize.sharing import Errors, Run, Scaled, exchanged, runs_of, sent
 from compress.quantize.stored import dense_tensors
 from compress.quantize.tune import TuneOptions, tune_block
 from compress.quantized import QuantizedWeight
@@ -82,7 +81,7 @@ def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> Bloc
     if not options.allow_damage:
         for name in chosen:
             refuse_drowning(loaded.prefix + name, weight_OI(layers[name]))
-    runs = _runs(loaded, chosen)
+    runs = runs_of(loaded, chosen)
     signals = {
         name: awq.output_error(weight_OI(layers[name]).float(), statistics.gram_II)
         for name, statistics in _inputs(loaded, [n for run in runs if run.is_mine for n in run.names])
@@ -90,20 +89,21 @@ def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> Bloc
     row_scale: dict[str, Tensor] = {}
     group_reports = []
     scales = []
-    prepared: list[Prepared | None] = []
+    prepared: list[Prepared | None] = [None] * len(loaded.groups)
     current = loaded.check_output
-    for group, statistics in zip(loaded.groups, loaded.statistics, strict=True):
+    ahead = _scales_ahead(loaded, runs, schemes, prepared, options)
+    for i, (group, statistics) in enumerate(zip(loaded.groups, loaded.statistics, strict=True)):
         members = [name for name in group.layers if name in chosen]
         mine = replace(options, scheme=schemes[members[0]]) if members else options
-        prepared.append(None)
-        if options.feedback and members:
-            share = kept_share(group.in_features, statistics.num_tokens)
-            prepared[-1] = prepare(statistics.gram_II, mine.scheme, share)
-        report, s_I, current = _smooth(loaded, group, statistics, members, prepared[-1], mine, row_scale, current)
+        if prepared[i] is None and _needs_preparing(i, runs, ahead, mine):
+            prepared[i] = _prepared(group, statistics, mine)
+        report, s_I, current = _smooth(
+            loaded, group, statistics, members, prepared[i], mine, row_scale, current, ahead.get(i)
+        )
         group_reports.append(report)
         scales.append(s_I)
     rounded, errors = _round_groups(loaded, runs, schemes, scales, prepared, row_scale, options)
-    rounded, errors, signals = _exchanged(runs, layers, schemes, rounded, errors, signals)
+    rounded, errors, signals = exchanged(runs, layers, schemes, rounded, errors, signals)
     relative = {name: _judged(loaded.prefix + name, errors[name], signals[name], options) for name in chosen}
     block_report: dict[str, Any] = {}
     if options.effort == "best" and rounded:
@@ -144,15 +144,7 @@ def planned_schemes(loaded: LoadedBlock, plan: LayerPlan) -> dict[str, Scheme]:
     return schemes
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Errors:
-    """Squared output errors of a layer against one target, the weight that was rounded: ours, and to nearest."""
-
-    rounded: float
-    to_nearest: float
-
-
-def _judged(layer: str, errors: _Errors, signal: float, options: AwqOptions) -> dict[str, float]:
+def _judged(layer: str, errors: Errors, signal: float, options: AwqOptions) -> dict[str, float]:
     """The layer's errors relative to its squared output; raises for a layer that would be destroyed."""
     error = relative_error(errors.rounded, signal, layer)
     rtn_error = relative_error(errors.to_nearest, signal, layer)
@@ -179,11 +171,12 @@ def _smooth(
     options: AwqOptions,
     row_scale: dict[str, Tensor],
     current: Tensor,
+    found: Scaled | None = None,
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Search, confirm and fold one group's scale.
 
-    `current` is the block's output on the check batch with the weights as they are. Returns the group's report, the
-    scale now in the weights' columns, and the output after the fold.
+    `current` is the block's output on the check batch with the weights as they are. found: what the search gives, if it
+    is known. Returns the group's report, the scale now in the weights' columns, and the output after the fold.
     """
     now_I = torch.ones(group.in_features, device=statistics.gram_II.device)
     report: dict[str, Any] = {
@@ -202,28 +195,91 @@ def _smooth(
     if lifted is not None:
         report["lift"] = float(lifted.median())
         now_I = lifted
+    found = found or _search(loaded, group, statistics, modules, inputs, options)
+    if found.is_identity:
+        report["note"] = "no scale beat the identity"
+        return report, now_I, current
+    if not found.preferred:
+        said = "the true forward" if not options.feedback else "error feedback"
+        report["note"] = f"{said} preferred the identity to the scale found"
+        return report, now_I, current
+    folded, after = fold_proven(loaded, group, found.s_I, row_scale, current, STORE_DTYPE)
+    if folded is None:
+        report["note"] = "the fold changed the block's output and was undone"
+        return report, now_I, current
+    report.update(ratio=found.ratio, duo=found.duo)
+    return report, now_I * folded, after
+
+
+def _search(
+    loaded: LoadedBlock,
+    group: Group,
+    statistics: InputStatistics,
+    modules: Sequence[nn.Module],
+    inputs: Prepared | None,
+    options: AwqOptions,
+) -> Scaled:
+    """The scale found for a group, and whether it is preferred to none."""
+    assert group.fold is not None
     # A copy: the true forwards below overwrite the live weights, and `.float()` of float32 is no copy.
     weights = [weight_OI(m).float().clone() for m in modules]
     choice = awq.search_scale(
         weights, statistics.gram_II, statistics.magnitude_I, options.scheme, group.fold.channels_share()
     )
     if choice.ratio == 0 and not choice.duo:
-        report["note"] = "no scale beat the identity"
-        return report, now_I, current
-    if inputs is not None:
+        preferred = False
+    elif inputs is not None:
         preferred = _feedback_prefers(weights, statistics.gram_II, inputs, choice.s_I, options.scheme)
-        said = "error feedback"
     else:
-        preferred, said = _forward_prefers(loaded, modules, weights, choice.s_I, options.scheme), "the true forward"
-    if not preferred:
-        report["note"] = f"{said} preferred the identity to the scale found"
-        return report, now_I, current
-    folded, after = fold_proven(loaded, group, choice.s_I, row_scale, current, STORE_DTYPE)
-    if folded is None:
-        report["note"] = "the fold changed the block's output and was undone"
-        return report, now_I, current
-    report.update(ratio=choice.ratio, duo=choice.duo)
-    return report, now_I * folded, after
+        preferred = _forward_prefers(loaded, modules, weights, choice.s_I, options.scheme)
+    return Scaled(s_I=choice.s_I, ratio=choice.ratio, duo=choice.duo, preferred=preferred)
+
+
+def _scales_ahead(
+    loaded: LoadedBlock,
+    runs: Sequence[Run],
+    schemes: Mapping[str, Scheme],
+    prepared: list[Prepared | None],
+    options: AwqOptions,
+) -> dict[int, Scaled]:
+    """Of several processes: the groups' scales, each searched in the process that rounds the group's first layers.
+
+    Only where no search depends on what is folded before it, so that each finds what it would find in its turn: none of
+    a group's layers is divided by an earlier group's scale, and none is lifted. Fills `prepared` of this process's own.
+    """
+    if not distributed.running() or not options.feedback or not options.smooth:
+        return {}
+    layers = linears(loaded.module)
+    owners = {run.group: run.owner for run in reversed(runs)}
+    folding = [i for i in owners if loaded.groups[i].fold is not None]
+    members = {i: [name for name in loaded.groups[i].layers if name in schemes] for i in owners}
+    producers: set[str] = set()
+    for i in sorted(folding):
+        fold = loaded.groups[i].fold
+        assert fold is not None
+        scheme = schemes[members[i][0]]
+        if producers & {*members[i]} or lift_of([weight_OI(layers[n]).float() for n in members[i]], scheme) != 1.0:
+            return {}
+        producers.add(fold.producer)
+    own: dict[int, Scaled] = {}
+    for i in sorted(folding):
+        if owners[i] == distributed.rank():
+            mine = replace(options, scheme=schemes[members[i][0]])
+            group, statistics = loaded.groups[i], loaded.statistics[i]
+            prepared[i] = _prepared(group, statistics, mine)
+            modules = [loaded.module.get_submodule(name) for name in members[i]]
+            own[i] = _search(loaded, group, statistics, modules, prepared[i], mine)
+    return {i: sent(own.get(i), loaded.statistics[i].magnitude_I, owners[i]) for i in sorted(folding)}
+
+
+def _needs_preparing(group: int, runs: Sequence[Run], ahead: Mapping[int, Scaled], options: AwqOptions) -> bool:
+    """Whether this process searches the group's scale, or rounds some of its layers."""
+    mine = [run for run in runs if run.group == group]
+    return options.feedback and bool(mine) and (group not in ahead or any(run.is_mine for run in mine))
+
+
+def _prepared(group: Group, statistics: InputStatistics, options: AwqOptions) -> Prepared:
+    return prepare(statistics.gram_II, options.scheme, kept_share(group.in_features, statistics.num_tokens))
 
 
 def _lift(
@@ -283,44 +339,15 @@ def _feedback_prefers(
     return errors[0] < errors[1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """Layers of one group of linears that are rounded together, and the process that does."""
-
-    group: int
-    names: list[str]
-    owner: int
-
-    @property
-    def is_mine(self) -> bool:
-        return self.owner == distributed.rank()
-
-
-def _runs(loaded: LoadedBlock, chosen: Sequence[str]) -> list[_Run]:
-    """The layers in the order of their groups. Of several processes each rounds some; as many products a process as
-    can be, and each layer as one process would round it."""
-    layers = linears(loaded.module)
-    found = [
-        (i, names)
-        for i, group in enumerate(loaded.groups)
-        for names in stacks({name: weight_OI(layers[name]).numel() for name in group.layers if name in chosen})
-    ]
-    costs = [sum(weight_OI(layers[n]).numel() for n in names) * loaded.groups[i].in_features for i, names in found]
-    return [
-        _Run(group=i, names=names, owner=owner)
-        for (i, names), owner in zip(found, distributed.owners(costs, distributed.num_processes()), strict=True)
-    ]
-
-
 def _round_groups(
     loaded: LoadedBlock,
-    runs: Sequence[_Run],
+    runs: Sequence[Run],
     schemes: Mapping[str, Scheme],
     scales: Sequence[Tensor],
     prepared: list[Prepared | None],
     row_scale: Mapping[str, Tensor],
     options: AwqOptions,
-) -> tuple[dict[str, Rounded], dict[str, _Errors]]:
+) -> tuple[dict[str, Rounded], dict[str, Errors]]:
     """Codes of every layer of this process's runs, and its squared output error against what it was rounded from.
 
     Errors are those of the layer as it was before anything was folded into it (`row_scale`). Uses up the statistics and
@@ -328,7 +355,7 @@ def _round_groups(
     """
     layers = linears(loaded.module)
     rounded: dict[str, Rounded] = {}
-    errors: dict[str, _Errors] = {}
+    errors: dict[str, Errors] = {}
     for i, (statistics, s_I) in enumerate(zip(loaded.statistics, scales, strict=True)):
         inputs, prepared[i] = prepared[i], None
         mine = [run.names for run in runs if run.group == i and run.is_mine]
@@ -346,44 +373,6 @@ def _round_groups(
     return rounded, errors
 
 
-def _exchanged(
-    runs: Sequence[_Run],
-    layers: Mapping[str, nn.Module],
-    schemes: Mapping[str, Scheme],
-    rounded: Mapping[str, Rounded],
-    errors: Mapping[str, _Errors],
-    signals: Mapping[str, float],
-) -> tuple[dict[str, Rounded], dict[str, _Errors], dict[str, float]]:
-    """Codes, errors and signals of all runs, in their order, in every process; each comes from the run's owner."""
-    all_rounded, all_errors, all_signals = dict(rounded), dict(errors), dict(signals)
-    if not distributed.running():
-        return all_rounded, all_errors, all_signals
-    for run in runs:
-        for name in run.names:
-            w_OI = weight_OI(layers[name])
-            held = rounded[name] if run.is_mine else _blank(w_OI, schemes[name])
-            assert held.wanted_OI is None, "tuning is done in one process"
-            parts = (held.codes_OI, held.scale_OG, held.zero_point_OG, held.factor_OG)
-            codes_OI, scale_OG, zero_OG, factor_OG = (distributed.from_one(part, run.owner) for part in parts)
-            all_rounded[name] = Rounded(
-                codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=zero_OG, factor_OG=factor_OG, wanted_OI=None
-            )
-            lost = errors.get(name, _Errors(rounded=0.0, to_nearest=0.0))
-            sums = torch.tensor([lost.rounded, lost.to_nearest, signals.get(name, 0.0)], dtype=torch.float64)
-            ours, nearest, signal = distributed.from_one(sums.to(w_OI.device), run.owner).tolist()
-            all_errors[name], all_signals[name] = _Errors(rounded=ours, to_nearest=nearest), signal
-    return all_rounded, all_errors, all_signals
-
-
-def _blank(w_OI: Tensor, scheme: Scheme) -> Rounded:
-    """Room for what another process has rounded."""
-    scale_OG, zero_OG, factor_OG = (
-        torch.empty(len(w_OI), scheme.groups(w_OI.shape[1]), device=w_OI.device) for _ in range(3)
-    )
-    codes_OI = torch.empty(w_OI.shape, dtype=torch.uint8, device=w_OI.device)
-    return Rounded(codes_OI=codes_OI, scale_OG=scale_OG, zero_point_OG=zero_OG, factor_OG=factor_OG, wanted_OI=None)
-
-
 def _round(
     weights: Mapping[str, Tensor],
     inputs: Prepared | None,
@@ -391,7 +380,7 @@ def _round(
     s_I: Tensor,
     row_scale: Mapping[str, Tensor],
     options: AwqOptions,
-) -> tuple[dict[str, Rounded], dict[str, _Errors]]:
+) -> tuple[dict[str, Rounded], dict[str, Errors]]:
     """Codes and errors (see `_round_groups`) of some layers of one group, in whose columns s_I already is."""
     rows = {name: row_scale.get(name, torch.ones(len(w), device=w.device)) for name, w in weights.items()}
     if inputs is None:
@@ -413,7 +402,7 @@ def _round(
             awq.output_error(other_OI.sub_(w_OI).mul_(rows[name].unsqueeze(1)), statistics.gram_II)
             for other_OI in (made, plain)
         )
-        errors[name] = _Errors(rounded=ours, to_nearest=nearest)
+        errors[name] = Errors(rounded=ours, to_nearest=nearest)
     return rounded, errors
 
 

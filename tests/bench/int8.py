@@ -90,7 +90,7 @@ def main() -> None:
             if options.only in name:
                 said = spawn({"do": "ours", "changes": changes, "out": str(work / "made"), **made}, options)
                 rows.append({"entry": name, **said})
-                log(table(rows[-1:]).splitlines()[-1])
+                keep(rows, made, options)
         for python, script, entries in (
             (options.rival, "run_int8_llmcompressor.py", LLMCOMPRESSOR),
             (options.modelopt, "run_int8_modelopt.py", MODELOPT),
@@ -98,11 +98,17 @@ def main() -> None:
             for name, words in entries.items() if python else ():
                 if options.only in name:
                     rows.append({"entry": name, **rival(python, script, words, made, options)})
-                    log(table(rows[-1:]).splitlines()[-1])
+                    keep(rows, made, options)
     for name in rows[0]["texts"] if rows else ():
         print(f"\n{name}\n{table(rows, name)}")
     where = platform.processor() or platform.machine() if options.device == "cpu" else options.device
     print(f"{where}, {options.threads} thread(s); {made['said']}")
+
+
+def keep(rows: Sequence[Mapping[str, Any]], made: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Show the newest row of each text, and write all that there is: a run may be cut off."""
+    for name in rows[-1]["texts"]:
+        log(f"{name}: {table(rows[-1:], name).splitlines()[-1]}")
     if options.json:
         options.json.write_text(json.dumps({"prepared": made, "rows": rows}, indent=2))
 
