@@ -27,22 +27,8 @@ class Finished(NamedTuple):
     peak_rss_mib: float
 
 
-_RUNNING: set[int] = set()  # process groups of children
-
-
 class RunFailed(Exception):
     """A child exited with an error, or was stopped; the message holds its command and status."""
-
-
-def stop_children_when_ended() -> None:
-    """From now on SIGTERM ends the children too: they lead sessions of their own, and would go on alone."""
-
-    def end(number: int, _: object) -> None:
-        for group in list(_RUNNING):
-            os.killpg(group, signal.SIGKILL)
-        os._exit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)
 
 
 def log(message: str) -> None:
@@ -73,13 +59,11 @@ def run_child(
             env=dict(environment),
             start_new_session=True,
         )
-        _RUNNING.add(child.pid)
         timer = None
         if until is not None:
             timer = threading.Timer(max(0.0, until - started), os.killpg, (child.pid, signal.SIGKILL))
             timer.start()
         _, status, usage = os.wait4(child.pid, 0)
-        _RUNNING.discard(child.pid)
         if timer:
             timer.cancel()
         seconds = time.monotonic() - started

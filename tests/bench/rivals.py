@@ -62,7 +62,6 @@ from pool import (  # noqa: E402
     log,
     run_child,
     run_pinned,
-    stop_children_when_ended,
 )
 
 Row = dict[str, Any]
@@ -405,7 +404,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every wanted row was measured, 1 when some are missing."""
     options = parse(argv)
-    stop_children_when_ended()
     with tempfile.TemporaryDirectory(prefix="rivals-") as temporary:
         options.work = options.work or Path(temporary)
         options.work.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,7 @@
 """The rivals' table: which rival a target is about, means over common seeds; and the measures under it."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,26 +127,3 @@ def test_a_row_padded_on_the_left_is_answered_as_alone(build_model: Any, monkeyp
     short, long = [5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2]
     together = conversations.answered(lm, [short, long], 1)
     assert together == conversations.answered(lm, [short], 1) + conversations.answered(lm, [long], 1)
-
-
-def test_children_end_with_the_bench(tmp_path: Path) -> None:
-    script = tmp_path / "bench.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(report.__file__).parent)!r})\n"
-        "from pathlib import Path\nimport os, pool\npool.stop_children_when_ended()\n"
-        "pool.run_child(['sh', '-c', 'echo $$ > pid; exec sleep 60'], cwd=Path(sys.argv[1]), environment=os.environ)\n"
-    )
-    bench = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stderr=subprocess.DEVNULL)
-    pid = tmp_path / "pid"
-    wait_until(lambda: pid.exists() and pid.read_text().strip() != "")
-    bench.terminate()
-    assert bench.wait(20) == 128 + signal.SIGTERM
-    child = Path("/proc") / pid.read_text().strip()
-    wait_until(lambda: not child.exists() or "Z" in (child / "stat").read_text().split()[2:3])
-
-
-def wait_until(found: Callable[[], bool], seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < until
-        time.sleep(0.05)
