@@ -68,8 +68,10 @@ class GroupSize(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--end-to-end",
     type=click.IntRange(0),
-    help="Updates of scales and norms through the whole model, held in memory, once its blocks are done; 0: none "
-    "[default: 400 with `best` on a GPU, for models up to 4 GB].",
+    default=0,
+    show_default=True,
+    help="Updates of scales and norms through the whole model, held in memory, once its blocks are "
+    "done, from the original's predictions.",
 )
 @calibrated(
     self_samples="Rows sampled from the model itself, added to the text; of a chat model every other one is a "

@@ -22,7 +22,7 @@ from torch import Tensor
 from compress.errors import ArtifactError
 from compress.statistics import InputStatistics, kept_share
 
-DAMPING = 0.1  # of the mean of diag(H)
+DAMPING = 0.3  # of the mean of diag(H)
 # Where hidden channels go, every linear loses part of its input, and what is left must be believed more.
 HIDDEN_DAMPING = 0.01
 STRENGTH = 0.5

@@ -5,8 +5,7 @@ to a block in the right order. What each effort does, and why, is in METHODS.md:
 
     fast      AWQ scales; ranges fitted to the Gram matrix; rounded to nearest
     balanced  AWQ scales where error feedback profits; retargeted; rounded with error feedback; scales refitted
-    best      the same, then codes, scales and norms tuned on the block's output (and, with the whole model in memory,
-              scales and norms on the model's: `end_to_end_stage`)
+    best      the same, then codes, scales and norms tuned on the block's output
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from compress.model import StreamedModel
 from compress.plan import KvScheme, LayerPlan, LayerScheme
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block
 from compress.quantize.damage import damaged
-from compress.quantize.end_to_end_stage import Asked, refine, updates_of
+from compress.quantize.end_to_end_stage import Asked, refine, require_room
 from compress.quantize.stored import stored_config, to_stored
 from compress.quantize.tune import TuneOptions
 from compress.request import CalibratedRequest, recorded_options
@@ -59,9 +59,8 @@ def check_codes(num_bits: int, symmetric: bool | None = None) -> bool:
 class AwqRequest(CalibratedRequest):
     """Everything that decides the artifact. seed: also of tuning. self_samples: None leaves it to the effort.
 
-    end_to_end: updates of scales and norms through the whole model; None: those of `end_to_end_stage` with effort
-    `best`, none with the others. allow_damage: see `AwqOptions`; it decides no byte of a model that is not damaged, so
-    a run may go on with it.
+    end_to_end: updates of scales and norms through the whole model once its blocks are done. allow_damage: see
+    `AwqOptions`; it decides no byte of a model that is not damaged, so a run may go on with it.
     """
 
     scheme: Scheme
@@ -70,18 +69,13 @@ class AwqRequest(CalibratedRequest):
     smooth: bool = True
     clip: bool = True
     tune_steps: int = 200
-    end_to_end: int | None = None
+    end_to_end: int = 0
     allow_damage: bool = False
 
     @property
     def tops_up(self) -> bool:
         """Effort `best` learns from the rows, and what learns from little text fits that text."""
         return self.effort == "best"
-
-    @property
-    def refines(self) -> bool:
-        """Whether the model is trained as a whole once its blocks are done."""
-        return self.effort == "best" if self.end_to_end is None else self.end_to_end > 0
 
     def options(self) -> dict[str, Any]:
         """What the manifest and the resumed run's check record."""
@@ -90,7 +84,7 @@ class AwqRequest(CalibratedRequest):
             **{name: getattr(self, name) for name in _RECORDED},
             "device": torch.device(self.device).type,
             "skip": list(self.skip),
-            **({"end_to_end": self.end_to_end} if self.effort == "best" or self.end_to_end is not None else {}),
+            **({"end_to_end": self.end_to_end} if self.end_to_end else {}),
         }
 
 
@@ -110,7 +104,6 @@ def awq_stage(request: AwqRequest) -> Stage:
         allow_damage=request.allow_damage,
         tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
     )
-    asked = Asked(updates=request.end_to_end, seed=request.seed, group_size=request.scheme.group_size)
     return Stage(
         name="awq",
         options=request.options(),
@@ -120,9 +113,14 @@ def awq_stage(request: AwqRequest) -> Stage:
         block=partial(awq_block, options=options),
         stored=partial(to_stored, dtype=STORE_DTYPE),
         config=partial(stored_config, STORE_DTYPE),
-        refine=partial(refine, asked) if request.refines else None,
+        refine=partial(refine, asked_of(request)) if request.end_to_end else None,
         record=record_of,
     )
+
+
+def asked_of(request: AwqRequest) -> Asked:
+    """What a request asks of learning through the whole model."""
+    return Asked(updates=request.end_to_end, seed=request.seed, group_size=request.scheme.group_size)
 
 
 def plan_of(request: AwqRequest, model: StreamedModel) -> LayerPlan:
@@ -135,10 +133,9 @@ def plan_of(request: AwqRequest, model: StreamedModel) -> LayerPlan:
             f"--effort best tunes each block on all rows in one process, and {distributed.num_processes()} were "
             "started; start one, or use --effort balanced"
         )
-    if request.end_to_end:  # asked for: said before any work, not after all of it
-        asked = Asked(updates=request.end_to_end, seed=request.seed, group_size=request.scheme.group_size)
+    if request.end_to_end:  # said before any work, not after all of it
         rows = request.samples + (request.self_samples or request.samples)
-        updates_of(asked, request.job(), model, tokens=rows * request.seq_len, seq_len=request.seq_len)
+        require_room(asked_of(request), request.job(), model, tokens=rows * request.seq_len, seq_len=request.seq_len)
     return plan_blocks(model, LayerScheme(weight=request.scheme), skip=request.skip)
 
 
@@ -186,8 +183,6 @@ def request_from_record(
     """
     options = recorded_options(record, folder, "awq", {*_RECORDED, "scheme", "end_to_end"})
     del options["scheme"]
-    if options["effort"] == "best":
-        options.setdefault("end_to_end", 0)  # made before there was such a step
     calib = recorded_calib(record, folder)
     allowed = bool(record.get("damaged"))  # who asked for that once asks for the same recipe again
     return AwqRequest(source=source, out=out, scheme=scheme, calib=calib, allow_damage=allowed, **options)

@@ -1,6 +1,6 @@
-"""Learn scales and norms through the whole model: the last step of effort `best`.
+"""Learn scales and norms through the whole model, once its blocks are done.
 
-Blocks are tuned one by one, each on its own output. What counts is what leaves the last one, so this step lowers the
+Blocks are rounded one by one, each for its own output. What counts is what leaves the last one, so this lowers the
 KL divergence of the quantized model's predictions from the original's, by backpropagation through all blocks, as
 EfficientQAT's second phase (Chen et al., arXiv:2407.11062) does with the loss of the text. Codes and zero points stay;
 one factor a group of weights and one a norm channel is learned, of which there are a hundredth of the weights: little

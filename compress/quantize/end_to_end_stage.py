@@ -17,7 +17,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from compress.block import BlockResult
-from compress.calibration_rows import weight_bytes
 from compress.devices import available
 from compress.errors import ConfigError
 from compress.files import file_sha256
@@ -26,12 +25,10 @@ from compress.linear import is_linear, linears, parameter
 from compress.losses.heads import proven_head
 from compress.model import StreamedModel
 from compress.quantize.end_to_end import CPU_LOGITS, GPU_LOGITS, EndToEndOptions, Student, Trained, lessons, train
-from compress.sampling import largest
 from compress.shards import save_atomically, tensor_sha256
 from compress.stage import DTYPES, Job, Made, Refined
 from compress.tell import Tell
 
-UPDATES = 400
 ROWS = 8
 # Bytes that a backward pass may keep of all blocks; beyond, blocks compute them again.
 KEPT_ON_CPU, KEPT_ON_GPU = 2_000_000_000, 24_000_000_000
@@ -40,23 +37,21 @@ _MARGIN = 1.2
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """updates: None leaves them to `updates_of`, 0 leaves the step out. seed: of the rows' order."""
+    """updates: at least one. seed: of the rows' order."""
 
-    updates: int | None
+    updates: int
     seed: int
     group_size: int
 
 
 def refine(asked: Asked, job: Job, made: Made, tell: Tell) -> Refined:
     """Learn the scales and norms of the finished blocks through the whole model, and keep them if that helped."""
-    updates, why = updates_of(asked, job, made.model, tokens=made.ids_NT.numel(), seq_len=made.ids_NT.shape[1])
-    if not why and len(made.ids_NT) < 2:
+    why = too_large(asked, job, made.model, tokens=made.ids_NT.numel(), seq_len=made.ids_NT.shape[1])
+    if len(made.ids_NT) < 2:
         why = "there is one calibration row, and rows to learn from and to judge by are two"
-    if why:
+    if why:  # said, not raised: the blocks are done
         note = f"scales and norms were not learned through the whole model: {why}"
         return Refined(parts=made.parts, record={"end_to_end": {"left_out": why}}, notes=[note])
-    if not updates:
-        return Refined(parts=made.parts, record={})
     journal = made.journal
     folder = journal.folder / "end-to-end"
     folder.mkdir(exist_ok=True)
@@ -65,7 +60,7 @@ def refine(asked: Asked, job: Job, made: Made, tell: Tell) -> Refined:
     found = facts.known("end to end")
     if found is None or not _all_there(learned, found["rest"]):
         options = EndToEndOptions(
-            updates=updates,
+            updates=asked.updates,
             rows=ROWS,
             seed=asked.seed,
             dtype=DTYPES[job.dtype],
@@ -115,27 +110,19 @@ def _learned(options: EndToEndOptions, job: Job, made: Made, learned: Made, tell
 # ---- whether it fits ------------------------------------------------------------------------------------
 
 
-def updates_of(asked: Asked, job: Job, model: StreamedModel, *, tokens: int, seq_len: int) -> tuple[int, str]:
-    """How many updates to make, and, if none are made though some would be, why.
+def require_room(asked: Asked, job: Job, model: StreamedModel, *, tokens: int, seq_len: int) -> None:
+    """ConfigError where the model does not fit. tokens: of all rows."""
+    why = too_large(asked, job, model, tokens=tokens, seq_len=seq_len)
+    if why:
+        raise ConfigError(f"--end-to-end {asked.updates}: {why}; leave it out, or pass fewer --samples")
 
-    Unasked, none on a CPU, where they take hours, and none for models that are too large to be sampled from unasked.
-    ConfigError where updates are asked for and the model does not fit.
-    """
-    if asked.updates == 0 or (asked.updates is None and torch.device(job.device).type == "cpu"):
-        return 0, ""
-    size, most = weight_bytes(model.checkpoint), largest(job.device)
-    if asked.updates is None and size > most:
-        return 0, (
-            f"the model holds {size / 1e9:.1f} GB of weights, more than the {most / 1e9:.0f} GB up to which that is "
-            f"done by default on {torch.device(job.device).type}; pass --end-to-end {UPDATES}"
-        )
+
+def too_large(asked: Asked, job: Job, model: StreamedModel, *, tokens: int, seq_len: int) -> str:
+    """Why the model does not fit, or nothing."""
     need, free = bytes_needed(model, asked.group_size, tokens, ROWS * seq_len), available(job.device)
     if need <= free:
-        return asked.updates or UPDATES, ""
-    told = f"it is predicted to need {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free"
-    if asked.updates is not None:
-        raise ConfigError(f"--end-to-end {asked.updates} holds the whole model: {told}; pass --end-to-end 0")
-    return 0, told
+        return ""
+    return f"the whole model is predicted to need {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free"
 
 
 def bytes_needed(model: StreamedModel, group_size: int, tokens: int, batch: int) -> int:

@@ -31,6 +31,7 @@ DTYPES = {
 }
 
 
+LOGITS_FROM = "logits_from"  # an input with a value: the first position that our graphs give logits of
 _KNOWN = ("input_ids", "attention_mask", "position_ids", "write_indices", "logits_indices")
 
 
@@ -57,7 +58,7 @@ def open_session(path: Path) -> Any:
 class OnnxRunner:
     """See `compress.runtime.runner.Runner`. `capacity` is the length of fixed caches, None without.
 
-    shares_caches: a past of any length may be a buffer that is also its present.
+    shares_caches: a past of any length may be a buffer that is also its present. optional: inputs that have a value.
     """
 
     runtime = "onnxruntime"
@@ -71,6 +72,7 @@ class OnnxRunner:
         self.vocab_size: int = logits.shape[-1]
         self.pasts = _pasts(path, session)
         self.capacity = _capacity(path, self.pasts, session)
+        self.optional = {i.name for i in session.get_overridable_initializers()}
         search = _genai_config(path).get("search", {})
         self.shares_caches = self.capacity is None and bool(search.get("past_present_share_buffer"))
 

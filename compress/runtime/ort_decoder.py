@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import ConfigError, UnsupportedError
-from compress.runtime.ort import DTYPES, OnnxRunner
+from compress.runtime.ort import DTYPES, LOGITS_FROM, OnnxRunner
 
 
 class OrtDecoder:
@@ -77,6 +77,8 @@ class OrtDecoder:
                 "shorter prompt"
             )
         feeds = {name: self._feed(name, ids_BT.numpy()) for name in self._types if name not in self._presents}
+        if LOGITS_FROM in self.runner.optional:
+            feeds[LOGITS_FROM] = np.array([count - 1])
         with self.runner.explained():
             logits = self._in_place(feeds) if self._binding is not None else self._returned(feeds)
         self.length += count
@@ -99,9 +101,11 @@ class OrtDecoder:
 
     def _in_place(self, feeds: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
         """Logits `[B, T, V]`; rows of the caches beyond `length` are what an earlier text left, and are not read."""
+        from onnxruntime import OrtValue
+
         binding = self._binding
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, value)
+        for name, value in feeds.items():  # bind_cpu_input knows no inputs that have a value
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(value))
         binding.bind_output("logits", "cpu")
         self.runner.session.run_with_iobinding(binding)
         logits: np.ndarray[Any, Any] = binding.get_outputs()[0].numpy()

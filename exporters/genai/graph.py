@@ -5,6 +5,7 @@
     linears      the same Cast before a dense MatMul whose float32 values are those of the artifact's float16
     attention    each layer's sliding window as the config has it
     cache        the size of a head is in its shape, so that a reader can make an empty past
+    logits       from the position on that the input `logits_from` says; it has a value, 0, so nobody needs to give it
     norms, scale Gemma's `1 + weight` and embedding scale in float32, where the builder rounds them
     MatMulNBits  gate_proj and up_proj in one, followed by a Split
                  optionally fed with its input in two parts, which carry 15 bits through the int8 kernel
@@ -32,6 +33,7 @@ DATA = "model.onnx.data"
 PAGE = 4096  # large tensors start on a page, so that they can be mapped into memory
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+LOGITS_FROM = "logits_from"
 IDENTITY = "identity"  # what the names of its constants begin with
 CONTRIB = "com.microsoft"
 
@@ -146,6 +148,21 @@ def store_lm_head(graph: Graph, weight_VH: np.ndarray | None) -> None:
     )
     del graph.nodes[index]
     graph.insert(index, *([_cast(name, weight)] if narrow else []), fused)
+
+
+def take_logits_from(graph: Graph) -> None:
+    """Let a reader leave out the logits of a prompt's first tokens: an input that has a value, which is all of them.
+
+    Comes after `store_lm_head`. Readers that do not know it see the graph's other inputs only.
+    """
+    end = graph.constant("/constants/end", np.array([np.iinfo(np.int64).max]))
+    axis = graph.constant("/constants/tokens", np.array([1]))
+    index, product = _only(graph, lambda n: n.name == "/lm_head/MatMul", "an lm_head")
+    graph.set(LOGITS_FROM, np.zeros(1, np.int64))
+    graph.model.graph.input.append(helper.make_tensor_value_info(LOGITS_FROM, TensorProto.INT64, [1]))
+    source, kept = product.input[0], f"{product.input[0]}/kept"
+    product.input[0] = kept
+    graph.insert(index, helper.make_node("Slice", [source, LOGITS_FROM, end, axis], [kept], name=f"{kept}/Slice"))
 
 
 def set_embedding_scale(graph: Graph, scale: float) -> None:

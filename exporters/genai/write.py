@@ -287,6 +287,7 @@ def rewrite(graph: genai_graph.Graph, folder: Stored) -> bool:
     tied = head is None or (head.dtype == table.dtype and torch.equal(head, table))
     genai_graph.store_embedding(graph, as_numpy(table))
     genai_graph.store_lm_head(graph, None if tied or head is None else as_numpy(head))
+    genai_graph.take_logits_from(graph)
     genai_graph.set_windows(graph, windows(checkpoint))
     if is_gemma(checkpoint):
         genai_graph.set_embedding_scale(graph, float(checkpoint.config["hidden_size"]) ** 0.5)

@@ -2,7 +2,7 @@
 
     python tests/bench/end_to_end.py MODEL [--seeds 0 --rates 3e-4 1e-3 --updates 200 400 --own 0 512 --dtypes bfloat16]
 
-A seed is a piece of the calibration text (`texts.py`). Its blocks are quantized once, with `--end-to-end 0`; every row
+A seed is a piece of the calibration text (`texts.py`). Its blocks are quantized once, as `best` does it; every row
 of the table then learns from there and is judged as it is in memory, on windows 0 to 99 of each text and on the model's
 own answers to ARC questions: those are for choosing. `rivals.py` reports on others. `--own`: rows sampled from the
 model beside those of `best`. Finished rows are kept in `--work`, so the same command goes on; the last lines are the
@@ -63,7 +63,7 @@ def blocks_made(options: argparse.Namespace, seed: int) -> tuple[Path, torch.Ten
     request = AwqRequest(
         source=resolve(str(options.model)), out=out, scheme=Scheme(group_size=options.group_size), effort="best",
         calib=str(text.text), samples=options.samples, seq_len=options.seq_len, seed=seed, device=options.device,
-        dtype=options.dtypes[0], tune_steps=options.tune_steps, end_to_end=0, force=True,
+        dtype=options.dtypes[0], tune_steps=options.tune_steps, force=True,
     )  # fmt: skip
     if not ids.exists():
         started = time.monotonic()

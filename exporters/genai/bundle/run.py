@@ -34,6 +34,7 @@ except ImportError as e:  # pragma: no cover - the message is the point
 
 HERE = Path(__file__).resolve().parent
 SPIN = 1000  # microseconds; longer than the gap between two tokens, shorter than anything a user does
+LOGITS_FROM = "logits_from"  # an input with a value: the first position that logits are computed of
 CHUNK = 128  # tokens of the prompt run at once: bounds the logits at CHUNK * V floats
 CGROUP = Path("/sys/fs/cgroup")
 SAFE_JINJA = (3, 1, 6)  # templates come with models; older sandboxes have known escapes
@@ -77,19 +78,25 @@ class Decoder:
                 self.binding.bind_ortvalue_output(decoder["outputs"][f"present_{kind}_names"] % layer, cache)
                 self._caches.append(cache)
         self._mask = np.ones((1, self.capacity), np.int64)
+        known = [i.name for i in self.session.get_overridable_initializers()]
+        self._from = np.zeros(1, np.int64) if LOGITS_FROM in known else None
         self._vocab = next(o for o in self.session.get_outputs() if o.name == self.logits_name).shape[-1]
         self._ids = self._positions = np.empty((1, 0), np.int64)
         self._logits = np.empty((1, 0, self._vocab), np.float32)
         self.length = 0
 
-    def forward(self, ids: Sequence[int]) -> np.ndarray:
-        """Append `ids` to the cache; float32 logits `[T, V]`, valid until the next call. At most `capacity` in all."""
+    def forward(self, ids: Sequence[int], last: int | None = None) -> np.ndarray:
+        """Append `ids` to the cache; float32 logits `[T, V]`, valid until the next call. At most `capacity` in all.
+
+        last: of so many tokens, where the graph can leave out the others'.
+        """
         count = len(ids)
+        rows = count if last is None or self._from is None else last
         total = self.length + count
         if total > self.capacity:
             raise ValueError(f"{total} tokens do not fit a cache of {self.capacity}")
-        if self._ids.shape[1] != count:
-            self._reserve(count)
+        if (self._ids.shape[1], self._logits.shape[1]) != (count, rows):
+            self._reserve(count, rows)
         self._ids[0] = ids
         self._positions[0] = range(self.length, total)
         self._bind(self.mask_name, self._mask[:, :total])
@@ -98,11 +105,14 @@ class Decoder:
         out: np.ndarray = self._logits[0]
         return out
 
-    def _reserve(self, count: int) -> None:
+    def _reserve(self, count: int, rows: int) -> None:
         """Buffers for `count` tokens at once, bound until another count comes: a step rewrites what they hold."""
+        if self._from is not None:
+            self._from[0] = count - rows
+            self._bind(LOGITS_FROM, self._from)
         self._ids = np.empty((1, count), np.int64)
         self._positions = np.empty((1, count), np.int64)
-        self._logits = np.empty((1, count, self._vocab), np.float32)
+        self._logits = np.empty((1, rows, self._vocab), np.float32)
         self._bind(self.ids_name, self._ids)
         if self.positions_name:
             self._bind(self.positions_name, self._positions)
@@ -115,7 +125,7 @@ class Decoder:
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Run a whole prompt; logits `[V]` after its last token."""
         for start in range(0, len(ids), CHUNK):
-            logits = self.forward(ids[start : start + CHUNK])
+            logits = self.forward(ids[start : start + CHUNK], last=1)
         last: np.ndarray = logits[-1]
         return last
 

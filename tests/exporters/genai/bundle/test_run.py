@@ -234,13 +234,17 @@ def test_generation_ends_with_the_context(folder: Path) -> None:
 def test_a_prompt_in_chunks_is_the_same_prompt(folder: Path) -> None:
     """Chunks, single tokens and the whole at once: one sequence, so the same logits."""
     ids = [(7 * i * i + 3) % 4096 for i in range(2 * run.CHUNK // 2 + 40)]
-    whole = run.Decoder(folder, capacity=200).forward(ids)[-1].copy()
+    every = run.Decoder(folder, capacity=200).forward(ids).copy()
+    some = run.Decoder(folder, capacity=200).forward(ids, last=3)
+    assert every.shape == (len(ids), 4096) and some.shape == (3, 4096)  # the graph leaves out the others
+    whole = every[-1]
     chunked = run.Decoder(folder, capacity=200).prefill(ids)
     single = run.Decoder(folder, capacity=200)
     for token in ids:
         last = single.forward([token])[-1]
     scale = float(np.abs(whole).max())
     assert len(ids) > run.CHUNK
+    assert float(np.abs(some - every[-3:]).max()) < 1e-5 * scale
     assert float(np.abs(chunked - whole).max()) < 1e-5 * scale
     assert float(np.abs(last - whole).max()) < 1e-5 * scale
 
