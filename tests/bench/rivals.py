@@ -55,7 +55,14 @@ from methods import Method  # noqa: E402
 from metrics import conversations  # noqa: E402
 from metrics.judge import Question, judge  # noqa: E402
 from metrics.perplexity import PUBLISHED, perplexity  # noqa: E402
-from pool import RunFailed, environment, in_own_process, log, run_child, run_pinned  # noqa: E402
+from pool import (  # noqa: E402
+    RunFailed,
+    environment,
+    in_own_process,
+    log,
+    run_child,
+    run_pinned,
+)
 
 Row = dict[str, Any]
 

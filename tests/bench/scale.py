@@ -307,7 +307,7 @@ def awq_child(asked: dict[str, Any]) -> None:
         torch.cuda.set_device(rank)
         torch.zeros(1, device="cuda")  # the driver's start is not the quantizer's
     clock = _Clock(asked["device"])
-    for name in ("prepare", "_smooth", "_round_groups"):
+    for name in ("prepare", "_scales_ahead", "_smooth", "_round_groups", "exchanged"):
         setattr(awq_block, name, clock.timed(getattr(awq_block, name), f"(of searching) {name.strip('_')}"))
 
     class Told(Tell):

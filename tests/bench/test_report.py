@@ -1,5 +1,6 @@
 """The rivals' table: which rival a target is about, means over common seeds; and the measures under it."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import methods  # noqa: E402
 import report  # noqa: E402
-from metrics import perplexity  # noqa: E402
+from metrics import conversations, perplexity  # noqa: E402
 
 BASE = {"judged": {"texts": {"wiki": {"nll": [2.0, 3.0], "kl": []}}}, "settings": {"first": 200, "windows": 2}}
 
@@ -83,3 +84,46 @@ def test_the_last_effort_counts_and_extra_rows_follow_the_offered() -> None:
     found = methods.ours(["long=--effort best --group-size 64"], "  --effort [fast|balanced|best]  How")
     assert [m.name for m in found] == ["ours-fast", "ours-balanced", "ours-best", "long"]
     assert methods.effort_of(found[-1].args) == "best" and methods.effort_of(("--sym",)) == "balanced"
+
+
+@pytest.mark.parametrize("pad", [None, "<|im_start|>"])
+def test_conversations_need_no_padding_token(
+    pad: str | None, build_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = build_model("Llama", vocab_size=4098)
+    encode = AutoTokenizer.from_pretrained(model)
+    questions, out = tmp_path / "questions.jsonl", tmp_path / "conversations.json"
+    asked = ["Question: PET ANT\n", "Question: how do you floss?\n", "Question: PET ANT\n", "Question: why\n"]
+    questions.write_text("".join(json.dumps({"query": text}) + "\n" for text in asked))
+    assert not conversations.write(model, questions, 3, "cpu", out) and not out.exists()  # no template
+    encode.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    encode.pad_token = pad
+    encode.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encode.save_pretrained(model)
+    monkeypatch.setattr(conversations, "MOST_NEW", 6)
+    assert conversations.write(model, questions, 3, "cpu", out)
+    said = json.loads(out.read_text())
+    prompts = [encode.decode(row["ids"][: row["answer"]]) for row in said]
+    assert [p.count("<|im_end|>") for p in prompts] == [1, 1, 1] and "floss" in prompts[1] and "why" in prompts[2]
+    end = encode.convert_tokens_to_ids("<|im_end|>")
+    answers = [row["ids"][row["answer"] :] for row in said]
+    assert all(1 <= len(answer) <= 6 and end not in answer[:-1] for answer in answers)
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    assert conversations.divergence(lm, lm, out) == [0.0, 0.0, 0.0]
+
+
+def test_a_row_padded_on_the_left_is_answered_as_alone(build_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest tokens: a nearly hard choice, which the padding and its mask must not change."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(build_model("Llama"))
+    lm.get_output_embeddings().weight.data.mul_(1000)
+    monkeypatch.setattr(conversations, "MOST_NEW", 4)
+    short, long = [5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2]
+    together = conversations.answered(lm, [short, long], 1)
+    assert together == conversations.answered(lm, [short], 1) + conversations.answered(lm, [long], 1)

@@ -17,15 +17,19 @@ TOGETHER = 50
 
 
 def write(model: Path, questions: Path, count: int, device: str, out: Path) -> bool:
-    """Let the model answer the first `count` different questions; False, and no file, where it has no chat template.
+    """Let the model answer the first `count` different questions; False, and no file, where it has no chat template
+    whose turns end with a token of their own (`compress.turns`).
 
     out: .json, a list of {"ids": [...], "answer": where the answer begins}.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    encode = AutoTokenizer.from_pretrained(model, padding_side="left")
-    if not encode.chat_template:
+    from compress.turns import turns_of
+
+    encode = AutoTokenizer.from_pretrained(model)
+    turns = turns_of(encode)
+    if turns is None:
         return False
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
     rows = [json.loads(line)["query"] for line in questions.read_text(encoding="utf-8").splitlines()]
@@ -34,31 +38,35 @@ def write(model: Path, questions: Path, count: int, device: str, out: Path) -> b
         encode.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         for text in asked
     ]
+    ids = [encode(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     torch.manual_seed(0)
     said: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), TOGETHER):
-        said += answered(lm, encode, prompts[start : start + TOGETHER])
+    for start in range(0, len(ids), TOGETHER):
+        said += answered(lm, ids[start : start + TOGETHER], turns.end)
     temporary = out.with_name(out.name + ".part")
     temporary.write_text(json.dumps(said) + "\n")
     temporary.replace(out)
     return True
 
 
-def answered(lm: Any, encode: Any, prompts: list[str]) -> list[dict[str, Any]]:
-    """The conversations of these prompts, each ending with the token that ends a turn or after `MOST_NEW`."""
-    padded = encode(prompts, add_special_tokens=False, return_tensors="pt", padding=True).to(lm.device)
-    pad = encode.pad_token_id
+def answered(lm: Any, prompts: list[list[int]], end: int) -> list[dict[str, Any]]:
+    """The conversations of these prompts, each up to the token `end` of its answer, or with `MOST_NEW` of it.
+
+    Rows are padded on the left here, with `end` and a mask: many tokenizers have no padding token.
+    """
+    import torch
+
+    width = max(len(ids) for ids in prompts)
+    ids_BT = torch.tensor([[end] * (width - len(ids)) + ids for ids in prompts], device=lm.device)
+    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=lm.device)
     made_BT = lm.generate(
-        **padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MOST_NEW, pad_token_id=pad
-    )
+        input_ids=ids_BT, attention_mask=mask_BT, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        max_new_tokens=MOST_NEW, pad_token_id=end, eos_token_id=end,
+    )  # fmt: skip
     out = []
-    width = padded["input_ids"].shape[1]
-    for ids_T, mask_T in zip(made_BT.tolist(), padded["attention_mask"].tolist(), strict=True):
-        before = [token for token, kept in zip(ids_T[:width], mask_T, strict=True) if kept]
-        answer = ids_T[width:]
-        if encode.eos_token_id in answer:
-            answer = answer[: answer.index(encode.eos_token_id) + 1]
-        out.append({"ids": before + answer, "answer": len(before)})
+    for ids, row in zip(prompts, made_BT[:, width:].tolist(), strict=True):
+        answer = row[: row.index(end) + 1] if end in row else row
+        out.append({"ids": ids + answer, "answer": len(ids)})
     return out
 
 
