@@ -14,7 +14,7 @@ artifact quantizes are quantized in the graph by the same rule. What weights alo
     int8      one int8 number, as llama.cpp does it: fastest, and about 1e-2 away
 
 The option `head` is for the last two: `int8` stores the output matrix in 8 bits (`exporters.genai.head`), `float` as
-the artifact has it. Default: 8 bits, whose error is far below that of the other weights (docs/benchmarks.md).
+the artifact has it. Default: 8 bits, whose error is far below that of the other weights (docs/benchmarks-speed.md).
 """
 
 from __future__ import annotations
