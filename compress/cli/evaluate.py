@@ -105,7 +105,7 @@ def command(
     device = pick_device(device)
     named = resolve(candidate, accept=is_candidate)
     source = judged_as(named)
-    original = original_of(source, reference)
+    original = original_of(source, reference, found=candidate is None)
     data = text_for(original, data)
     _refuse_places(places, made, {"the candidate": source.path, "the reference": original})
     if not as_json:
@@ -209,14 +209,15 @@ def text_for(original: Path, data: str | None) -> str:
     return data or str(calibration_data.default_evaluation())
 
 
-def original_of(source: Source, reference: str | None) -> Path:
+def original_of(source: Source, reference: str | None, *, found: bool = False) -> Path:
+    """What a candidate is judged against. found: nobody named the candidate."""
     from compress.artifact import parent_path, read_manifest
     from compress.workspace import resolve
 
     if reference is not None:
         return resolve(reference).path
     manifest = read_manifest(source.path)
-    if manifest is None and source.is_reference:
+    if manifest is None and found and source.is_reference:
         raise ConfigError(
             "nothing made in ./artifacts can be judged; make something, as with `compress awq --bits 4`, or name a "
             "folder"
