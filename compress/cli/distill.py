@@ -108,8 +108,8 @@ def command(
     """Train a student to predict what its teacher predicts.
 
     The result is an ordinary Hugging Face folder with a manifest. SIGTERM or Ctrl-C writes a checkpoint; the same
-    command goes on from there and ends with the same bytes (on a CPU, in one process or two). Several processes:
-    torchrun --nproc-per-node N -m compress distill ...
+    command goes on from there and ends with the same bytes (on a CPU). Several processes: torchrun --nproc-per-node N
+    -m compress distill ...
     """
     started = time.monotonic()
     from compress import output

@@ -213,7 +213,7 @@ def shared_precision(options: EngineOptions) -> Any:
 def _accelerator(kind: str, options: EngineOptions, block_class: str, micro_batch: int, accumulation: int) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+    from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process
     extra: dict[str, Any] = {}
@@ -236,7 +236,11 @@ def _accelerator(kind: str, options: EngineOptions, block_class: str, micro_batc
                 "zero_allow_untested_optimizer": True,
             }
         )
-    return Accelerator(cpu=options.device == "cpu", mixed_precision="no", **extra)
+    accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision="no", **extra)
+    if kind == "fsdp" and options.device == "cpu":  # where accelerate takes no notice of its plugin, and makes copies
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = extra["fsdp_plugin"]
+    return accelerator
 
 
 def _gathered(module: nn.Module) -> dict[str, Tensor]:

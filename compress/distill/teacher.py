@@ -69,4 +69,7 @@ def shard(loaded: LoadedModel) -> None:
     for block in loaded.blocks:
         fully_shard(block)
     inside = {p for block in loaded.blocks for p in block.parameters()}
+    kind = type(loaded.base)
     fully_shard(loaded.base, ignored_params={p for p in loaded.base.parameters() if p not in inside})
+    # it made a class of its own of it, and transformers knows by its class which hidden states a model can give
+    loaded.base.__class__ = kind

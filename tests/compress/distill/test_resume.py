@@ -36,9 +36,10 @@ def killed(asked: dict[str, Any]) -> list[list[list[int]]]:
         (1, {"isolate": True, "ce": 0.1, "hidden": 0.1, "on_policy": 0.25}),
         (2, {"engine": "ddp", "compress_gradients": 2}),
         (2, {"engine": "ddp", "compress_gradients": "bf16"}),
-        (2, {"engine": "fsdp"}),
+        (2, {"engine": "fsdp", "ce": 0.1, "hidden": 0.1, "on_policy": 0.25}),
+        (4, {"engine": "fsdp"}),
     ],
-    ids=["one process", "two, PowerSGD", "two, bfloat16 gradients", "two, FSDP2"],
+    ids=["one process", "two, PowerSGD", "two, bfloat16 gradients", "two, FSDP2", "four, FSDP2"],
 )
 def test_killed_and_resumed(
     tmp_path: Path, pair: tuple[Path, Path], prose: Callable[..., Path], processes: int, more: dict[str, Any]

@@ -33,11 +33,14 @@ def some_rows() -> Batch:
 
 def test_a_shared_teacher_is_given_back_and_says_the_same(pair: tuple[Path, Path], alone: None) -> None:
     batch = some_rows()
-    expected = LiveTeacher(models.load(pair[0], dtype=torch.float32)).hidden(batch)
+    whole = LiveTeacher(models.load(pair[0], dtype=torch.float32), states=(1, 3))
+    expected, states = whole.hidden(batch), whole.lesson(batch).states
     loaded = models.load(pair[0], dtype=torch.float32)
     teacher.shard(loaded)
     for _ in range(2):
         assert torch.equal(LiveTeacher(loaded).hidden(batch), expected)
+        found = LiveTeacher(loaded, states=(1, 3)).lesson(batch).states
+        assert all(torch.equal(a, b) for a, b in zip(found, states, strict=True))
         assert all(isinstance(p, DTensor) for block in loaded.blocks for p in block.parameters())
     head = models.head_of(loaded).weight_VH
     assert not isinstance(head, DTensor) and head.shape == (4096, 32)
