@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -46,8 +47,17 @@ def run(asked: dict[str, Any], out: str, kill: int | None) -> None:
     distill(request, heard=heard)
 
 
-def launch(asked: dict[str, Any], out: str, kill: int | None, port: int) -> list[int]:
+def free_port() -> int:
+    """A port that nobody listens on: other tests meet at ports of their own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def launch(asked: dict[str, Any], out: str, kill: int | None) -> list[int]:
     """Exit codes of the processes, negative for signals."""
+    port = free_port()
     children = []
     for rank in range(asked["processes"]):
         child = os.fork()
@@ -75,11 +85,10 @@ def main() -> None:
         (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.AutoTokenizer)
     )  # imports
     codes = []
-    for number, (out, kills) in enumerate(zip(asked["outs"], asked["kills"], strict=True)):
+    for out, kills in zip(asked["outs"], asked["kills"], strict=True):
         found = []
-        for turn, kill in enumerate([*kills, None]):
-            port = 29_700 + os.getpid() % 200 + 10 * number + turn
-            found.append(launch(asked, out, kill, port))
+        for kill in [*kills, None]:
+            found.append(launch(asked, out, kill))
         codes.append(found)
     print(json.dumps(codes))
 
