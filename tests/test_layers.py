@@ -23,6 +23,7 @@ ROOMS = """
     plan
     kv_cache
     quantized
+    learned
     activations
     siblings
     tell

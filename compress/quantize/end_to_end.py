@@ -6,10 +6,10 @@ EfficientQAT's second phase (Chen et al., arXiv:2407.11062) does with the loss o
 one factor a group of weights and one a norm channel is learned, of which there are a hundredth of the weights: little
 enough for little text not to be learned by heart. Rows held out decide whether the result is kept.
 
-    weight = (code - zero_point) * stored(scale * exp(l))          norm = stored((start + offset) * exp(l) - offset)
-    dl = sum over the group of dW * weight                         offset: 1 for norms that compute 1 + w, else 0
+    norm = stored((start + offset) * exp(l) - offset)          offset: 1 for norms that compute 1 + w, else 0
 
-`stored` is what the file's 16 bits hold, and the gradient passes it unchanged. So what is judged is what is written.
+Weights are those of `learned`. `stored` is what the file's 16 bits hold, and the gradient passes it unchanged. So what
+is judged is what is written.
 
 Shapes: N rows, T tokens, H hidden size, P tokens of a batch, O out_features, I in_features, G groups along I
 """
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
-from compress import numerics
+from compress import learned, numerics
 from compress.losses import at_once
 from compress.losses.at_once import Weights
 from compress.losses.heads import DenseTeacher, Head
@@ -101,77 +101,33 @@ class Trained:
 # ---- what is learned ------------------------------------------------------------------------------------
 
 
-class _Dequantize(torch.autograd.Function):
-    """The weight `[O, I]` of codes and scales times `exp(log_OG)`; codes that are learned are real numbers, rounded.
-
-    Keeps codes, not weights, for the backward pass, which goes through the rounding unchanged.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, log_OG: Tensor, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme
-    ) -> Tensor:
-        ctx.save_for_backward(log_OG, codes_OI, scale_OG, zero_OG)
-        ctx.scheme = scheme
-        return _weight(log_OG, codes_OI, scale_OG, zero_OG, scheme)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        log_OG, codes_OI, scale_OG, zero_OG = ctx.saved_tensors
-        scheme: Scheme = ctx.scheme
-        weight_OGg = numerics.to_groups(_weight(log_OG, codes_OI, scale_OG, zero_OG, scheme), scheme)
-        grad_OGg = numerics.to_groups(grads[0].float(), scheme)
-        grad_codes = None
-        if ctx.needs_input_grad[1]:
-            inside = (codes_OI > -0.5) & (codes_OI < scheme.max_code + 0.5)
-            grad_codes = (grad_OGg * _held(log_OG, scale_OG).float()[..., None]).flatten(1) * inside
-        return (grad_OGg * weight_OGg).sum(-1), grad_codes, None, None, None
-
-
-def _weight(log_OG: Tensor, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme) -> Tensor:
-    codes_OGg = numerics.to_groups(_whole(codes_OI, scheme), scheme)
-    return numerics.dequantize(codes_OGg, _held(log_OG, scale_OG).float(), zero_OG.float()).flatten(1)
-
-
-def _whole(codes_OI: Tensor, scheme: Scheme) -> Tensor:
-    return codes_OI.round().clamp_(0, scheme.max_code) if codes_OI.is_floating_point() else codes_OI.float()
-
-
-def _held(log_OG: Tensor, scale_OG: Tensor) -> Tensor:
-    """The scales as the file will hold them, in its dtype."""
-    return (scale_OG.float() * log_OG.exp()).clamp(numerics.MIN_SCALE, numerics.MAX_SCALE).to(scale_OG.dtype)
-
-
 class _Scales(nn.Module):
     """Makes a linear's weight of the logarithms of factors, `[O, G]`, which take its place among the parameters; beside
     them stand the codes where those are learned as well."""
 
     def __init__(self, weight: QuantizedWeight, device: torch.device, codes: bool = False) -> None:
         super().__init__()
-        self.scheme, self.codes = weight.scheme, codes
+        self.scheme, self.stored_dtype, self.codes = weight.scheme, weight.scale_OG.dtype, codes
         self.register_buffer("codes_OI", weight.codes_OI.to(device))
-        self.register_buffer("scale_OG", weight.scale_OG.to(device))
-        self.register_buffer("zero_OG", weight.zero_point_OG.to(device))
+        self.register_buffer("scale_OG", weight.scale_OG.to(device).float())
+        self.register_buffer("zero_OG", weight.zero_point_OG.to(device).float())
 
     def forward(self, log_OG: Tensor, latent_OI: Tensor | None = None) -> Tensor:
-        codes_OI, scale_OG, zero_OG = (self.get_buffer(name) for name in ("codes_OI", "scale_OG", "zero_OG"))
-        if latent_OI is not None:
-            codes_OI = latent_OI
-        found: Tensor = _Dequantize.apply(log_OG, codes_OI, scale_OG, zero_OG, self.scheme)  # type: ignore[no-untyped-call]
-        return found
+        return learned.dequantized(*self._parts(log_OG, latent_OI))
 
     def right_inverse(self, weight_OI: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         log_OG = torch.zeros_like(self.get_buffer("scale_OG"), dtype=torch.float32)
         return (log_OG, self.get_buffer("codes_OI").float()) if self.codes else log_OG
 
     def learned(self, log_OG: Tensor, latent_OI: Tensor | None = None) -> QuantizedWeight:
-        codes_OI = self.get_buffer("codes_OI") if latent_OI is None else _whole(latent_OI, self.scheme)
-        return QuantizedWeight(
-            codes_OI=codes_OI.to("cpu", torch.uint8),
-            scale_OG=_held(log_OG, self.get_buffer("scale_OG")).cpu(),
-            zero_point_OG=self.get_buffer("zero_OG").cpu(),
-            scheme=self.scheme,
-        )
+        return learned.as_stored(*self._parts(log_OG, latent_OI))
+
+    def _parts(
+        self, log_OG: Tensor, latent_OI: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Scheme, torch.dtype]:
+        codes_OI, scale_OG, zero_OG = (self.get_buffer(name) for name in ("codes_OI", "scale_OG", "zero_OG"))
+        codes_OI = codes_OI if latent_OI is None else latent_OI
+        return codes_OI, log_OG, scale_OG, zero_OG, self.scheme, self.stored_dtype
 
 
 class _Channels(nn.Module):
