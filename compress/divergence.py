@@ -34,7 +34,7 @@ def divergences(model: StreamedModel, original: Batches, others: Sequence[Batche
                 for k, other in enumerate(others):
                     logits = model.head(other[i].flatten(0, 1)[None, part])[0].float()
                     log_q = logits.mul_(times).log_softmax(-1)
-                    totals[k] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+                    totals[k] += _summed(log_p, log_q)
                 tokens += len(log_p)
     return [total / tokens for total in totals]
 
@@ -49,6 +49,11 @@ def head_divergence(model: StreamedModel, original: Batches, weight_VH: Tensor) 
                 log_p = model.head(part[None])[0].float().log_softmax(-1)
                 with model.head_of(weight_VH):
                     log_q = model.head(part[None])[0].float().log_softmax(-1)
-                total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+                total += _summed(log_p, log_q)
                 tokens += len(part)
     return total / tokens
+
+
+def _summed(log_p: Tensor, log_q: Tensor) -> float:
+    """Divergence of log-probabilities `[tokens, V]`, summed over the tokens."""
+    return float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))

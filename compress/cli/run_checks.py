@@ -190,6 +190,7 @@ def _distill(params: Params, source: Source, folder: Path) -> Foreseen:
     from compress import foreseen
     from compress.cli.distill import request_of, teacher_of
     from compress.cli.start_codes import COMMANDS, is_quantized
+    from compress.devices import available
     from compress.distill import memory, models, prepare
     from compress.distill.data import refuse_endless
     from compress.distill.request import DistillRequest
@@ -231,7 +232,7 @@ def _distill(params: Params, source: Source, folder: Path) -> Foreseen:
         on_gpu=request.device.startswith("cuda"),
     )
     if request.lora is None:
-        memory.require(needs, memory.available(request.device), [("this", needs)])
+        memory.require(needs, available(request.device), [("this", needs)])
     foreseen.same(folder, source.path, "distill")
     return Foreseen(bytes=_weights(source.path), memory=needs.total())
 

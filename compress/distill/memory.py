@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from compress.devices import available as available
 from compress.errors import ConfigError
 from compress.losses import at_once
 from compress.losses.in_blocks import CPU_BLOCK, GPU_BLOCK

@@ -16,6 +16,7 @@ from torch import Tensor
 from compress import distributed, sampling
 from compress.artifact import read_manifest
 from compress.checkpoint import Checkpoint
+from compress.devices import available
 from compress.distill import data, held, memory, models, qad, rows
 from compress.distill.cache import CachedTeacher
 from compress.distill.data import SELF, Mix
@@ -160,7 +161,7 @@ def teacher_dtype(request: DistillRequest, parameters: int) -> str:
     if request.teacher_dtype != "auto":
         return request.teacher_dtype
     size = parameters * DTYPES[request.dtype].itemsize
-    return "w8a16" if size > memory.available(request.device) // 2 else request.dtype
+    return "w8a16" if size > available(request.device) // 2 else request.dtype
 
 
 # ---- text --------------------------------------------------------------------------------------------
@@ -369,4 +370,4 @@ def check_memory(
     lora = replace(needs, trained=whole // 50, frozen=whole)
     may_cache = request.loss == "forward-kl" and not request.hidden and not request.on_policy
     others = memory.ways_out(needs, seq_len=request.seq_len, lora=lora, may_cache=may_cache)
-    memory.require(needs, memory.available(request.device) + loaded, others)
+    memory.require(needs, available(request.device) + loaded, others)

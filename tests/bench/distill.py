@@ -30,7 +30,7 @@ ROOT = BENCH.parents[1]
 sys.path[:0] = [str(ROOT), str(BENCH)]  # `compress` and the files beside this one
 
 import torch  # noqa: E402
-from training import Facts, OutOfTime, Work, judged, release, sampled, texts  # noqa: E402
+from training import Facts, Work, carry_out, judged, release, sampled, texts  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": {  # SmolLM2-135M's config.json
@@ -483,12 +483,7 @@ def main() -> None:
     options = parsed()
     work = Work(options.work.absolute(), options.out, options.deadline)
     verbs = {"memory": memory, "speed": speed, "recover": recover, "qad": qad, "curve": curve}
-    try:
-        verbs[options.what](work, options)
-    except OutOfTime as what:
-        print(f"out of time in: {what}; the same command goes on", flush=True)
-    finally:
-        work.save()
+    carry_out(verbs[options.what], work, options)
     print_table(work)
 
 

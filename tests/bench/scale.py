@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(BENCH)]  # `compress` and the files beside this o
 import distill as one_gpu  # noqa: E402
 import gpu  # noqa: E402
 import torch  # noqa: E402
-from training import Facts, OutOfTime, Work, release, texts  # noqa: E402
+from training import Facts, OutOfTime, Work, carry_out, release, texts  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {**gpu.SHAPES, **one_gpu.SHAPES}
 # Seconds that the others get once one process has failed.
@@ -751,11 +751,8 @@ def main() -> None:
     verbs = {"awq": awq, "distill": distill, "resume": resume, "powersgd": powersgd}
     try:
         with environment(OMP_NUM_THREADS=str(options.threads), NCCL_NVLS_ENABLE="0"):
-            verbs[options.what](work, options)
-    except OutOfTime as what:
-        print(f"out of time in: {what}; the same command goes on", flush=True)
+            carry_out(verbs[options.what], work, options)
     finally:
-        work.save()
         print_table(work)
 
 

@@ -89,6 +89,16 @@ class Work:
         return found
 
 
+def carry_out(verb: Callable[[Work, Any], None], work: Work, options: Any) -> None:
+    """Run a verb of a bench: what the deadline cuts off is said, and what is finished is kept."""
+    try:
+        verb(work, options)
+    except OutOfTime as what:
+        print(f"out of time in: {what}; the same command goes on", flush=True)
+    finally:
+        work.save()
+
+
 # ---- text --------------------------------------------------------------------------------------------
 
 
