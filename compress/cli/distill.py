@@ -75,7 +75,7 @@ class Sent(click.ParamType):  # type: ignore[type-arg]
 @click.option("--watch-every", type=click.IntRange(1), help="Updates between looks [default: a tenth of the run].")
 @click.option("--patience", type=click.IntRange(1), default=3, show_default=True, help="Worse looks that end the run.")
 @click.option("--engine", type=click.Choice(["auto", "ddp", "fsdp", "deepspeed"]), default="auto", show_default=True,
-              help="Of several processes (torchrun): copies, shares (FSDP2), or shares by DeepSpeed ZeRO-3.")  # fmt: skip
+              help="Of several processes (torchrun): copies, shares (FSDP2), or DeepSpeed ZeRO-3.")  # fmt: skip
 @click.option("--compress-gradients", type=Sent(), metavar="RANK|bf16",
               help="Between processes (ddp): PowerSGD of this rank, or half of the bits.")  # fmt: skip
 @click.option(

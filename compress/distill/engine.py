@@ -89,7 +89,7 @@ class Engine:
         self.module = module
         self.optimizer = optimizer
         self.device = device
-        self._accelerator = None if kind == "deepspeed" else through
+        self._accelerator: Any = None if kind == "deepspeed" else through
         self._zero: Zero | None = through if kind == "deepspeed" else None
         self._named: list[tuple[str, nn.Parameter]] = []
 
@@ -173,7 +173,7 @@ class Engine:
         return whole
 
     def update(self, norm: float) -> float:
-        """norm: what `clip` found. Returns the gradients' norm; where it is not finite, DeepSpeed has changed nothing."""
+        """norm: what `clip` found. Returns the gradients' norm; where that is not finite, DeepSpeed changes nothing."""
         if self._zero is not None:
             return self._zero.update()
         self.optimizer.step()
