@@ -10,6 +10,7 @@ to a block in the right order. What each effort does, and why, is in METHODS.md:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -43,6 +44,9 @@ STORE_DTYPE = torch.float16
 EFFORTS = ("fast", "balanced", "best")
 # Rows that a scale is tried on with error feedback.
 CONFIRM_ROWS = 256
+# Internal, and unset unless variants are compared: error feedback on the original model's inputs in effort `fast`, with
+# the scales that it has without (`scaled`), with those that profit from feedback (`confirmed`), with none (`plain`).
+FAST = os.environ.get("COMPRESS_FAST", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +66,22 @@ class AwqOptions:
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
             raise ConfigError(f"effort {self.effort!r} is not one of {', '.join(EFFORTS)}; choose one of these")
+        if FAST not in ("", "scaled", "confirmed", "plain"):
+            raise ConfigError(f"COMPRESS_FAST={FAST!r} is not one of scaled, confirmed, plain; choose one of these")
 
     @property
     def feedback(self) -> bool:
-        return self.effort != "fast"
+        return self.effort != "fast" or FAST != ""
+
+    @property
+    def confirms_with_feedback(self) -> bool:
+        """Whether a scale is weighed against none by what error feedback loses, and not by the true forward."""
+        return self.effort != "fast" or FAST == "confirmed"
 
     @property
     def paths(self) -> int:
         """How many paths of hidden states the method must be given; see `blocks.stream`."""
-        return 2 if self.feedback else 1
+        return 1 if self.effort == "fast" else 2
 
 
 def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> BlockResult:
@@ -200,7 +211,7 @@ def _smooth(
         report["note"] = "no scale beat the identity"
         return report, now_I, current
     if not found.preferred:
-        said = "the true forward" if not options.feedback else "error feedback"
+        said = "error feedback" if options.confirms_with_feedback else "the true forward"
         report["note"] = f"{said} preferred the identity to the scale found"
         return report, now_I, current
     folded, after = fold_proven(loaded, group, found.s_I, row_scale, current, STORE_DTYPE)
@@ -228,7 +239,8 @@ def _search(
     )
     if choice.ratio == 0 and not choice.duo:
         preferred = False
-    elif inputs is not None:
+    elif options.confirms_with_feedback:
+        assert inputs is not None
         preferred = _feedback_prefers(weights, statistics.gram_II, inputs, choice.s_I, options.scheme)
     else:
         preferred = _forward_prefers(loaded, modules, weights, choice.s_I, options.scheme)
@@ -247,7 +259,7 @@ def _scales_ahead(
     Only where no search depends on what is folded before it, so that each finds what it would find in its turn: none of
     a group's layers is divided by an earlier group's scale, and none is lifted. Fills `prepared` of this process's own.
     """
-    if not distributed.running() or not options.feedback or not options.smooth:
+    if not distributed.running() or not options.confirms_with_feedback or not options.smooth:
         return {}
     layers = linears(loaded.module)
     owners = {run.group: run.owner for run in reversed(runs)}

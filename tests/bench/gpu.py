@@ -1,6 +1,7 @@
 """How long does one GPU take from a model on disk to a verified artifact on disk, with how much memory?
 
     python tests/bench/gpu.py [--stage awq|int8|prune] [--shape llama-3-8b] [--blocks N] [--effort fast balanced]
+        [--inside | --profile]
 
 Makes a Llama of random weights in the shape of a real one (16-bit, sharded at 5 GB, full vocabulary), drops it from the
 page cache, and runs the stage on it in a process of its own with 128 x 512 random token ids. Prints seconds by
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -283,6 +284,7 @@ def child(arguments: argparse.Namespace) -> None:
         for name in parts:
             if hasattr(module, name):
                 setattr(module, name, _timed(getattr(module, name), name, parts))
+    inside = _timed_inside(arguments.device) if arguments.inside else {}
 
     def work() -> Any:
         if arguments.stage == "int8":
@@ -303,6 +305,7 @@ def child(arguments: argparse.Namespace) -> None:
         "import_seconds": imports,
         "stages": stages,
         "assembly": {name: seconds for name, seconds in parts.items() if seconds},
+        "inside": inside,
         "blocks": blocks,
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "verified": outcome.verified,
@@ -314,15 +317,47 @@ def child(arguments: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
-def _timed(work: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
+def _timed(
+    work: Callable[..., Any], name: str, seconds: dict[str, float], settle: Callable[[], None] = lambda: None
+) -> Callable[..., Any]:
     def timed(*args: Any, **kwargs: Any) -> Any:
+        settle()
         started = time.perf_counter()
         try:
             return work(*args, **kwargs)
         finally:
-            seconds[name] += time.perf_counter() - started
+            settle()
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
     return timed
+
+
+def _timed_inside(device: str) -> dict[str, float]:
+    """Seconds, as they come, of what the main thread does with a block; the GPU is waited for around each of them.
+
+    `searching` holds all from `_prepared` on; `_round` holds `retarget` and `_round_with_feedback`, which holds
+    `refit_scales`.
+    """
+    from compress import background, blocks, model
+    from compress.quantize import awq, awq_block
+
+    seconds: dict[str, float] = {}
+    settle = torch.cuda.synchronize if device == "cuda" else lambda: None
+    places: list[tuple[Any, Sequence[str]]] = [
+        (model.StreamedModel, ("load_block", "release_block", "prefetch_block")),
+        (blocks._Walk, ("_collect",)),
+        (blocks, ("_advance", "install", "return_freed_memory", "_check_finite")),
+        (background.BackgroundStore, ("wait",)),
+        (awq, ("search_scale",)),
+        (awq_block, (
+            "refuse_drowning", "_prepared", "_forward_prefers", "_feedback_prefers", "_lift", "fold_proven", "_round",
+            "retarget", "_round_with_feedback", "refit_scales", "_round_plainly", "_packed", "dense_tensors", "_tuned",
+        )),
+    ]  # fmt: skip
+    for owner, names in places:
+        for name in names:
+            setattr(owner, name, _timed(getattr(owner, name), name, seconds, settle))
+    return seconds
 
 
 def _profiled(work: Callable[[], Any]) -> Any:
@@ -357,6 +392,7 @@ def measure(arguments: argparse.Namespace, model: Path, text: Path, out: Path, e
     ]
     command += ["--effort", effort] if effort else []
     command += ["--profile"] if arguments.profile else []
+    command += ["--inside"] if arguments.inside else []
     command += ["--tf32"] if arguments.tf32 else []
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         printed, _ = process.communicate()
@@ -379,6 +415,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the model and the artifact are made [a temporary folder]")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true", help="print operators by time (slower)")
+    parser.add_argument("--inside", action="store_true", help="print what takes the time of a block (slower)")
     parser.add_argument(
         "--tf32", action="store_true", help="let every float32 matrix product be TF32: what would it save?"
     )
@@ -443,6 +480,9 @@ def show(report: dict[str, Any]) -> None:
         for stage, seconds in run["stages"].items():
             print(f"  {stage:<45} {seconds:8.2f} s")
         print("  of these: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in run["assembly"].items()))
+        if run["inside"]:
+            said = sorted(run["inside"].items(), key=lambda one: -one[1])
+            print("  inside: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in said))
         steady = sorted(run["blocks"][1:]) or run["blocks"]
         each = steady[len(steady) // 2]
         print(f"  a block: first {run['blocks'][0]:.2f} s, median of the rest {each:.2f} s")
