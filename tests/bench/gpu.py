@@ -350,8 +350,8 @@ def _timed_inside(device: str) -> dict[str, float]:
         (background.BackgroundStore, ("wait",)),
         (awq, ("search_scale",)),
         (awq_block, (
-            "refuse_drowning", "_prepared", "_forward_prefers", "_feedback_prefers", "_lift", "fold_proven", "_round",
-            "retarget", "_round_with_feedback", "refit_scales", "_round_plainly", "_packed", "dense_tensors", "_tuned",
+            "refuse_drowning", "_prepared", "_feedback_prefers", "_lift", "fold_proven", "_round",
+            "retarget", "_round_with_feedback", "refit_scales", "_packed", "dense_tensors", "_tuned",
         )),
     ]  # fmt: skip
     for owner, names in places:
