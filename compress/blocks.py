@@ -41,8 +41,8 @@ GPU_BATCH_TOKENS = 8192
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 # Tokens that the folds are looked for with; enough for attention to mix.
 PROBE_TOKENS = 16
-# Tokens of the true forwards that prove a fold: a share of the calibration set, within these bounds. There are several
-# a block, so they must stay cheap beside the passes over the whole set.
+# Tokens of the true forwards that confirm a choice: a share of the calibration set, within these bounds. Each choice
+# costs three of them, so they must stay cheap beside the passes over the whole set.
 CHECK_TOKENS = (512, 2048)
 CHECK_SHARE = 64
 

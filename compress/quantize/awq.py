@@ -6,8 +6,8 @@ most finely. The paper searches s = importance**r by running the layer for each 
 read off the Gram matrix G of the inputs, `tr(D G D^T)` with `D = Q(W s) / s - W`: the same quantity for a linear,
 with no forward pass and no stored activations.
 
-This is the loss of rounding to nearest; the caller therefore weighs the chosen scale against the identity by what error
-feedback loses with each.
+The paper's own loss is the error of the *parent's* output (attention, MLP); the caller therefore confirms the chosen
+scale against the identity with one true forward, or by what error feedback loses with each.
 
 Shapes: O out_features, I in_features, G groups along I, g group size
 """

@@ -3,8 +3,8 @@
 The algorithms are in files of their own (`awq`, `retarget`, `feedback`, `refit`, `tune`); this file only applies them
 to a block in the right order. What each effort does, and why, is in METHODS.md:
 
-    fast      AWQ scales where error feedback profits; rounded with error feedback; scales refitted
-    balanced  the same, each layer retargeted first: it makes up for what those before it lose
+    fast      AWQ scales; rounded with error feedback; scales refitted
+    balanced  AWQ scales where error feedback profits; retargeted; rounded with error feedback; scales refitted
     best      the same, then codes, scales and norms tuned on the block's output
 """
 
@@ -22,7 +22,7 @@ from compress import distributed, numerics
 from compress.block import BlockResult, LoadedBlock
 from compress.errors import ConfigError
 from compress.groups import Group
-from compress.linear import is_linear, linears, parameter, weight_OI
+from compress.linear import is_linear, linears, parameter, set_weight_OI, weight_OI
 from compress.plan import LayerPlan
 from compress.quantize import awq
 from compress.quantize.damage import refuse_damage, refuse_drowning, relative_error
@@ -61,6 +61,11 @@ class AwqOptions:
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
             raise ConfigError(f"effort {self.effort!r} is not one of {', '.join(EFFORTS)}; choose one of these")
+
+    @property
+    def confirms_with_feedback(self) -> bool:
+        """Whether a scale is weighed against none by what error feedback loses, and not by the true forward."""
+        return self.effort != "fast"
 
     @property
     def paths(self) -> int:
@@ -195,7 +200,8 @@ def _smooth(
         report["note"] = "no scale beat the identity"
         return report, now_I, current
     if not found.preferred:
-        report["note"] = "error feedback preferred the identity to the scale found"
+        said = "error feedback" if options.confirms_with_feedback else "the true forward"
+        report["note"] = f"{said} preferred the identity to the scale found"
         return report, now_I, current
     folded, after = fold_proven(loaded, group, found.s_I, row_scale, current, STORE_DTYPE)
     if folded is None:
@@ -215,15 +221,18 @@ def _search(
 ) -> Scaled:
     """The scale found for a group, and whether it is preferred to none."""
     assert group.fold is not None
-    weights = [weight_OI(m).float() for m in modules]
+    # A copy: the true forwards below overwrite the live weights, and `.float()` of float32 is no copy.
+    weights = [weight_OI(m).float().clone() for m in modules]
     choice = awq.search_scale(
         weights, statistics.gram_II, statistics.magnitude_I, options.scheme, group.fold.channels_share()
     )
     if choice.ratio == 0 and not choice.duo:
         preferred = False
-    else:
+    elif options.confirms_with_feedback:
         assert inputs is not None
         preferred = _feedback_prefers(weights, statistics.gram_II, inputs, choice.s_I, options.scheme)
+    else:
+        preferred = _forward_prefers(loaded, modules, weights, choice.s_I, options.scheme)
     return Scaled(s_I=choice.s_I, ratio=choice.ratio, duo=choice.duo, preferred=preferred)
 
 
@@ -239,7 +248,7 @@ def _scales_ahead(
     Only where no search depends on what is folded before it, so that each finds what it would find in its turn: none of
     a group's layers is divided by an earlier group's scale, and none is lifted. Fills `prepared` of this process's own.
     """
-    if not distributed.running() or not options.smooth:
+    if not distributed.running() or not options.confirms_with_feedback or not options.smooth:
         return {}
     layers = linears(loaded.module)
     owners = {run.group: run.owner for run in reversed(runs)}
@@ -297,6 +306,23 @@ def _lift(
         return None, current
     lift_I = torch.full((group.in_features,), lift, device=current.device)
     return fold_proven(loaded, group, lift_I, row_scale, current, STORE_DTYPE)
+
+
+def _forward_prefers(
+    loaded: LoadedBlock, modules: Sequence[nn.Module], weights: Sequence[Tensor], s_I: Tensor, scheme: Scheme
+) -> bool:
+    """Whether the block's output, with these layers rounded to nearest, is nearer its own with the scale than without.
+
+    The paper's own criterion is the error of the parent's output; this is that of the block, for two candidates.
+    """
+    errors = []
+    for s in (s_I, torch.ones_like(s_I)):
+        for module, w_OI in zip(modules, weights, strict=True):
+            set_weight_OI(module, numerics.round_to_nearest(w_OI * s, scheme) / s)
+        errors.append(numerics.mean_of((loaded.run() - loaded.check_output).square()))
+    for module, w_OI in zip(modules, weights, strict=True):
+        set_weight_OI(module, w_OI)
+    return errors[0] < errors[1]
 
 
 def _feedback_prefers(
