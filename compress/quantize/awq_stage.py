@@ -21,6 +21,7 @@ from compress.plan import KvScheme, LayerPlan, LayerScheme
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block
 from compress.quantize.damage import damaged
 from compress.quantize.end_to_end_stage import Asked, refine, require_room
+from compress.quantize.feedback import warm
 from compress.quantize.stored import stored_config, to_stored
 from compress.quantize.tune import TuneOptions
 from compress.request import CalibratedRequest, recorded_options
@@ -113,6 +114,7 @@ def awq_stage(request: AwqRequest) -> Stage:
         config=partial(stored_config, STORE_DTYPE),
         refine=partial(refine, asked_of(request)) if request.end_to_end else None,
         record=record_of,
+        warm=partial(warm, request.scheme),
     )
 
 
