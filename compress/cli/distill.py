@@ -75,14 +75,15 @@ class Sent(click.ParamType):  # type: ignore[type-arg]
 @click.option("--watch-every", type=click.IntRange(1), help="Updates between looks [default: a tenth of the run].")
 @click.option("--patience", type=click.IntRange(1), default=3, show_default=True, help="Worse looks that end the run.")
 @click.option("--engine", type=click.Choice(["auto", "ddp", "fsdp", "deepspeed"]), default="auto", show_default=True,
-              help="Of several processes (torchrun): copies, shares (FSDP2), or DeepSpeed ZeRO-3, whose runs begin "
-              "again when killed.")  # fmt: skip
+              help="Of several processes (torchrun): copies, shares (FSDP2), or DeepSpeed ZeRO-3.")  # fmt: skip
 @click.option("--compress-gradients", type=Sent(), metavar="RANK|bf16",
               help="Between processes (ddp): PowerSGD of this rank, or half of the bits.")  # fmt: skip
 @click.option(
     "--checkpointing", is_flag=True, help="Recompute blocks in the backward pass: less memory, a third slower."
 )
-@click.option("--compile/--no-compile", default=None, help="Compile blocks and losses [default: on a GPU].")
+@click.option(
+    "--compile/--no-compile", default=None, help="Compile blocks (not deepspeed's) and losses [default: on a GPU]."
+)
 @click.option("--checkpoint-minutes", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
               help="Minutes from one checkpoint to the next.")  # fmt: skip
 @click.option("--checkpoint-steps", type=click.IntRange(0), default=0, help="And every so many updates.")

@@ -1,14 +1,15 @@
 """Who computes: one process, copies of the student that average gradients (DDP), or shares of it (FSDP2, ZeRO-3).
 
 Hugging Face `accelerate` places, wraps and synchronises; what decides a number (dtype policy, reduction, clipping, what
-a checkpoint holds) is said here. Sums over processes that go into a log are taken in one place, `agree`.
+a checkpoint holds) is said here. Sums over processes that go into a log are taken in one place, `mean`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from compress import distributed
+from compress.distill import checkpoint
+from compress.distill.zero import Zero, settings
 from compress.errors import ConfigError, UnsupportedError
 
 ENGINES = ("auto", "ddp", "fsdp", "deepspeed")
+SHARING = ("fsdp", "deepspeed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class EngineOptions:
     def resolved(self, processes: int) -> str:
         """`single`, `ddp`, `fsdp` or `deepspeed`. ConfigError for what does not go together."""
         if self.engine == "deepspeed":
-            _require_deepspeed(self.device)
+            _require_deepspeed()
         engine = self.engine
         if engine == "auto":
             shards = self.device.startswith("cuda") and self.compress_gradients is None
@@ -51,7 +55,7 @@ class EngineOptions:
                 f"--compress-gradients works on whole gradients, which --engine {engine} has in no process (PyTorch's "
                 "hook is for DDP); pass --engine ddp"
             )
-        if processes == 1 and engine != "deepspeed":
+        if processes == 1:
             if self.compress_gradients is not None:
                 raise ConfigError(
                     "--compress-gradients is for several processes and one runs; start them with torchrun "
@@ -61,13 +65,12 @@ class EngineOptions:
         return engine
 
 
-def _require_deepspeed(device: str) -> None:
+def _require_deepspeed() -> None:
     """ConfigError or UnsupportedError where its engine cannot run."""
-    if not device.startswith("cuda") or not distributed.running():
-        found = "one process" if device.startswith("cuda") else f"device {device}"
+    if not distributed.running():
         raise ConfigError(
-            f"--engine deepspeed is for several GPUs under torchrun, and this is {found}; start torchrun "
-            "--nproc-per-node N -m compress distill --device cuda, or use --engine fsdp"
+            "--engine deepspeed shares a student out to several processes and one runs; start torchrun "
+            "--nproc-per-node N -m compress distill, or leave it out"
         )
     try:
         importlib.import_module("deepspeed")
@@ -81,13 +84,13 @@ def _require_deepspeed(device: str) -> None:
 class Engine:
     """The prepared student and optimizer. Made once a process; see `start`."""
 
-    def __init__(self, accelerator: Any, kind: str, module: nn.Module, optimizer: Any, options: EngineOptions) -> None:
-        self._accelerator = accelerator
+    def __init__(self, kind: str, module: nn.Module, optimizer: Any, device: torch.device, through: Any) -> None:
         self.kind = kind
         self.module = module
         self.optimizer = optimizer
-        self.options = options
-        self.device: torch.device = accelerator.device
+        self.device = device
+        self._accelerator: Any = None if kind == "deepspeed" else through
+        self._zero: Zero | None = through if kind == "deepspeed" else None
         self._named: list[tuple[str, nn.Parameter]] = []
 
     @classmethod
@@ -103,9 +106,14 @@ class Engine:
     ) -> Engine:
         """Wrap the student and its optimizer for the processes that are running. block_class: what FSDP2 shards by."""
         kind = options.resolved(distributed.num_processes())
-        accelerator = _accelerator(kind, options, block_class, micro_batch, accumulation)
+        if kind == "deepspeed":
+            exact, clip = options.exact_parameters, options.clip
+            config = settings(options.compute, exact=exact, micro_batch=micro_batch, passes=accumulation, clip=clip)
+            zero = Zero(student, optimizer, config, options.device)
+            return cls(kind, zero.module, zero.optimizer, torch.device(options.device), zero)
+        accelerator = _accelerator(kind, options, block_class)
         module, prepared = accelerator.prepare(student, optimizer)
-        return cls(accelerator, kind, module, prepared, options)
+        return cls(kind, module, prepared.optimizer, accelerator.device, accelerator)
 
     @property
     def inner(self) -> nn.Module:
@@ -116,9 +124,9 @@ class Engine:
         return module
 
     @property
-    def keeps(self) -> bool:
-        """Whether a checkpoint can hold this run: what DeepSpeed shares out is not where `checkpoint` looks for it."""
-        return self.kind != "deepspeed"
+    def shares(self) -> bool:
+        """Whether each process has a part of the student of its own, and not a copy."""
+        return self.kind in SHARING
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The student's trained parameters, by names that no wrapper changes, in one order everywhere."""
@@ -136,7 +144,10 @@ class Engine:
         self.optimizer.zero_grad()
 
     def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)
+        if self._zero is not None:
+            self._zero.backward(loss)
+        else:
+            self._accelerator.backward(loss)
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -144,23 +155,30 @@ class Engine:
 
         Those of shares are shared out after each pass: before that they are as large as the whole model.
         """
-        if self.kind == "deepspeed":
-            self.module.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
+        if self._zero is not None:
+            self._zero.boundary(last)
         waits = self.kind == "ddp" and not last
         with self._accelerator.no_sync(self.module) if waits else contextlib.nullcontext():
             yield
 
     def clip(self, most: float) -> Tensor:
-        """Scale gradients down to norm `most`; returns the norm before, at the device, the same in every process."""
-        if self.kind == "deepspeed":  # clips inside its own step
+        """Scale gradients down to norm `most`; returns the norm before, at the device, the same in every process.
+
+        DeepSpeed clips in its update, which then tells the norm; this returns 0.
+        """
+        if self._zero is not None:
             return torch.zeros((), device=self.device)
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.named_parameters()], most)
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole
 
-    def update(self) -> None:
+    def update(self, norm: float) -> float:
+        """norm: what `clip` found. Returns the gradients' norm; where that is not finite, DeepSpeed changes nothing."""
+        if self._zero is not None:
+            return self._zero.update()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return norm
 
     def on_its_way(self, values: Tensor) -> Callable[[], list[float]]:
         """Begins to bring numbers to the host; who calls the result waits for them, and for nothing behind them."""
@@ -177,23 +195,51 @@ class Engine:
 
         return wait
 
-    def agree(self, values: Sequence[float]) -> list[float]:
-        """The mean over processes of a few numbers, the same in every process; adds in the order of processes."""
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes of float64 values at the device, the same in every one; adds in their order."""
         if not distributed.running():
-            return [float(v) for v in values]
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        every = [torch.empty_like(mine) for _ in range(distributed.num_processes())]
-        dist.all_gather(every, mine)
-        total = torch.zeros_like(mine)
+            return values
+        every = [torch.empty_like(values) for _ in range(distributed.num_processes())]
+        dist.all_gather(every, values)
+        total = torch.zeros_like(values)
         for one in every:
             total += one
-        return [float(v) for v in total / len(every)]
+        return total / len(every)
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """`mean` of a few numbers of the host, waited for."""
+        found: list[float] = self.mean(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        return found
+
+    def tensors(self, *, optimizer: bool) -> dict[str, Tensor]:
+        """What a checkpoint must hold of this process: trained parameters, and the optimizer's state if asked for.
+
+        Of copies, the first process's alone.
+        """
+        if self._zero is not None:
+            return self._zero.tensors(optimizer=optimizer)
+        writes = self.shares or distributed.rank() == 0
+        return checkpoint.training_tensors(
+            self.named_parameters(), self.optimizer if optimizer else None, writes=writes
+        )
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put `tensors` back, of copies in every process."""
+        if self._zero is not None:
+            self._zero.restore(tensors)
+        else:
+            checkpoint.restore(tensors, self.named_parameters(), self.optimizer)
+
+    def are_finite(self) -> bool:
+        """Whether all trained parameters are, in every process."""
+        held = self.tensors(optimizer=False).values() if self.shares else [p for _, p in self.named_parameters()]
+        return math.isfinite(self.agree([float(torch.stack([t.detach().sum() for t in held]).sum())])[0])
 
     def whole_state(self) -> dict[str, Tensor]:
         """The student's full state on the CPU of the first process; empty in the others."""
-        if self.kind == "deepspeed":
-            state = self._accelerator.get_state_dict(self.module)
-        elif self.kind == "fsdp":
+        if self._zero is not None:
+            return self._zero.whole_state()
+        if self.kind == "fsdp":
             state = _gathered(self.inner)
         else:
             state = self.inner.state_dict()
@@ -210,10 +256,10 @@ def shared_precision(options: EngineOptions) -> Any:
     return MixedPrecisionPolicy(param_dtype=gathered_in, reduce_dtype=torch.float32)
 
 
-def _accelerator(kind: str, options: EngineOptions, block_class: str, micro_batch: int, accumulation: int) -> Any:
+def _accelerator(kind: str, options: EngineOptions, block_class: str) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process
     extra: dict[str, Any] = {}
@@ -224,17 +270,6 @@ def _accelerator(kind: str, options: EngineOptions, block_class: str, micro_batc
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=[block_class],
             mixed_precision_policy=shared_precision(options),
-        )
-    if kind == "deepspeed":
-        extra["deepspeed_plugin"] = DeepSpeedPlugin(
-            hf_ds_config={
-                "zero_optimization": {"stage": 3},
-                "bf16": {"enabled": options.compute == torch.bfloat16},
-                "train_micro_batch_size_per_gpu": micro_batch,
-                "gradient_accumulation_steps": accumulation,
-                "gradient_clipping": options.clip,
-                "zero_allow_untested_optimizer": True,
-            }
         )
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision="no", **extra)
     if kind == "fsdp" and options.device == "cpu":  # where accelerate takes no notice of its plugin, and makes copies

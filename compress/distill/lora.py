@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from compress.distill.models import LoadedModel
@@ -13,8 +14,10 @@ ALPHA = 2.0  # of the rank: what a product of the thin matrices counts
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-def add(loaded: LoadedModel, rank: int) -> None:
+def add(loaded: LoadedModel, rank: int, seed: int) -> None:
     """Put thin matrices of `rank` beside every linear of the blocks; all other parameters are frozen.
+
+    seed: of what they begin with, the same in every process and run.
 
     UnsupportedError, with the command that installs it, without peft.
     """
@@ -33,7 +36,9 @@ def add(loaded: LoadedModel, rank: int) -> None:
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=int(ALPHA * rank), lora_dropout=0.0, target_modules=names)
-    inject_adapter_in_model(config, loaded.model)
+    with torch.random.fork_rng(devices=[]):  # peft makes them on the CPU
+        torch.default_generator.manual_seed(seed)
+        inject_adapter_in_model(config, loaded.model)
 
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

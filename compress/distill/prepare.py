@@ -17,7 +17,7 @@ from compress import distributed, sampling
 from compress.artifact import read_manifest
 from compress.checkpoint import Checkpoint
 from compress.devices import available
-from compress.distill import data, held, memory, models, qad, rows
+from compress.distill import data, held, memory, models, qad, rows, zero
 from compress.distill.cache import CachedTeacher
 from compress.distill.data import SELF, Mix
 from compress.distill.models import LoadedModel
@@ -55,11 +55,6 @@ def refuse(request: DistillRequest) -> None:
         )
     if request.scheme is not None and request.lora is not None:
         raise ConfigError("--lora trains matrices beside the weights and --scheme the weights' codes; leave out one")
-    if request.engine == "deepspeed" and request.watch is not None:
-        raise ConfigError(
-            "--watch keeps weights of earlier steps, which --engine deepspeed has shared out where none can be read; "
-            "use --engine fsdp, or leave out --watch"
-        )
     if request.epochs < 1 or request.seq_len < 2:
         raise ConfigError(f"--epochs {request.epochs} --seq-len {request.seq_len}: at least 1 and 2 are needed")
 
@@ -338,7 +333,13 @@ def lessons_of(
 
 
 def check_memory(
-    request: DistillRequest, student: LoadedModel, taught: LoadedModel | None, held_as: str, micro: int, shares: int
+    request: DistillRequest,
+    student: LoadedModel,
+    taught: LoadedModel | None,
+    held_as: str,
+    micro: int,
+    shares: int,
+    engine: str,
 ) -> None:
     """ConfigError when the passes are predicted not to fit what is free beside the weights loaded already."""
     compute = DTYPES[request.dtype]
@@ -361,7 +362,7 @@ def check_memory(
         on_gpu=request.device.startswith("cuda"),
         vocabulary=student.vocab_size,
         at_once=request.compile,
-        gathered=models.gathered_parameters(student),
+        gathered=min(whole, zero.LIVE) if engine == "deepspeed" else models.gathered_parameters(student),
         teacher_gathered=0 if taught is None else models.gathered_parameters(taught),
     )
     loaded = sum(p.numel() * p.element_size() for p in student.model.parameters())

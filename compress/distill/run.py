@@ -15,7 +15,7 @@ from compress.artifact import manifest_of, path_from, read_manifest
 from compress.distill import flops, lora, models, prepare, qad, teacher
 from compress.distill.cache import CachedTeacher
 from compress.distill.checkpoint import Checkpoints
-from compress.distill.engine import Engine, EngineOptions
+from compress.distill.engine import SHARING, Engine, EngineOptions
 from compress.distill.gradients import compression_of
 from compress.distill.manifest import content, versions
 from compress.distill.meter import Meter
@@ -40,7 +40,7 @@ CURVE_POINTS = 60
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """What training starts from."""
+    """What training starts from. flops: operations a token, as `flops.per_token` counts them."""
 
     student: LoadedModel
     taught: LoadedModel | None
@@ -50,7 +50,7 @@ class Prepared:
     plan: Plan
     states: tuple[int, ...]
     teacher_held_as: str | None
-    lora: bool
+    flops: float
 
     def meter(self) -> Meter:
         """Of this run's speed. The peak is that of all processes' GPUs."""
@@ -58,12 +58,6 @@ class Prepared:
         peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         tokens = self.plan.batch * self.rows.seq_len
         return Meter(tokens, self.flops, None if peak is None else peak * distributed.num_processes())
-
-    @property
-    def flops(self) -> float:
-        """Operations a token, as `flops.per_token` counts them."""
-        teacher = None if self.taught is None else self.taught.model
-        return flops.per_token(self.student.model, teacher, frozen=self.lora)
 
 
 Heard = Callable[[dict[str, float], Prepared], None]
@@ -179,13 +173,15 @@ def _prepare(request: DistillRequest, scratch: Path, vocabulary: int, teacher_sh
     steps = prepare.num_steps(request, rows)
     student = prepare.load_student(request)
     live = taught() if request.needs_teacher and cached is None else None
-    shares = distributed.num_processes() if kind == "fsdp" else 1
-    prepare.check_memory(request, student, live, held_as, micro, shares)
+    shares = distributed.num_processes() if kind in SHARING else 1
+    prepare.check_memory(request, student, live, held_as, micro, shares, kind)
     mine, theirs = prepare.states(request, student, live)
-    if live is not None and kind == "fsdp" and held_as != "w8a16":
+    if live is not None and kind in SHARING and held_as != "w8a16":
         teacher.shard(live)
     lessons = prepare.lessons_of(request, live, cached, theirs)
     watch = _watch(request, scratch, vocabulary, live, theirs, steps, micro)
+    if request.lora is not None:
+        lora.add(student, request.lora, request.seed)
     return Prepared(
         student=student,
         taught=live,
@@ -195,7 +191,7 @@ def _prepare(request: DistillRequest, scratch: Path, vocabulary: int, teacher_sh
         plan=_plan(request, steps, micro, vocabulary),
         states=tuple(mine),
         teacher_held_as=held_as if live is not None else None,
-        lora=request.lora is not None,
+        flops=flops.per_token(student.model, None if live is None else live.model, frozen=request.lora is not None),
     )
 
 
@@ -255,12 +251,11 @@ def _engine_options(request: DistillRequest) -> EngineOptions:
 def _training(
     request: DistillRequest, scratch: Path, ready: Prepared, stop: Stop, tell: Tell, heard: Heard, describe: Describe
 ) -> tuple[Engine, Training]:
-    if request.lora is not None:
-        lora.add(ready.student, request.lora)
     options = _engine_options(request)
     kind = options.resolved(distributed.num_processes())
     if request.compile:
-        ready.student.compile_blocks()
+        if kind != "deepspeed":  # whose hooks inside a block, one a layer, part what is compiled
+            ready.student.compile_blocks()
         if ready.taught is not None and ready.teacher_held_as != "w8a16":
             ready.taught.compile_blocks()
     student = Student(ready.student, request.goal, states=ready.states, fuse=request.compile)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress import distributed
 from compress.distill import checkpoint
@@ -24,7 +25,7 @@ from compress.distill.engine import Engine
 from compress.distill.gradients import Compression
 from compress.distill.onpolicy import is_on_policy, uniforms
 from compress.distill.optim import Rate, set_rate
-from compress.distill.rows import Batch, Rows, order
+from compress.distill.rows import Batch, Rows, moved, order
 from compress.distill.signals import Stop
 from compress.distill.student import PARTS, Rewrite, Study
 from compress.distill.teacher import Lessons
@@ -138,12 +139,12 @@ class Training:
             self.tell.step(self.state.step, self.describe(record))
             if self.watch is not None and self.watch.is_due(self.state.step, self.plan.steps):
                 self._look()
-            kept = "; --engine deepspeed writes no checkpoints, so the same command begins again"
-            if self.engine.keeps and (stopping or due or self._by_count()):
-                kept = f", which is saved in {self.save()}; the same command goes on from there"
+            saved = self.save() if stopping or due or self._by_count() else None
             if stopping:
-                signal = self.stop.asked or "a signal"
-                raise Stopped(f"stopped by {signal} at step {self.state.step} of {self.plan.steps}{kept}")
+                raise Stopped(
+                    f"stopped by {self.stop.asked or 'a signal'} at step {self.state.step} of {self.plan.steps}, which "
+                    f"is saved in {saved}; the same command goes on from there"
+                )
         if self.state.best_step is not None and self.state.best_step != self.state.step:
             self._load_best()
         return self.state
@@ -160,15 +161,15 @@ class Training:
                 loss, parts = self.engine.module(study)
                 self.engine.backward(loss / plan.passes)
             sums += torch.cat([loss.detach()[None], parts]).double() / plan.passes
-        found = self.engine.on_its_way(torch.cat([sums, self.engine.clip(plan.clip).double()[None]]))
+        norm_1 = self.engine.clip(plan.clip).double()[None]
+        found = self.engine.on_its_way(torch.cat([self.engine.mean(torch.cat([sums, self._flags()])), norm_1]))
         self._look_ahead(step + 1)
-        *means, norm = found()
-        overdue = time.monotonic() - self._saved_at > plan.checkpoint_seconds
-        flags = (float(bool(self.stop.asked)), float(overdue and distributed.rank() == 0))
-        *values, stopping, due = self.engine.agree([*means, *flags])
+        *values, stopping, due, norm = found()
         if not all(math.isfinite(v) for v in (*values, norm)):
             raise Diverged(self._diverged(values[0], norm, rate))
-        self.engine.update()
+        norm = self.engine.update(norm)
+        if not math.isfinite(norm):
+            raise Diverged(self._diverged(values[0], norm, rate))
         self.state.step += 1
         record = {
             "step": self.state.step,
@@ -179,6 +180,12 @@ class Training:
         self.state.curve.append(record)
         self.heard(record)
         return record, bool(stopping), bool(due)
+
+    def _flags(self) -> Tensor:
+        """Whether a signal came and, of the first process, whether it is time for a checkpoint: float64 `[2]`."""
+        overdue = time.monotonic() - self._saved_at > self.plan.checkpoint_seconds
+        flags = (bool(self.stop.asked), overdue and distributed.rank() == 0)
+        return moved(torch.tensor(flags, dtype=torch.float64), self.engine.device)
 
     def _study(self, step: int, number: int) -> Study:
         """What pass `number` of an update reads, with the teacher's word on it."""
@@ -238,8 +245,7 @@ class Training:
         self.state.watched.append(record)
         best, since = self.watch.best(self.state.watched)
         if best == self.state.step and best:
-            tensors = checkpoint.training_tensors(self.engine.named_parameters(), None, writes=self._writes)
-            self.best.save(best, tensors, {}, {})
+            self.best.save(best, self.engine.tensors(optimizer=False), {}, {})
         self.state.best_step = best
         self.tell.say(self.watch.said(record))
         self.state.ended_early = since >= self.watch.patience
@@ -251,23 +257,16 @@ class Training:
 
     # ---- checkpoints ---------------------------------------------------------------------------------
 
-    @property
-    def _writes(self) -> bool:
-        return self.engine.kind == "fsdp" or distributed.rank() == 0
-
     def _by_count(self) -> bool:
         every = self.plan.checkpoint_steps
         return bool(every) and self.state.step % every == 0
 
     def save(self) -> Path:
         """Write a checkpoint of now. Diverged where the last update made weights that are not finite."""
-        sums = torch.stack([checkpoint.local(p).detach().sum() for _, p in self.engine.named_parameters()])
-        if not math.isfinite(self.engine.agree([float(sums.sum())])[0]):
+        if not self.engine.are_finite():
             rate = self.plan.rate.at(self.state.step - 1, self.plan.steps)
             raise Diverged(f"the weights are not finite after step {self.state.step} (rate {rate:.3g}): {self._kept()}")
-        tensors = checkpoint.training_tensors(
-            self.engine.named_parameters(), self.engine.optimizer.optimizer, writes=self._writes
-        )
+        tensors = self.engine.tensors(optimizer=True)
         random_tensors, own = checkpoint.random_state()
         tensors.update(random_tensors)
         if self.compression is not None:
@@ -281,10 +280,10 @@ class Training:
         if step is None:
             return
         tensors, own, state = self.checkpoints.load(step)
-        if not self._writes:  # copies are equal: the first process's
+        if not self.engine.shares and distributed.rank() != 0:  # copies are equal: the first process's
             shared, _, _ = self.checkpoints.load(step, rank=0)
             tensors = {**{n: v for n, v in shared.items() if n.startswith(("param.", "optim."))}, **tensors}
-        checkpoint.restore(tensors, self.engine.named_parameters(), self.engine.optimizer.optimizer)
+        self.engine.restore(tensors)
         if self.compression is not None:
             self.compression.restore(tensors, own["powersgd"], self.engine.device)
         self.state = State(**state)
@@ -293,11 +292,10 @@ class Training:
     def _load_best(self) -> None:
         assert self.state.best_step is not None
         self.tell.note(f"the weights of step {self.state.best_step} are kept, the best on the watched text")
-        named = self.engine.named_parameters()
         if self.state.best_step == 0:
             raise Worse(
                 "no step made the watched text better than the student had been before; pass a smaller --lr or other "
                 "--data, or leave out --watch"
             )
-        tensors, _, _ = self.best.load(self.state.best_step, rank=None if self.engine.kind == "fsdp" else 0)
-        checkpoint.restore(tensors, named, self.engine.optimizer.optimizer)
+        tensors, _, _ = self.best.load(self.state.best_step, rank=None if self.engine.shares else 0)
+        self.engine.restore(tensors)

@@ -1,8 +1,10 @@
-"""Speed of a decode step on one GPU against the memory it must read, graphs on and off, beside other kernels; one run.
+"""Speed of one linear of a decode step on one GPU against the memory it must read, beside other kernels; one run.
 
-    python tests/bench/decode.py gemv               one linear: shares of the measured bandwidth, weights cold in the
-    cache python tests/bench/decode.py step --shape llama-3-8b --bits 4 --group-size 128 --batch 1,8,16,64
-    python tests/bench/decode.py tune               the tiling of each linear (for `weight_only.tiling`)
+    python tests/bench/decode.py check      every kernel against float64
+    python tests/bench/decode.py gemv       shares of the measured bandwidth, weights cold in the cache
+    python tests/bench/decode.py tune       the tiling of each linear (for `weight_only.tiling`)
+
+Whole steps: `decode_step.py`; other tools: `decode_rivals.py`; all of it in one run: `decode_run.py`.
 
 Weights are random in the shape of the named model: speed does not depend on their values. Bandwidth is that of
 reading: the best of several sums over one large float32 tensor in the same run. A share is (bytes that a step must
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.runtime.gpu_decoder import GpuDecoder, LayerWeights, Weights
+from compress.runtime.gpu_decoder import LayerWeights, Weights
 from compress.runtime.kernels import weight_only
 from compress.runtime.kernels.decode import Heads
 from compress.runtime.kernels.weight_only import Packed
@@ -255,61 +257,9 @@ def random_weights(shape: str, bits: int, group_size: int, positions: int) -> We
     )
 
 
-def step(
-    shape: str, bits: int, group_size: int, batches: list[int], bandwidth: float, prompt: int, new: int
-) -> list[dict[str, Any]]:
-    capacity = prompt + new + 8
-    weights = random_weights(shape, bits, group_size, capacity)
-    rows = []
-    for batch in batches:
-        ids = torch.randint(0, SHAPES[shape][-1], (batch, prompt), device="cuda")
-        seen: dict[bool, Tensor] = {}
-        row: dict[str, Any] = {"shape": shape, "bits": bits, "batch": batch}
-        for graphs in (False, True):
-            decoder = GpuDecoder(weights, capacity=capacity, batch=batch, graphs=graphs)
-            decoder.prefill(ids)
-            decoder.greedy(4)
-            decoder.prefill(ids)
-            torch.cuda.synchronize()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            seen[graphs] = decoder.greedy(new).clone()
-            end.record()
-            end.synchronize()
-            row["ms_graph" if graphs else "ms"] = start.elapsed_time(end) / new
-            if graphs and decoder.graph is not None:
-                row |= {"launches": decoder.graph.launches, "replays": decoder.graph.replays}
-        row["ids_equal"] = bool((seen[False] == seen[True]).all())
-        cache = 2 * decoder.keys[..., : prompt + new // 2, :].numel() * 2
-        row["bytes"] = weights.bytes_a_token() + cache
-        row["share"] = row["bytes"] / row["ms_graph"] * 1000 / bandwidth
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        del decoder
-    return rows
-
-
-def profile(shape: str, bits: int, batch: int) -> None:
-    """Where a step's time goes, kernel by kernel, launched one by one."""
-    weights = random_weights(shape, bits, 128 if bits == 4 else -1, 512)
-    decoder = GpuDecoder(weights, capacity=512, batch=batch, graphs=False)
-    decoder.prefill(torch.randint(0, SHAPES[shape][-1], (batch, 256), device="cuda"))
-    decoder.greedy(2)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        decoder.greedy(4)
-        torch.cuda.synchronize()
-    for e in sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:12]:
-        print(f"{e.key[:50]:50} {e.self_device_time_total / 4:9.1f} us a step {e.count / 4:6.1f} launches", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["check", "gemv", "tune", "step", "profile"], nargs="+")
-    parser.add_argument("--shape", default="llama-3-8b", help=", ".join(SHAPES))
-    parser.add_argument("--bits", default="4,8,16")
-    parser.add_argument("--batch", default="1,8,16,64")
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("what", choices=["check", "gemv", "tune"], nargs="+")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.manual_seed(0)
@@ -322,16 +272,6 @@ def main() -> None:
         tune(bandwidth)
     if "gemv" in asked.what:
         found["gemv"] = gemv(bandwidth)
-    if "step" in asked.what:
-        batches = [int(b) for b in asked.batch.split(",")]
-        found["step"] = []
-        for shape in asked.shape.split(","):
-            for bits in map(int, asked.bits.split(",")):
-                group = {4: 64 if shape in ("smollm2-135m",) else 128}.get(bits, -1)
-                found["step"] += step(shape, bits, group, batches, bandwidth, asked.prompt, asked.new)
-                torch.cuda.empty_cache()
-    if "profile" in asked.what:
-        profile(asked.shape.split(",")[0], int(asked.bits.split(",")[0]), int(asked.batch.split(",")[0]))
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=2))
 

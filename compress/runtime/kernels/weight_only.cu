@@ -12,7 +12,9 @@
 // Set by the compiler's command line: BITS (4, 8, 16), GROUP (columns that share a scale, a multiple of 32; 0: the whole row), RUN
 // (groups, or with GROUP 0 runs of 64 columns, that a warp takes at once; RUN * GROUP is a multiple of 64), TILES (1, 2, 4 or
 // 8), WARPS, ROWS (tiles of 16 rows of W that a block takes), GATED (1: of each 16 rows the first eight are a gate's and the others
-// their values; what is written is silu(gate) * value).
+// their values; what is written is silu(gate) * value), AHEAD (bytes of each tile of 16 rows that are asked for into the L2 cache
+// while the kernel before still runs, 0: none but what registers take), EARLY (1: the next kernel may start, and ask for its
+// weights, while this one still waits).
 //
 // Layouts (`weight_only.pack`), with K padded to a multiple of 64 and N to one of 16:
 //   codes   uint4 [N / 16][K / 64][BITS / 4][32]     lane's codes of a 16 x 64 tile
@@ -153,6 +155,22 @@ __device__ __forceinline__ void fetch(Run& run, const uint4* mine, const half_bi
 #endif
 }
 
+// The first AHEAD bytes of codes of each of the block's row tiles, and all their scales and zero points, into the L2 cache.
+__device__ __forceinline__ void ask_for(const void* from, int bytes) {
+    for (int at = threadIdx.x * 128; at < bytes; at += 32 * WARPS * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
+}
+
+__device__ __forceinline__ void ask_ahead(const uint4* codes, const half_bits* scales, const unsigned char* zeros, long long block,
+                                          int rows_here, int column_tiles, int groups) {
+    for (int i = 0; i < rows_here; ++i)
+        ask_for(codes + (block + i) * column_tiles * QUARTERS * 32, min(AHEAD, column_tiles * QUARTERS * 512));
+#if BITS != 16
+    ask_for(scales + block * groups * 16, rows_here * groups * 32);
+    ask_for(zeros + block * groups * 16, rows_here * groups * 16);
+#endif
+}
+
 // x: half [M, K]; y: half [M, N], or with GATED half [M, N / 2]. column_tiles: of 64 columns in a row of W; row_tiles: of 16 rows.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     linear(const uint4* __restrict__ codes, const half_bits* __restrict__ scales, const unsigned char* __restrict__ zeros,
@@ -174,9 +192,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         if (i < rows_here && first < column_tiles)
             fetch(now[i], mine + (long long)i * column_tiles * QUARTERS * 32, my_scales + i * groups * 16,
                   my_zeros + i * groups * 16, first, column_tiles, groups);
+#if AHEAD
+    ask_ahead(codes, scales, zeros, block, rows_here, column_tiles, groups);
+#endif
     // The weights above do not depend on what ran before; x does.
+    if (EARLY) let_later_kernels_start();
     wait_for_earlier_kernels();
-    let_later_kernels_start();
+    if (!EARLY) let_later_kernels_start();
 
     float sum[ROWS][TILES][4] = {};
     while (first < column_tiles) {

@@ -21,6 +21,9 @@ TILE_N, TILE_K = 16, 64
 # Rows of x above which the weight is decoded to float16 and multiplied by the library; see tests/bench/decode.py.
 MOST_ROWS = 64
 _PACKED_AT_ONCE = 1 << 24
+# How a launch overlaps the one before: see `weight_only.cu`; tests/bench/decode_step.py variants measures them.
+AHEAD = 0
+EARLY = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -215,6 +218,6 @@ def dense(packed: Packed) -> Tensor:
 def _defines(packed: Packed, cut: Tiling, gated: bool) -> tuple[tuple[str, int], ...]:
     values = {
         "BITS": packed.num_bits, "GROUP": packed.group_size, "RUN": cut.run, "TILES": cut.tiles, "WARPS": cut.warps,
-        "ROWS": cut.rows, "GATED": int(gated),
+        "ROWS": cut.rows, "GATED": int(gated), "AHEAD": AHEAD, "EARLY": int(EARLY),
     }  # fmt: skip
     return tuple(values.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ pytest.importorskip("peft", reason='LoRA needs peft: pip install "compress-toolk
 
 def test_merged_weights_compute_what_the_thin_ones_do(pair: tuple[Path, Path]) -> None:
     loaded = models.load(pair[1], dtype=torch.float32)
-    lora.add(loaded, 4)
+    lora.add(loaded, 4, seed=0)
     with torch.no_grad():
         for name, parameter in loaded.model.named_parameters():
             if "lora_" in name:
@@ -46,10 +47,13 @@ def test_an_ordinary_folder_with_frozen_parts_as_they_were(
         out=tmp_path / "out", tokens=6 * 8 * 24, seq_len=24, batch=8, lora=2,
     )  # fmt: skip
     record = distill(request).record
+    distill(replace(request, out=tmp_path / "again"))
     before, after = load_file(pair[1] / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in after.items())
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if "proj" not in name}
     assert record["options"]["lora"] == 2
     with pytest.raises(ConfigError, match=r"--lora 99 is outside 1\.\.16, the smallest side of a matrix"):
-        lora.add(models.load(pair[1], dtype=torch.float32), 99)
+        lora.add(models.load(pair[1], dtype=torch.float32), 99, seed=0)

@@ -1,4 +1,4 @@
-"""Killed with SIGKILL at random steps, a run goes on bit for bit (loss curve, artifact), in one process and in two."""
+"""Killed with SIGKILL at random steps, a run goes on bit for bit (loss curve, artifact), in one process and in more."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+ZERO = pytest.mark.skipif(find_spec("deepspeed") is None, reason="NO DEEPSPEED: --engine deepspeed was not tested")
 SCRIPT = Path(__file__).with_name("killed.py")
 
 
@@ -38,8 +40,9 @@ def killed(asked: dict[str, Any]) -> list[list[list[int]]]:
         (2, {"engine": "ddp", "compress_gradients": "bf16"}),
         (2, {"engine": "fsdp", "ce": 0.1, "hidden": 0.1, "on_policy": 0.25}),
         (4, {"engine": "fsdp"}),
+        pytest.param(2, {"engine": "deepspeed", "ce": 0.1, "hidden": 0.1, "on_policy": 0.25}, marks=ZERO),
     ],
-    ids=["one process", "two, PowerSGD", "two, bfloat16 gradients", "two, FSDP2", "four, FSDP2"],
+    ids=["one process", "two, PowerSGD", "two, bfloat16 gradients", "two, FSDP2", "four, FSDP2", "two, ZeRO-3"],
 )
 def test_killed_and_resumed(
     tmp_path: Path, pair: tuple[Path, Path], prose: Callable[..., Path], processes: int, more: dict[str, Any]

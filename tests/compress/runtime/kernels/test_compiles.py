@@ -12,10 +12,13 @@ from compress.runtime.kernels import decode, nvrtc, weight_only
 CARDS = ("80", "87", "90")
 DECODE = [{"SIZE": size, "HEADS": heads, "CHUNK": chunk} for size, heads, chunk in ((64, 4, 32), (128, 1, 128))]
 LINEAR = [
-    {"BITS": bits, "GROUP": group, "RUN": run, "TILES": tiles, "WARPS": warps, "ROWS": rows, "GATED": gated}
-    for bits, group, run, tiles, warps, rows, gated in (
-        (4, 128, 1, 1, 8, 1, 0), (4, 32, 2, 8, 4, 2, 1), (8, 0, 2, 1, 16, 1, 0), (8, 128, 1, 2, 8, 1, 1),
-        (16, 0, 1, 1, 16, 2, 0),
+    {
+        "BITS": bits, "GROUP": group, "RUN": run, "TILES": tiles, "WARPS": warps, "ROWS": rows, "GATED": gated,
+        "AHEAD": ahead, "EARLY": int(ahead > 0),
+    }
+    for bits, group, run, tiles, warps, rows, gated, ahead in (
+        (4, 128, 1, 1, 8, 1, 0, 0), (4, 128, 1, 1, 4, 1, 1, 16384), (4, 32, 2, 8, 4, 2, 1, 0),
+        (8, 0, 2, 1, 16, 1, 0, 0), (8, 128, 1, 2, 8, 1, 1, 8192), (16, 0, 1, 1, 16, 2, 0, 0),
     )
 ]  # fmt: skip
 

@@ -1,0 +1,249 @@
+"""Decoding on one GPU, all of it in one run: our steps with and without graphs, ways to overlap kernels, and rivals.
+
+    python tests/bench/decode_run.py --work DIR [--jobs graphs variants ...] [--gpus 1] [--deadline 540]
+        [--sites DIR] [--ort DIR --graphs DIR] [--model AWQ_FOLDER]
+
+Each job is a process of its own, so that none can break another; what it measured is in DIR/JOB.json as it comes, and
+the tables of all such files are printed last (`--jobs` without names: only those). Jobs that were finished are not run
+again. --gpus: so many jobs side by side, a GPU each. --sites: as for rivals.py, with gptqmodel and common. --ort: a
+folder with onnxruntime-gpu, and --graphs what `ort_graph.py` made. --model: for transformers; without it a Llama of the
+1B shape with random weights is made and quantized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT), str(BENCH)]
+
+from pool import RunFailed, in_own_process, log, run_child  # noqa: E402
+
+Row = dict[str, Any]
+STEP, RIVALS = "decode_step.py", "decode_rivals.py"
+JOBS: dict[str, list[str]] = {
+    "check": ["decode.py", "check"],
+    "variants": [STEP, "variants", "--bits", "4,16", "--batch", "1"],
+    "torch": [RIVALS, "torch"],
+    "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
+    "transformers": [RIVALS, "transformers"],
+    "graphs": [STEP, "graphs", "--bits", "4,16"],
+    "where": [STEP, "where", "--bits", "4,16", "--batch", "1"],
+    "small": [STEP, "variants", "--shape", "llama-1b,smollm2-135m", "--bits", "4", "--batch", "1"],
+    "step": [STEP, "step"],
+    "gemv": ["decode.py", "gemv"],
+}
+CLAIM = 0.25  # of latency, which graphs are said to save
+
+
+def make_model(folder: Path) -> None:
+    """A Llama of the 1B shape, random weights, the reference tokenizer."""
+    import random_llama
+
+    shape = random_llama.Shape(hidden=2048, intermediate=8192, heads=32, kv_heads=8, head_dim=64)
+    random_llama.build(folder, shape, 16)
+
+
+def quantized(asked: argparse.Namespace, variables: dict[str, str]) -> Path:
+    if asked.model is not None:
+        return asked.model
+    dense, packed = asked.work / "llama-1b", asked.work / "llama-1b-int4"
+    if not packed.exists():
+        shutil.rmtree(dense, ignore_errors=True)
+        in_own_process(make_model, dense)
+        command = [sys.executable, "-m", "compress", "awq", str(dense), "-o", str(packed), "--effort", "fast"]
+        command += ["--group-size", "128", "--samples", "16", "--device", "cuda"]
+        run_child(command, cwd=ROOT, environment=variables, until=asked.until)
+    return packed
+
+
+def run_job(name: str, gpu: int, asked: argparse.Namespace) -> str | None:
+    """Why the job failed, if it did."""
+    file = asked.work / f"{name}.json"
+    if file.exists() and json.loads(file.read_text()).get("finished"):
+        return None
+    sites = {
+        "transformers": [asked.sites and asked.sites / s for s in ("gptqmodel", "common")],
+        "onnxruntime": [asked.ort],
+    }
+    path = [ROOT, BENCH, *(s for s in sites.get(name, []) if s)]
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "HF_HUB_OFFLINE": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join(map(str, path))
+    command = [sys.executable, str(BENCH / JOBS[name][0]), *JOBS[name][1:], "--json", str(file)]
+    begun = time.monotonic()
+    try:
+        if name == "transformers":
+            command += ["--model", str(quantized(asked, variables))]
+        if name == "onnxruntime":
+            if asked.graphs is None:
+                return "without --graphs it was not run"
+            command += ["--graphs", str(asked.graphs)]
+        said = run_child(command, cwd=ROOT, environment=variables, errors=asked.work / f"{name}.log", until=asked.until)
+        (asked.work / f"{name}.txt").write_text(said.stdout)
+    except RunFailed as error:
+        return str(error)
+    finally:
+        log(f"{name}: {time.monotonic() - begun:.0f} s")
+    if file.exists():
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"finished": True}))
+    return None
+
+
+# ---- tables ------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+
+
+def tables(files: Sequence[Path]) -> str:
+    rows: list[Row] = []
+    for file in files:
+        found = json.loads(file.read_text())
+        rows += [{"device": found.get("device", ""), **row} for row in found.get("rows", [])]
+        rows += [{"device": found["device"], "what": "gemv", **row} for row in found.get("gemv", [])]
+    parts = [f"On {', '.join(sorted({row['device'] for row in rows}))}; milliseconds a token."]
+    for what, make in (
+        ("graphs", _graphs),
+        ("variants", _variants),
+        ("step", _steps),
+        ("where", _where),
+        ("gemv", _gemv),
+    ):
+        mine = [row for row in rows if row["what"] == what]
+        if mine:
+            parts.append(make(mine))
+    rivals = [row for row in rows if row["what"] == "rival"]
+    if rivals:
+        steps = [row for row in rows if row["what"] in ("graphs", "variants", "step") and row["batch"] == 1]
+        best = [row for row in steps if row["equal_ids"] == row["new"]]
+        parts.append(_rivals(rivals, best))
+    return "\n\n".join(parts)
+
+
+def _graphs(rows: Sequence[Row]) -> str:
+    head = [
+        "shape",
+        "bits",
+        "without",
+        "in a graph",
+        "saved",
+        "launches a step",
+        "replays",
+        "equal ids",
+        f"{CLAIM:.0%}?",
+    ]
+    lines = []
+    for row in rows:
+        saved = 1 - row["ms"] / row["ms_without"]
+        said = "confirmed" if saved >= CLAIM else "refuted"
+        lines.append([row["shape"], row["bits"], f"{row['ms_without']:.3f}", f"{row['ms']:.3f}", f"{saved:.0%}",
+                      row["launches"], row["replays"], f"{row['equal_ids']} of {row['new']}", said])  # fmt: skip
+    return table(head, lines)
+
+
+def _variants(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        lines.append([row["shape"], row["bits"], row["variant"], f"{row['ms']:.3f}", f"{row['share']:.1%}",
+                      row["launches"], f"{row['equal_ids']} of {row['new']}"])  # fmt: skip
+    return table(["shape", "bits", "kernels", "ms", "share", "launches", "ids equal to the first's"], lines)
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        dense = next((r for r in rows if (r["shape"], r["batch"], r["bits"]) == (row["shape"], row["batch"], 16)), None)
+        ratio = f"{dense['ms'] / row['ms']:.2f}" if dense else ""
+        lines.append([row["shape"], row["bits"], row["batch"], f"{row['ms']:.3f}", f"{row['share']:.1%}", ratio,
+                      f"{row['ms_without']:.3f}", f"{row['equal_ids']} of {row['new']}"])  # fmt: skip
+    return table(["shape", "bits", "batch", "ms", "share", "over 16 bits", "without graphs", "equal ids"], lines)
+
+
+def _where(rows: Sequence[Row]) -> str:
+    lines = [
+        [r["shape"], r["bits"], r["kernel"], f"{r['count']:.0f}", f"{r['us_each']:.2f}", f"{r['us_a_step']:.0f}"]
+        for r in rows
+    ]
+    return table(["shape", "bits", "kernel", "a step", "us each", "us a step"], lines)
+
+
+def _gemv(rows: Sequence[Row]) -> str:
+    lines = [[r["shape"], r["bits"], r["m"], f"{r['us']:.1f}", f"{r['share']:.1%}"] for r in rows]
+    return table(["out x in", "bits or kernel", "M", "us", "share"], lines)
+
+
+def _rivals(rows: Sequence[Row], ours: Sequence[Row]) -> str:
+    """Each beside our best step of the same shape and bits, or ours on the same folder."""
+    lines = []
+    for row in rows:
+        if row["tool"] == "ours":
+            mine = [row.get("ms", 0.0)]
+        elif "shape" in row:
+            mine = [r["ms"] for r in ours if (r["shape"], r["bits"]) == (row["shape"], row["bits"])]
+        else:
+            mine = [r["ms"] for r in rows if r["tool"] == "ours" and r.get("model") == row["model"] and "ms" in r]
+        where = row.get("shape", row.get("model", ""))
+        bits = f"{row['bits']}, head {row['head_bits']}"
+        more = ", ".join(f"{row[k]}" for k in ("kernel", "launches") if k in row)
+        ms = f"{row['ms']:.3f}" if "ms" in row else row.get("error", "failed")
+        ratio = f"{row['ms'] / min(mine):.2f}" if mine and "ms" in row else ""
+        lines.append([row["tool"], row["way"], where, bits, ms, ratio, more])
+    return table(["tool", "way", "model", "bits", "ms", "over ours", "kernel or launches"], lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    path = {"type": lambda s: Path(s).absolute()}
+    parser.add_argument("--work", **path, required=True)
+    parser.add_argument("--jobs", nargs="*", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--deadline", type=float, help="seconds after which nothing runs on")
+    parser.add_argument("--sites", **path)
+    parser.add_argument("--ort", **path)
+    parser.add_argument("--graphs", **path)
+    parser.add_argument("--model", **path)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """0 when every job ended well."""
+    asked = parse()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    asked.until = None if asked.deadline is None else time.monotonic() + asked.deadline
+    gpus: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for gpu in range(asked.gpus):
+        gpus.put(gpu)
+
+    def run(name: str) -> str | None:
+        gpu = gpus.get()
+        try:
+            return run_job(name, gpu, asked)
+        except Exception as e:  # what one job meets must not end the others
+            return f"{type(e).__name__}: {e}"
+        finally:
+            gpus.put(gpu)
+
+    with ThreadPoolExecutor(asked.gpus) as executor:
+        failed = {name: why for name, why in zip(asked.jobs, executor.map(run, asked.jobs), strict=True) if why}
+    files = [asked.work / f"{name}.json" for name in JOBS if (asked.work / f"{name}.json").exists()]
+    print(tables(files) if files else "nothing was measured")
+    for name, why in failed.items():
+        print(f"\nNot finished: {name}: {why}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
