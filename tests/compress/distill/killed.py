@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,22 @@ from compress.distill.request import DistillRequest
 from compress.distill.run import distill
 from compress.workspace import resolve
 
+GRACE = 5.0
 
-def run(asked: dict[str, Any], out: str, kill: int | None) -> None:
-    options = dict(asked["request"])
-    request = DistillRequest(
+
+def request_of(asked: dict[str, Any], out: Path) -> DistillRequest:
+    options = dict(asked)
+    return DistillRequest(
         teacher=resolve(options.pop("teacher")),
         student=resolve(options.pop("student")),
         data=Mix.of(options.pop("data"), options.pop("mix", None)),
-        out=Path(out),
+        out=out,
         **options,
     )
+
+
+def run(asked: dict[str, Any], out: str, kill: int | None) -> None:
+    request = request_of(asked["request"], Path(out))
 
     def heard(record: dict[str, float], ready: object) -> None:
         if record["step"] == kill and os.environ.get("RANK", "0") == "0":
@@ -75,7 +82,24 @@ def launch(asked: dict[str, Any], out: str, kill: int | None) -> list[int]:
                 sys.stderr.flush()
                 os._exit(code)
         children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return ended(children)
+
+
+def ended(children: list[int]) -> list[int]:
+    """Their exit codes. Once one has failed the others have `GRACE` seconds: NCCL does not notice that one is gone."""
+    codes: dict[int, int] = {}
+    until = None
+    while len(codes) < len(children):
+        for child in (c for c in children if c not in codes):
+            if until is not None and time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if until is None and any(codes.values()):
+            until = time.monotonic() + GRACE
+        time.sleep(0.02)
+    return [codes[child] for child in children]
 
 
 def main() -> None:
