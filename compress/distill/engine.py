@@ -1,7 +1,7 @@
 """Who computes: one process, copies of the student that average gradients (DDP), or shares of it (FSDP2, ZeRO-3).
 
 Hugging Face `accelerate` places, wraps and synchronises; what decides a number (dtype policy, reduction, clipping, what
-a checkpoint holds) is said here. Sums over processes that go into a log are taken in one place, `agree`.
+a checkpoint holds) is said here. Sums over processes that go into a log are taken in one place, `mean`.
 """
 
 from __future__ import annotations
@@ -195,17 +195,21 @@ class Engine:
 
         return wait
 
-    def agree(self, values: Sequence[float]) -> list[float]:
-        """The mean over processes of a few numbers, the same in every process; adds in the order of processes."""
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes of float64 values at the device, the same in every one; adds in their order."""
         if not distributed.running():
-            return [float(v) for v in values]
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        every = [torch.empty_like(mine) for _ in range(distributed.num_processes())]
-        dist.all_gather(every, mine)
-        total = torch.zeros_like(mine)
+            return values
+        every = [torch.empty_like(values) for _ in range(distributed.num_processes())]
+        dist.all_gather(every, values)
+        total = torch.zeros_like(values)
         for one in every:
             total += one
-        return [float(v) for v in total / len(every)]
+        return total / len(every)
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """`mean` of a few numbers of the host, waited for."""
+        found: list[float] = self.mean(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        return found
 
     def tensors(self, *, optimizer: bool) -> dict[str, Tensor]:
         """What a checkpoint must hold of this process: trained parameters, and the optimizer's state if asked for.
