@@ -81,9 +81,7 @@ def refine(asked: Asked, job: Job, made: Made, tell: Tell) -> Refined:
     return Refined(parts=replace(learned, rest=rest).parts, record=record)
 
 
-def _learned(
-    asked: Asked, options: EndToEndOptions, job: Job, made: Made, learned: Made, tell: Tell
-) -> dict[str, Any]:
+def _learned(asked: Asked, options: EndToEndOptions, job: Job, made: Made, learned: Made, tell: Tell) -> dict[str, Any]:
     """Train, and write what came out where `learned` has its journal.
 
     Returns the report, and the names of those files of what lies outside the blocks that were written anew.
