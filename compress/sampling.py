@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # takes hours on a CPU, and all of it is held in float32.
 LARGEST_ON_CPU = 1_000_000_000
 LARGEST_ON_GPU = 4_000_000_000
-# Rows sampled together: on a CPU, and at most on a GPU, where a step takes as long for many as for few, and so many bytes
-# of keys and values are held.
+# Rows sampled together: on a CPU, and at most on a GPU, where a step takes as long for many as for few, and at most so
+# many bytes of keys and values are held.
 ROWS_ON_CPU, ROWS_ON_GPU, CACHE_BYTES = 32, 256, 8_000_000_000
 
 

@@ -61,7 +61,8 @@ class AwqRequest(CalibratedRequest):
     """Everything that decides the artifact. seed: also of tuning. self_samples: None leaves it to the effort.
 
     end_to_end: updates of codes, scales and norms through the whole model once its blocks are done; None leaves it to
-    the effort and the device (`updates`). allow_damage: see `AwqOptions`; it decides no byte of a model that is not damaged, so a run may go on with it.
+    the effort and the device (`updates`). allow_damage: see `AwqOptions`; it decides no byte of a model that is not
+    damaged, so a run may go on with it.
     """
 
     scheme: Scheme
@@ -80,8 +81,8 @@ class AwqRequest(CalibratedRequest):
 
     @property
     def updates(self) -> int:
-        """Of the step through the whole model: as asked, else those of `best` at 4 bits, in one process on a GPU, for a
-        model small enough to be sampled from; a CPU has no time for them."""
+        """Of the step through the whole model: as asked, else those of `best` at 4 bits, in one process on a GPU, for
+        a model small enough to be sampled from; a CPU has no time for them."""
         if self.end_to_end is not None:
             return self.end_to_end
         takes = self.effort == "best" and self.scheme.num_bits == 4 and torch.device(self.device).type != "cpu"

@@ -230,7 +230,7 @@ def held_out(num_rows: int) -> list[int]:
 
 
 def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tell = SILENT) -> Trained:
-    """Learn the student's codes, scales and norms from the lessons; see the module docstring. Changes the student's model.
+    """Learn the student's codes, scales and norms from the lessons; see the module docstring. Changes its model.
 
     At least two rows. Deterministic on the CPU, and on a GPU as far as `numerics.repeatable` goes.
     """

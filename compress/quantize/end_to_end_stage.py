@@ -42,7 +42,7 @@ _MARGIN = 1.2
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """updates: at least one. seed: of the rows' order, and of sampling. own_rows: sampled from the model beside the rows
+    """updates: at least one. seed: of the rows' order, and of sampling. own_rows: sampled from the model beside those
     that the blocks were calibrated on."""
 
     updates: int
@@ -52,7 +52,7 @@ class Asked:
 
 
 def refine(asked: Asked, job: Job, made: Made, tell: Tell) -> Refined:
-    """Learn the codes, scales and norms of the finished blocks through the whole model, and keep them if that helped."""
+    """Learn codes, scales and norms of the finished blocks through the whole model, and keep them if that helped."""
     why = too_large(asked, job, made.model, rows=len(made.ids_NT), seq_len=made.ids_NT.shape[1])
     if len(made.ids_NT) + asked.own_rows < 2:
         why = "there is one calibration row, and rows to learn from and to judge by are two"
