@@ -63,7 +63,8 @@ class GroupSize(click.ParamType):  # type: ignore[type-arg]
     type=click.Choice(["fast", "balanced", "best"]),
     default="balanced",
     show_default=True,
-    help="fast: AWQ scales and fitted ranges; balanced: with error feedback; best: each block tuned as well.",
+    help="fast: AWQ scales and error feedback, one pass; balanced: each block also makes up for those before it; "
+    "best: each block tuned as well.",
 )
 @click.option(
     "--end-to-end",

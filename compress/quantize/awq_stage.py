@@ -18,9 +18,10 @@ from compress.formats import Format, awq_gemm, compressed_tensors
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
 from compress.plan import KvScheme, LayerPlan, LayerScheme
-from compress.quantize.awq_block import FAST, STORE_DTYPE, AwqOptions, awq_block
+from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block
 from compress.quantize.damage import damaged
 from compress.quantize.end_to_end_stage import OWN_ROWS, UPDATES, Asked, refine, require_room
+from compress.quantize.feedback import warm
 from compress.quantize.stored import stored_config, to_stored
 from compress.quantize.tune import TuneOptions
 from compress.request import CalibratedRequest, recorded_options
@@ -32,7 +33,7 @@ from compress.workspace import Source
 
 # The fields of a request that a manifest records, beside the scheme, and that a recorded recipe may set again.
 _RECORDED = (
-    "samples", "seq_len", "seed", "dtype", "device", "skip", "effort", "smooth", "clip", "tune_steps", "self_samples",
+    "samples", "seq_len", "seed", "dtype", "device", "skip", "effort", "smooth", "tune_steps", "self_samples",
 )  # fmt: skip
 
 # The layout that holds codes of so many bits: AutoAWQ's gemm has room for four.
@@ -69,7 +70,6 @@ class AwqRequest(CalibratedRequest):
     skip: tuple[str, ...] = ()
     effort: str = "balanced"
     smooth: bool = True
-    clip: bool = True
     tune_steps: int = 200
     end_to_end: int | None = None
     allow_damage: bool = False
@@ -106,7 +106,6 @@ class AwqRequest(CalibratedRequest):
             "device": torch.device(self.device).type,
             "skip": list(self.skip),
             **({"end_to_end": self.updates} if self.updates else {}),
-            **({"fast": FAST} if FAST and self.effort == "fast" else {}),
         }
 
 
@@ -121,8 +120,7 @@ def awq_stage(request: AwqRequest) -> Stage:
     options = AwqOptions(
         scheme=request.scheme,
         effort=request.effort,
-        smooth=request.smooth and (request.effort, FAST) != ("fast", "plain"),
-        clip=request.clip,
+        smooth=request.smooth,
         allow_damage=request.allow_damage,
         tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
     )
@@ -137,6 +135,7 @@ def awq_stage(request: AwqRequest) -> Stage:
         config=partial(stored_config, STORE_DTYPE),
         refine=partial(refine, asked_of(request)) if request.updates else None,
         record=record_of,
+        warm=partial(warm, request.scheme),
     )
 
 
@@ -208,9 +207,10 @@ def request_from_record(
     `source` is its parent. Raises ArtifactError when the record holds an option that this version does not know, or
     when the calibration text is gone.
     """
-    options = recorded_options(record, folder, "awq", {*_RECORDED, "scheme", "end_to_end"})
+    options = recorded_options(record, folder, "awq", {*_RECORDED, "scheme", "end_to_end", "clip"})
     del options["scheme"]
     options.setdefault("end_to_end", 0)  # a manifest that says nothing of it was made without
+    options.pop("clip", None)  # true in artifacts of 2026: ranges were not fitted only where a test asked for it
     calib = recorded_calib(record, folder)
     allowed = bool(record.get("damaged"))  # who asked for that once asks for the same recipe again
     return AwqRequest(source=source, out=out, scheme=scheme, calib=calib, allow_damage=allowed, **options)
