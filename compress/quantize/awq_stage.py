@@ -90,7 +90,7 @@ class AwqRequest(CalibratedRequest):
 
     @property
     def own_rows(self) -> int:
-        """Of the model's own that the step learns from beside those of the blocks; none where the user gives a number."""
+        """Rows of the model's own that the step adds to those of the blocks; none where the user gives a number."""
         on_gpu = torch.device(self.device).type != "cpu"
         return OWN_ROWS if self.tops_up and self.self_samples is None and on_gpu and self._may_sample else 0
 
