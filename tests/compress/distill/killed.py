@@ -2,7 +2,8 @@
 
     python killed.py JSON
 
-JSON: `{"processes": 1 or 2, "kills": [[step, ...], ...], "outs": [...], "request": {...}}`: for each out, one run that
+JSON: `{"processes": 1 or 2, "kills": [[step, ...], ...], "outs": [...], "request": {...}}`, and "room" with
+`memory.ROOM` of each out (0: all is shared out): for each out, one run that
 is killed at each of its steps in turn, then one that ends. Everything is imported once, what runs import when they come
 to it included; each run is a fork.
 """
@@ -25,6 +26,7 @@ import torch._dynamo
 import torch.distributed.fsdp
 import transformers
 
+from compress.distill import memory
 from compress.distill.data import Mix
 from compress.distill.request import DistillRequest
 from compress.distill.run import distill
@@ -46,6 +48,7 @@ def request_of(asked: dict[str, Any], out: Path) -> DistillRequest:
 
 def run(asked: dict[str, Any], out: str, kill: int | None) -> None:
     request = request_of(asked["request"], Path(out))
+    memory.ROOM = dict(zip(asked["outs"], asked.get("room", ()), strict=False)).get(out, memory.ROOM)
 
     def heard(record: dict[str, float], ready: object) -> None:
         if record["step"] == kill and os.environ.get("RANK", "0") == "0":
