@@ -64,6 +64,10 @@ def every_block(model: StreamedModel) -> Sequence[int]:
     return range(model.num_blocks)
 
 
+def nothing_to_warm(device: torch.device) -> None:
+    """Of a stage that compiles nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """A stage, ready to run; made by its own module from what the user asked for.
@@ -86,6 +90,7 @@ class Stage:
     decided(model, measured): the stage as it then is. Its plan is asked for again.
     refine(job, made, tell): what is left to do once all blocks are made, on all of them together.
     proof(model, staged, record): raises ArtifactError unless what was written is what was meant, before it has a name.
+    warm(device): what the first block needs and no weight does, such as compiling; done while the rows are read.
     behind(model, hidden, plan=plan): the linears behind the blocks that the plan quantizes, by their full names, given
     the original model's final hidden states batch by batch. None where the plan quantizes none.
     """
@@ -107,6 +112,7 @@ class Stage:
     decided: Callable[[StreamedModel, Mapping[str, Any]], Stage] | None = None
     refine: Callable[[Job, Made, Tell], Refined] | None = None
     proof: Callable[[StreamedModel, Path, Mapping[str, Any]], None] | None = None
+    warm: Callable[[torch.device], None] = nothing_to_warm
     behind: Callable[..., BlockResult] | None = None
 
 
@@ -193,7 +199,7 @@ def run(stage: Stage, job: Job, tell: Tell) -> Outcome:
             return held.enter_context(output.reserved(job.out, reads, force=job.force))
 
         place = distributed.first_does(reserve)
-        outcome = _run(stage, job, place, tell)
+        outcome = _run(stage, job, place, held, tell)
         distributed.wait_for_all()
         return outcome or _found(job, [])
 
@@ -203,6 +209,7 @@ class _Prepared:
     """What a run knows before it writes: the opened model, the plan, the rows, and the blocks that go on.
 
     written_plan: the plan by the names that layers are written under. stamp: of the model's files, to see a change.
+    warmed: what the first block waits for.
     """
 
     stage: Stage
@@ -213,6 +220,7 @@ class _Prepared:
     chosen: list[int]
     rows: Rows
     stamp: list[tuple[str, int, int, int]]
+    warmed: Future[None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,9 +233,9 @@ class _Begun:
     notes: list[str]
 
 
-def _run(stage: Stage, job: Job, place: Place | None, tell: Tell) -> Outcome | None:
+def _run(stage: Stage, job: Job, place: Place | None, held: ExitStack, tell: Tell) -> Outcome | None:
     """See `run`. None, as `place` is, in a process that does not write."""
-    ready = _prepare(stage, job, tell)
+    ready = _prepare(stage, job, held, tell)
     begun = distributed.first_does(lambda: _begin(ready, place, tell))
     if distributed.told_by_first(lambda: begun is not None and begun.run.is_published()):
         if begun:
@@ -255,17 +263,22 @@ def _run(stage: Stage, job: Job, place: Place | None, tell: Tell) -> Outcome | N
         raise
 
 
-def _prepare(stage: Stage, job: Job, tell: Tell) -> _Prepared:
-    """Open, plan, refuse, read the calibration rows. Nothing is written."""
+def _prepare(stage: Stage, job: Job, held: ExitStack, tell: Tell) -> _Prepared:
+    """Open, plan, refuse, read the calibration rows. Nothing is written. held: what is under way until it is left."""
     model = StreamedModel.open(
         job.source.path, dtype=DTYPES[job.dtype], device=job.device, trust_remote_code=job.trust_remote_code
     )
     plan = stage.plan(model)
     if stage.format is not None:
         stage.format.check(plan, shapes_of(model, plan))
+    stamp = model.checkpoint.stamp()
+    chosen = list(stage.blocks(model))
+    # Nothing is refused any more but the text, so what the first block needs is made ready meanwhile.
+    warmed = held.enter_context(meanwhile(partial(stage.warm, model.device)))
+    if model.device.type == "cuda":
+        model.prefetch_block(chosen[0])
     # One process reads: several that read might find different rows.
     rows = distributed.told_by_first(lambda: job.rows or rows_of(job, model, tell))
-    chosen = list(stage.blocks(model))
     return _Prepared(
         stage=stage,
         job=job,
@@ -274,7 +287,8 @@ def _prepare(stage: Stage, job: Job, tell: Tell) -> _Prepared:
         written_plan=renumbered(plan, model, chosen),
         chosen=chosen,
         rows=rows,
-        stamp=model.checkpoint.stamp(),
+        stamp=stamp,
+        warmed=warmed,
     )
 
 
@@ -370,10 +384,15 @@ def _blocks(ready: _Prepared, store: SharedStore, tell: Tell) -> list[BlockDone]
     """Stream the model through the stage."""
     stage, done = ready.stage, []
     behind = None if stage.behind is None else partial(stage.behind, ready.model, plan=ready.plan)
+
+    def block(loaded: LoadedBlock) -> BlockResult:
+        ready.warmed.result()
+        return stage.block(loaded, ready.plan)
+
     for step in stream(
         ready.model,
         ready.rows.ids_NT,
-        lambda loaded: stage.block(loaded, ready.plan),
+        block,
         store,
         plan=ready.plan,
         paths=stage.paths,

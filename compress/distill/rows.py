@@ -41,16 +41,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Copied to `device`; to a GPU without waiting for what it does."""
-        positions = None if self.positions_BT is None else _moved(self.positions_BT, device)
+        positions = None if self.positions_BT is None else moved(self.positions_BT, device)
         return Batch(
-            ids_BT=_moved(self.ids_BT, device),
-            labels_BT=_moved(self.labels_BT, device),
+            ids_BT=moved(self.ids_BT, device),
+            labels_BT=moved(self.labels_BT, device),
             positions_BT=positions,
             rows=self.rows,
         )
 
 
-def _moved(value: Tensor, device: torch.device | str) -> Tensor:
+def moved(value: Tensor, device: torch.device | str) -> Tensor:
+    """At `device`; to a GPU without waiting for what it does."""
     if torch.device(device).type != "cuda" or value.is_cuda:
         return value.to(device)
     return value.pin_memory().to(device, non_blocking=True)

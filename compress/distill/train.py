@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress import distributed
 from compress.distill import checkpoint
@@ -24,7 +25,7 @@ from compress.distill.engine import Engine
 from compress.distill.gradients import Compression
 from compress.distill.onpolicy import is_on_policy, uniforms
 from compress.distill.optim import Rate, set_rate
-from compress.distill.rows import Batch, Rows, order
+from compress.distill.rows import Batch, Rows, moved, order
 from compress.distill.signals import Stop
 from compress.distill.student import PARTS, Rewrite, Study
 from compress.distill.teacher import Lessons
@@ -160,12 +161,10 @@ class Training:
                 loss, parts = self.engine.module(study)
                 self.engine.backward(loss / plan.passes)
             sums += torch.cat([loss.detach()[None], parts]).double() / plan.passes
-        found = self.engine.on_its_way(torch.cat([sums, self.engine.clip(plan.clip).double()[None]]))
+        norm_1 = self.engine.clip(plan.clip).double()[None]
+        found = self.engine.on_its_way(torch.cat([self.engine.mean(torch.cat([sums, self._flags()])), norm_1]))
         self._look_ahead(step + 1)
-        *means, norm = found()
-        overdue = time.monotonic() - self._saved_at > plan.checkpoint_seconds
-        flags = (float(bool(self.stop.asked)), float(overdue and distributed.rank() == 0))
-        *values, stopping, due = self.engine.agree([*means, *flags])
+        *values, stopping, due, norm = found()
         if not all(math.isfinite(v) for v in (*values, norm)):
             raise Diverged(self._diverged(values[0], norm, rate))
         norm = self.engine.update(norm)
@@ -181,6 +180,12 @@ class Training:
         self.state.curve.append(record)
         self.heard(record)
         return record, bool(stopping), bool(due)
+
+    def _flags(self) -> Tensor:
+        """Whether a signal came and, of the first process, whether it is time for a checkpoint: float64 `[2]`."""
+        overdue = time.monotonic() - self._saved_at > self.plan.checkpoint_seconds
+        flags = (bool(self.stop.asked), overdue and distributed.rank() == 0)
+        return moved(torch.tensor(flags, dtype=torch.float64), self.engine.device)
 
     def _study(self, step: int, number: int) -> Study:
         """What pass `number` of an update reads, with the teacher's word on it."""

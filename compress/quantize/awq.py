@@ -7,7 +7,7 @@ read off the Gram matrix G of the inputs, `tr(D G D^T)` with `D = Q(W s) / s - W
 with no forward pass and no stored activations.
 
 The paper's own loss is the error of the *parent's* output (attention, MLP); the caller therefore confirms the chosen
-scale against the identity with one true forward.
+scale against the identity with one true forward, or by what error feedback loses with each.
 
 Shapes: O out_features, I in_features, G groups along I, g group size
 """
@@ -28,8 +28,6 @@ from compress.scheme import Scheme
 SEARCH_ROWS = 512
 COARSE_RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 FINE_STEPS = (-0.15, -0.10, -0.05, 0.05, 0.10, 0.15)
-CLIP_STEPS = 20
-CLIP_MIN = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,46 +134,3 @@ def _pooled(x_I: Tensor, shared: Tensor | None) -> Tensor:
     total = numerics.add_by_index_(empty, index, x_I)
     count = numerics.add_by_index_(torch.zeros_like(total), index, torch.ones_like(x_I))
     return (total / count)[index]
-
-
-def search_range(
-    w_OI: Tensor, gram_II: Tensor, scheme: Scheme, steps: int = CLIP_STEPS, lowest: float = CLIP_MIN
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and zero point of each group that minimise its output error; the paper's weight clipping.
-
-    Multiplies each group's min-max range by `numerics.range_factors`, down to `lowest`, and keeps for every row and
-    group the factor whose error `d G_gg d^T` is least, with G_gg the Gram matrix's diagonal block of that group. The
-    full range is among the candidates, so the error never exceeds round-to-nearest's. Returns scale_OG, zero_point_OG,
-    factor_OG (float32).
-    """
-    w_OGg = numerics.to_groups(w_OI, scheme)
-    num_groups, size = w_OGg.shape[1], w_OGg.shape[2]
-    blocks_Ggg = gram_blocks(gram_II, size)
-    lo, hi = numerics.range_of(w_OGg)
-    best_scale, best_zero = numerics.scale_and_zero(lo, hi, scheme)
-    best_error = torch.full_like(best_scale, torch.inf)
-    best_factor = torch.ones_like(best_scale)
-    assert blocks_Ggg.shape[0] == num_groups
-    for factor in numerics.range_factors(scheme, lowest, steps):
-        scale, zero = numerics.scale_and_zero(lo * factor, hi * factor, scheme)
-        delta = numerics.fake_quantize(w_OGg, scale, zero, scheme).sub_(w_OGg)
-        error = group_error(delta, blocks_Ggg)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-        best_factor = torch.where(better, torch.full_like(best_factor, factor), best_factor)
-    return best_scale, best_zero, best_factor
-
-
-def gram_blocks(gram_II: Tensor, size: int) -> Tensor:
-    """The diagonal blocks of the Gram matrix, `[G, size, size]`."""
-    num_groups = gram_II.shape[0] // size
-    index = torch.arange(num_groups, device=gram_II.device)
-    return gram_II.reshape(num_groups, size, num_groups, size)[index, :, index, :]
-
-
-def group_error(delta_OGg: Tensor, blocks_Ggg: Tensor) -> Tensor:
-    """`d G_gg d^T` of each row's change in each group, `[O, G]`."""
-    d_GOg = delta_OGg.transpose(0, 1)
-    return (torch.bmm(d_GOg, blocks_Ggg) * d_GOg).sum(-1).t()

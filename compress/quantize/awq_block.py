@@ -3,14 +3,13 @@
 The algorithms are in files of their own (`awq`, `retarget`, `feedback`, `refit`, `tune`); this file only applies them
 to a block in the right order. What each effort does, and why, is in METHODS.md:
 
-    fast      AWQ scales; ranges fitted to the Gram matrix; rounded to nearest
+    fast      AWQ scales; rounded with error feedback; scales refitted
     balanced  AWQ scales where error feedback profits; retargeted; rounded with error feedback; scales refitted
     best      the same, then codes, scales and norms tuned on the block's output
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -44,14 +43,11 @@ STORE_DTYPE = torch.float16
 EFFORTS = ("fast", "balanced", "best")
 # Rows that a scale is tried on with error feedback.
 CONFIRM_ROWS = 256
-# Internal, and unset unless variants are compared: error feedback on the original model's inputs in effort `fast`, with
-# the scales that it has without (`scaled`), with those that profit from feedback (`confirmed`), with none (`plain`).
-FAST = os.environ.get("COMPRESS_FAST", "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AwqOptions:
-    """Choices of the method. scheme: of a layer that is asked about without a plan. clip: of effort `fast` only.
+    """Choices of the method. scheme: of a layer that is asked about without a plan.
 
     allow_damage: go on when a layer's output is mostly error (`damage`), instead of stopping.
     """
@@ -59,28 +55,21 @@ class AwqOptions:
     scheme: Scheme
     effort: str = "balanced"
     smooth: bool = True
-    clip: bool = True
     allow_damage: bool = False
     tune: TuneOptions = TuneOptions()
 
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
             raise ConfigError(f"effort {self.effort!r} is not one of {', '.join(EFFORTS)}; choose one of these")
-        if FAST not in ("", "scaled", "confirmed", "plain"):
-            raise ConfigError(f"COMPRESS_FAST={FAST!r} is not one of scaled, confirmed, plain; choose one of these")
-
-    @property
-    def feedback(self) -> bool:
-        return self.effort != "fast" or FAST != ""
 
     @property
     def confirms_with_feedback(self) -> bool:
         """Whether a scale is weighed against none by what error feedback loses, and not by the true forward."""
-        return self.effort != "fast" or FAST == "confirmed"
+        return self.effort != "fast"
 
     @property
     def paths(self) -> int:
-        """How many paths of hidden states the method must be given; see `blocks.stream`."""
+        """Of hidden states, that the method must be given (`blocks.stream`); with one, nothing is retargeted."""
         return 1 if self.effort == "fast" else 2
 
 
@@ -106,7 +95,7 @@ def awq_block(loaded: LoadedBlock, plan: LayerPlan, options: AwqOptions) -> Bloc
     for i, (group, statistics) in enumerate(zip(loaded.groups, loaded.statistics, strict=True)):
         members = [name for name in group.layers if name in chosen]
         mine = replace(options, scheme=schemes[members[0]]) if members else options
-        if prepared[i] is None and _needs_preparing(i, runs, ahead, mine):
+        if prepared[i] is None and _needs_preparing(i, runs, ahead):
             prepared[i] = _prepared(group, statistics, mine)
         report, s_I, current = _smooth(
             loaded, group, statistics, members, prepared[i], mine, row_scale, current, ahead.get(i)
@@ -284,10 +273,10 @@ def _scales_ahead(
     return {i: sent(own.get(i), loaded.statistics[i].magnitude_I, owners[i]) for i in sorted(folding)}
 
 
-def _needs_preparing(group: int, runs: Sequence[Run], ahead: Mapping[int, Scaled], options: AwqOptions) -> bool:
+def _needs_preparing(group: int, runs: Sequence[Run], ahead: Mapping[int, Scaled]) -> bool:
     """Whether this process searches the group's scale, or rounds some of its layers."""
     mine = [run for run in runs if run.group == group]
-    return options.feedback and bool(mine) and (group not in ahead or any(run.is_mine for run in mine))
+    return bool(mine) and (group not in ahead or any(run.is_mine for run in mine))
 
 
 def _prepared(group: Group, statistics: InputStatistics, options: AwqOptions) -> Prepared:
@@ -372,12 +361,12 @@ def _round_groups(
         inputs, prepared[i] = prepared[i], None
         mine = [run.names for run in runs if run.group == i and run.is_mine]
         if mine:
-            inputs = None if inputs is None else inputs.scaled(s_I)
             statistics.smooth_(s_I)
         for names in mine:
+            assert inputs is not None
             weights = {name: weight_OI(layers[name]).float().contiguous() for name in names}
             found, lost = _round(
-                weights, inputs, statistics, s_I, row_scale, replace(options, scheme=schemes[names[0]])
+                weights, inputs.scaled(s_I), statistics, s_I, row_scale, replace(options, scheme=schemes[names[0]])
             )
             rounded.update(found)
             errors.update(lost)
@@ -387,7 +376,7 @@ def _round_groups(
 
 def _round(
     weights: Mapping[str, Tensor],
-    inputs: Prepared | None,
+    inputs: Prepared,
     statistics: InputStatistics,
     s_I: Tensor,
     row_scale: Mapping[str, Tensor],
@@ -395,19 +384,14 @@ def _round(
 ) -> tuple[dict[str, Rounded], dict[str, Errors]]:
     """Codes and errors (see `_round_groups`) of some layers of one group, in whose columns s_I already is."""
     rows = {name: row_scale.get(name, torch.ones(len(w), device=w.device)) for name, w in weights.items()}
-    if inputs is None:
-        targets = dict(weights)
-        rounded = {name: _round_plainly(w, statistics.gram_II, options) for name, w in weights.items()}
-    else:
-        stacked = torch.cat(list(weights.values()))
-        shift_OI = statistics.target_shift(stacked, torch.cat(list(rows.values())))
-        if shift_OI is not None:
-            stacked = retarget(stacked, shift_OI, inputs)
-            del shift_OI
-        targets = _split(stacked, weights)
-        rounded = _round_with_feedback(stacked, weights, inputs, statistics, options)
+    stacked = torch.cat(list(weights.values()))
+    shift_OI = statistics.target_shift(stacked, torch.cat(list(rows.values())))
+    if shift_OI is not None:
+        stacked = retarget(stacked, shift_OI, inputs)
+        del shift_OI
+    rounded = _round_with_feedback(stacked, weights, inputs, statistics, options)
     errors = {}
-    for name, w_OI in targets.items():
+    for name, w_OI in _split(stacked, weights).items():
         made = rounded[name].dequantize(options.scheme)
         plain = numerics.round_to_nearest(w_OI / s_I, options.scheme).mul_(s_I)
         ours, nearest = (
@@ -433,24 +417,6 @@ def _round_with_feedback(
 def _split(stacked: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rows of a stack of layers, given back to the layers."""
     return dict(zip(like, stacked.split([len(w) for w in like.values()]), strict=True))
-
-
-def _round_plainly(w_OI: Tensor, gram_II: Tensor, options: AwqOptions) -> Rounded:
-    """Round to nearest within the range that the Gram matrix prefers (`clip`), or within the full one."""
-    scheme = options.scheme
-    w_OGg = numerics.to_groups(w_OI, scheme)
-    if options.clip:
-        scale, zero, factor = awq.search_range(w_OI, gram_II, scheme)
-    else:
-        scale, zero = numerics.scale_and_zero(*numerics.range_of(w_OGg), scheme)
-        factor = torch.ones_like(scale)
-    return Rounded(
-        codes_OI=numerics.quantize(w_OGg, scale, zero, scheme).to(torch.uint8).reshape(w_OI.shape),
-        scale_OG=scale,
-        zero_point_OG=zero,
-        factor_OG=factor,
-        wanted_OI=None,
-    )
 
 
 def _tuned(

@@ -215,6 +215,16 @@ def round_with_feedback(w_OI: Tensor, inputs: Prepared, scheme: Scheme, *, wante
     return out
 
 
+def warm(scheme: Scheme, device: torch.device) -> None:
+    """On a GPU, compile the kernels for these codes, and start what factorises and multiplies, by rounding a little.
+
+    May run in a thread beside other work: it sets nothing that others read.
+    """
+    if device.type == "cuda":
+        inputs = prepare(torch.eye(2 * scheme.group_size, device=device), scheme)
+        round_with_feedback(torch.ones(64, 2 * scheme.group_size, device=device), inputs, scheme)
+
+
 def fit_range(w_Og: Tensor, importance_g: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     """Scale and zero point `[O]` of one group that minimise `sum_j importance_j (w_j - rounded_j)^2`, row by row.
 

@@ -351,7 +351,7 @@ def _timed_inside(device: str) -> dict[str, float]:
         (awq, ("search_scale",)),
         (awq_block, (
             "refuse_drowning", "_prepared", "_forward_prefers", "_feedback_prefers", "_lift", "fold_proven", "_round",
-            "retarget", "_round_with_feedback", "refit_scales", "_round_plainly", "_packed", "dense_tensors", "_tuned",
+            "retarget", "_round_with_feedback", "refit_scales", "_packed", "dense_tensors", "_tuned",
         )),
     ]  # fmt: skip
     for owner, names in places:
@@ -431,6 +431,8 @@ def main() -> None:
     shape = dict(SHAPES[arguments.shape])
     real = shape["num_hidden_layers"]
     shape["num_hidden_layers"] = blocks = arguments.blocks = arguments.blocks or real
+    if arguments.folder is not None:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         started = time.perf_counter()

@@ -4,6 +4,7 @@
     python tests/bench/scale.py awq --shape llama-3-70b --blocks 4 --processes 1 4
     python tests/bench/scale.py distill --shape 1b --processes 1 2 4       # FSDP2: tokens/s, MFU, memory
     python tests/bench/scale.py distill --shape llama-3-8b --processes 4
+    python tests/bench/scale.py distill --shape 1b --processes 2 --engine fsdp ddp deepspeed
     python tests/bench/scale.py resume --processes 4                       # kill -9 of every process, the same command
     python tests/bench/scale.py powersgd --shape 135m --processes 4        # gradients whole, in 16 bits, as two factors
 
@@ -344,11 +345,13 @@ def distill(work: Work, options: argparse.Namespace) -> None:
     """Each process has the same rows an update, however many there are."""
     for shape in options.shape:
         for processes in options.processes:
-            name = f"distill {shape} {processes}" + " repeatable" * options.repeatable
-            work.job(name, functools.partial(_distill, work, options, shape, processes, name))
+            for engine in options.engine:
+                name = f"distill {shape} {processes}{'' if engine == 'fsdp' else ' ' + engine}"
+                name += " repeatable" * options.repeatable
+                work.job(name, functools.partial(_distill, work, options, shape, processes, engine, name))
 
 
-def _distill(work: Work, options: argparse.Namespace, shape: str, processes: int, name: str) -> Facts:
+def _distill(work: Work, options: argparse.Namespace, shape: str, processes: int, engine: str, name: str) -> Facts:
     model = str(model_of(options, shape))
     each = options.rows
     tokens = options.steps * each * processes * options.seq_len
@@ -364,7 +367,7 @@ def _distill(work: Work, options: argparse.Namespace, shape: str, processes: int
     for micro, more in [(min(micro, each), more) for micro, more in passes]:
         request = {
             "teacher": model, "student": model, "data": [str(text)], "tokens": tokens, "seq_len": options.seq_len,
-            "batch": each * processes, "micro_batch": micro, "checkpoint_minutes": 60.0, "engine": "fsdp", **more,
+            "batch": each * processes, "micro_batch": micro, "checkpoint_minutes": 60.0, "engine": engine, **more,
         }  # fmt: skip
         try:
             found = _trained(work, options, request, processes, name, measure=True)
@@ -375,8 +378,9 @@ def _distill(work: Work, options: argparse.Namespace, shape: str, processes: int
                 raise
             refused.append({"micro_batch": micro, **more, "said": said})
         else:
-            return {**found, "shape": shape, "processes": processes, "micro_batch": micro, **more, "refused": refused}
-    return {"shape": shape, "processes": processes, "refused": refused}
+            how = {"shape": shape, "processes": processes, "engine": engine}
+            return {**found, **how, "micro_batch": micro, **more, "refused": refused}
+    return {"shape": shape, "processes": processes, "engine": engine, "refused": refused}
 
 
 def _trained(
@@ -651,6 +655,7 @@ def _distill_rows(rows: list[Facts]) -> None:
             f"{row['tokens_per_second'] / ideal:.3f}  peak {max(row['peak_GB']):.1f} GB (updates "
             f"{max(row['training_peak_GB']):.1f})  {row['micro_batch']} rows a pass"
             f"{', checkpointing' if row.get('checkpointing') else ''}"
+            f"{'' if row.get('engine', 'fsdp') == 'fsdp' else ', ' + row['engine']}"
         )
 
 
@@ -697,6 +702,7 @@ def parsed() -> argparse.Namespace:
     two = verbs.add_parser("distill")
     two.add_argument("--shape", nargs="+", default=["1b"], choices=list(SHAPES))
     two.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
+    two.add_argument("--engine", nargs="+", default=["fsdp"], choices=["fsdp", "ddp", "deepspeed"])
     two.add_argument("--rows", type=int, default=8, help="of an update in each process")
     two.add_argument("--micro-batch", type=int, default=8, help="rows a pass; a shape of `PASSES` has its own")
     two.add_argument("--seq-len", type=int, default=2048)

@@ -153,19 +153,15 @@ def test_a_widened_symmetric_range_cuts_off_nothing(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(numerics.fake_quantize(w_OGg, scale, zero, four), w_OGg, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("search", ["feedback", "gram"])
-def test_widening_symmetric_ranges_lowers_what_is_searched(search: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.quantize import awq, feedback
+def test_widening_symmetric_ranges_lowers_what_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.quantize import feedback
 
     scheme = Scheme(group_size=32, symmetric=True)
     w_OI = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     importance_g = torch.linspace(0.5, 2.0, 32)
 
     def row_errors() -> torch.Tensor:
-        if search == "feedback":
-            scale, zero, _ = feedback.fit_range(w_OI, importance_g, scheme)
-        else:
-            scale, zero = (x[:, 0] for x in awq.search_range(w_OI, importance_g.diag(), scheme)[:2])
+        scale, zero, _ = feedback.fit_range(w_OI, importance_g, scheme)
         return (numerics.fake_quantize(w_OI, scale, zero, scheme) - w_OI).square() @ importance_g
 
     before = row_errors()

@@ -3,7 +3,9 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from compress.artifact import read_manifest
 from compress.block import BlockDone, BlockResult, LoadedBlock
 from compress.calibration_rows import Text
 from compress.checkpoint import Checkpoint
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, UnsupportedError
 from compress.files import file_sha256, read_json
 from compress.formats import compressed_tensors, stored
 from compress.linear import linears, weight_OI
@@ -125,6 +127,31 @@ def logits(folder: Path, blocks: list[int] | None = None) -> torch.Tensor:
         hidden = model.run_block(index, hidden)
         model.release_block(index)
     return model.head(hidden)
+
+
+def test_the_first_block_waits_for_what_is_made_ready_meanwhile(build_model: Build, made: Any) -> None:
+    happened = []
+
+    def warm(device: torch.device) -> None:
+        time.sleep(1)  # longer than the text takes
+        happened.append(f"warm for the {device.type}")
+
+    def block(loaded: LoadedBlock, plan: LayerPlan) -> BlockResult:
+        happened.append(f"block {loaded.index}")
+        return plain.block(loaded, plan)
+
+    plain = shorter([0, 1])
+    made(replace(plain, warm=warm, block=block), build_model())
+    assert happened == ["warm for the cpu", "block 0", "block 1"]
+
+
+def test_what_cannot_be_made_ready_ends_the_run(build_model: Build, made: Any, tmp_path: Path) -> None:
+    def warm(device: torch.device) -> None:
+        raise UnsupportedError("no compiler")
+
+    with pytest.raises(UnsupportedError, match="no compiler"):
+        made(replace(shorter([0, 1]), warm=warm), build_model())
+    assert not (tmp_path / "shorten").exists()
 
 
 def test_a_stage_that_leaves_blocks_out_makes_an_ordinary_model(build_model: Build, made: Any) -> None:

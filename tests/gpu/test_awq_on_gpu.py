@@ -8,9 +8,7 @@ import torch
 
 from compress import numerics
 from compress.calibration_rows import Text, read_rows
-from compress.checkpoint import Checkpoint
 from compress.files import file_sha256
-from compress.formats.awq_gemm import unpack_columns
 from compress.model import StreamedModel
 from compress.quantize.awq_stage import AwqRequest, quantize_awq
 from compress.quantize.end_to_end import held_out
@@ -34,22 +32,8 @@ def summed_error(outcome: Outcome) -> float:
     return float(sum(layer["error"] for layer in outcome.record["layers"]))
 
 
-def codes(folder: Path) -> torch.Tensor:
-    checkpoint = Checkpoint.open(folder)
-    names = [n for n in checkpoint.names() if n.endswith(".qweight")]
-    return torch.cat([unpack_columns(checkpoint.tensor(n)).reshape(-1) for n in names])
-
-
 def test_float32_on_the_gpu_is_nearly_the_artifact_of_the_cpu(reference_model: Path, tmp_path: Path) -> None:
-    """Sums in another order move a few choices of a range or a scale by a step, and codes with them, never the error.
-    Smoothing is off in the comparison of codes: one other scale changes every code of its layer."""
-    plain = {
-        device: quantize(reference_model, tmp_path / f"plain-{device}", device=device, smooth=False, effort="fast")
-        for device in ("cpu", "cuda")
-    }
-    differing = (codes(plain["cpu"].out) != codes(plain["cuda"].out)).float().mean()
-    assert float(differing) < 2e-3
-    assert summed_error(plain["cuda"]) == pytest.approx(summed_error(plain["cpu"]), rel=1e-3)
+    """Sums in another order move a few ranges and scales by a step, and codes with them, never the error."""
     for effort in ("fast", "balanced"):
         full = {
             d: quantize(reference_model, tmp_path / f"{effort}-{d}", device=d, effort=effort) for d in ("cpu", "cuda")
@@ -86,7 +70,7 @@ def test_values_are_added_at_their_index_as_on_the_cpu() -> None:
 
 def test_tuning_lowers_the_held_out_error(reference_model: Path, tmp_path: Path) -> None:
     """On the CPU these 64 rows and 100 steps lower it in all six blocks; a few rows and steps do not."""
-    asked: dict[str, Any] = {"effort": "best", "self_samples": 0, "tune_steps": 100, "samples": 64}
+    asked: dict[str, Any] = {"effort": "best", "self_samples": 0, "tune_steps": 100, "samples": 64, "end_to_end": 0}
     outcome = quantize(reference_model, tmp_path / "best", device="cuda", dtype="bfloat16", **asked)
     assert sum(t["kept"] for t in outcome.record["tuning"]) >= 5
 

@@ -74,8 +74,8 @@ def test_loses_less_than_rounding_to_nearest(symmetric: bool) -> None:
     scheme = Scheme(group_size=16, symmetric=symmetric)
     w_OI, gram_II = problem(num_rows=64)
     nearest = awq.output_error(numerics.round_to_nearest(w_OI, scheme) - w_OI, gram_II)
-    scale, zero, _ = awq.search_range(w_OI, gram_II, scheme)
-    ranged = numerics.fake_quantize(numerics.to_groups(w_OI, scheme), scale, zero, scheme).reshape(w_OI.shape)
+    groups = zip(w_OI.split(16, dim=1), gram_II.diagonal().split(16), strict=True)
+    ranged = torch.cat([numerics.fake_quantize(w, *fit_range(w, h, scheme)[:2], scheme) for w, h in groups], dim=1)
     found = round_with_feedback(w_OI, prepare(gram_II, scheme), scheme)
     error = awq.output_error(found.dequantize(scheme) - w_OI, gram_II)
     assert error < 0.7 * awq.output_error(ranged - w_OI, gram_II) < 0.7 * nearest

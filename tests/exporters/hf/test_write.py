@@ -190,9 +190,8 @@ def test_shapes_that_marlin_does_not_take_are_noted(make: Any, reference_model: 
     notes = vllm_rules.check(stored(Checkpoint.open(make())))
     assert len(notes) == 1 and re.search(r"\d+ of 14 layers have shapes that Marlin does not take", notes[0])
     request = AwqRequest(
-        source=resolve(str(reference_model)), out=tmp_path / "r", scheme=Scheme(), samples=1, seq_len=32, smooth=False,
-        clip=False,
-    )  # fmt: skip
+        source=resolve(str(reference_model)), out=tmp_path / "r", scheme=Scheme(), samples=1, seq_len=32, smooth=False
+    )
     assert vllm_rules.check(stored(Checkpoint.open(quantize_awq(request).out))) == []
     assert vllm_rules.check(stored(Checkpoint.open(reference_model))) == []
 
