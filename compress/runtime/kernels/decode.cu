@@ -373,7 +373,7 @@ __device__ __forceinline__ void join_head(const float* parts, int used, half_bit
 __device__ __forceinline__ void rotated(float (&query)[OWN], const half_bits* head, const float* norm, const float* cosines,
                                         const float* sines, float eps, float scale) {
     const int eighth = threadIdx.x & 7, other = eighth ^ 4;
-    half_bits mine[OWN], theirs[OWN];
+    alignas(16) half_bits mine[OWN], theirs[OWN];
 #pragma unroll
     for (int i = 0; i < OWN; i += 8) {
         *reinterpret_cast<uint4*>(mine + i) = *reinterpret_cast<const uint4*>(head + eighth * OWN + i);

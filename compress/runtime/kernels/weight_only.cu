@@ -173,6 +173,13 @@ __device__ __forceinline__ void ask_ahead(const uint4* codes, const half_bits* s
 #endif
 }
 
+// Past the first cache, which may hold what lay there before this kernel waited.
+__device__ __forceinline__ float fresh(const float* at) {
+    float out;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(out) : "l"(at));
+    return out;
+}
+
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffff, v, d);
@@ -219,12 +226,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int at = threadIdx.x + i * 32 * WARPS;
-        held[i] = at < squares_a_row ? squares[at] : 0.f;
+        held[i] = at < squares_a_row ? fresh(squares + at) : 0.f;
     }
 #elif ADDED
     float held[2] = {};
     if (threadIdx.x < 16 * ROWS && block * 16 + threadIdx.x < N) {
-        held[0] = stream[block * 16 + threadIdx.x];
+        held[0] = fresh(stream + block * 16 + threadIdx.x);
         held[1] = weight[block * 16 + threadIdx.x];
     }
 #endif
@@ -311,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (int token = 0; token < M; ++token) {
         float s = token ? 0.f : held[0] + held[1];
         for (int i = threadIdx.x + (token ? 0 : 64 * WARPS); i < squares_a_row; i += 32 * WARPS)
-            s += squares[(long long)token * squares_a_row + i];
+            s += fresh(squares + (long long)token * squares_a_row + i);
         s = warp_sum(s);
         if (!lane) squares_of[token][warp] = s;
     }
@@ -350,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             float all = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) all += squares_of[token][w];
-            const float now_is = rsqrtf(all / K + __int_as_float(eps_bits)), missing = now_is / before[token];
+            const float now_is = rsqrtf(all / K + __int_as_float(eps_bits)), missing = now_is / fresh(before + token);
             if (!blockIdx.x && !r) factor[token] = now_is;
             total *= missing;
             other *= missing;
@@ -361,9 +368,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             if (there) {
                 const bool kept = i < 16 * ROWS && !t;  // token 0, whose i is the thread's own
                 if (bias) total += to_float(bias[out]);
-                value = (kept ? held[0] : stream[(long long)token * N + out]) + total;
+                value = (kept ? held[0] : fresh(stream + (long long)token * N + out)) + total;
                 stream[(long long)token * N + out] = value;
-                y[(long long)token * N + out] = to_half(value * before[token] * (kept ? held[1] : weight[out]));
+                y[(long long)token * N + out] = to_half(value * fresh(before + token) * (kept ? held[1] : weight[out]));
             }
             float s = value * value;
 #pragma unroll
