@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # takes hours on a CPU, and all of it is held in float32.
 LARGEST_ON_CPU = 1_000_000_000
 LARGEST_ON_GPU = 4_000_000_000
+# Rows sampled together: on a CPU, and at most on a GPU, where a step takes as long for many as for few, and at most so
+# many bytes of keys and values are held.
+ROWS_ON_CPU, ROWS_ON_GPU, CACHE_BYTES = 32, 256, 8_000_000_000
 
 
 def largest(device: str) -> int:
@@ -63,8 +66,26 @@ def sample_from_folder(
     tell.say(f"sampling {num_samples} rows of {seq_len} tokens from {model} itself, token by token")
     loaded = load_model_float32(model, device, trust_remote_code=trust_remote_code)
     return sample_from_model(
-        loaded, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, chat=chat, tell=tell
+        loaded,
+        tokenizer,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        batch_size=rows_at_once(loaded, seq_len),
+        chat=chat,
+        tell=tell,
     )
+
+
+def rows_at_once(model: PreTrainedModel, seq_len: int) -> int:
+    """How many rows to sample together on the model's device, by its config alone: so the same rows come out again."""
+    if model.device.type == "cpu":
+        return ROWS_ON_CPU
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row_bytes = 2 * 4 * config.num_hidden_layers * heads * head_dim * seq_len
+    return int(max(1, min(ROWS_ON_GPU, CACHE_BYTES // row_bytes)))
 
 
 def load_model_float32(model: Path, device: str = "cpu", *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -91,7 +112,7 @@ def sample_from_model(
     num_samples: int,
     seq_len: int,
     seed: int,
-    batch_size: int = 32,
+    batch_size: int = ROWS_ON_CPU,
     first_row: int = 0,
     chat: bool = False,
     tell: Tell = SILENT,

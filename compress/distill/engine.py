@@ -31,8 +31,8 @@ class EngineOptions:
     """engine: one of `ENGINES`. compute: dtype of matrix products; master weights are float32. device: of this process.
 
     compress_gradients: rank of PowerSGD's factors, `gradients.HALVED`, None for whole gradients. exact_parameters:
-    shares are gathered in float32, for parameters that 16 bits would change (codes about to be rounded). clip: largest
-    norm of a gradient.
+    shares are gathered in float32, for parameters that 16 bits would change (codes about to be rounded). keep_gathered:
+    FSDP2 gathers a block once an update and not twice. clip: largest norm of a gradient.
     """
 
     engine: str = "auto"
@@ -40,6 +40,7 @@ class EngineOptions:
     device: str = "cpu"
     compress_gradients: int | str | None = None
     exact_parameters: bool = False
+    keep_gathered: bool = False
     clip: float = 1.0
 
     def resolved(self, processes: int) -> str:
@@ -91,7 +92,8 @@ class Engine:
         self.device = device
         self._accelerator: Any = None if kind == "deepspeed" else through
         self._zero: Zero | None = through if kind == "deepspeed" else None
-        self._named: list[tuple[str, nn.Parameter]] = []
+        # now, while FSDP2 has gathered nothing: after a forward pass they may be others for a while
+        self._named = [(name, p) for name, p in self.inner.named_parameters() if p.requires_grad]
 
     @classmethod
     def start(
@@ -130,8 +132,6 @@ class Engine:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The student's trained parameters, by names that no wrapper changes, in one order everywhere."""
-        if not self._named:
-            self._named = [(name, p) for name, p in self.inner.named_parameters() if p.requires_grad]
         return self._named
 
     def rehearse(self, *arguments: Any) -> None:
@@ -266,7 +266,7 @@ def _accelerator(kind: str, options: EngineOptions, block_class: str) -> Any:
     if kind == "fsdp":
         extra["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
-            reshard_after_forward=True,
+            reshard_after_forward=not options.keep_gathered,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=[block_class],
             mixed_precision_policy=shared_precision(options),

@@ -26,6 +26,8 @@ COMPILED = 0.7
 _LOSS_ARRAYS = 7
 # Of compiled losses: both models' logits in float32, and a gradient of 16 bits.
 _AT_ONCE_ARRAYS = 2.5
+# Of free memory, what a run may be predicted to need and still keep whole what it could share out.
+ROOM = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,8 @@ class Needs:
 
     trained, frozen: parameters of the student. compute_bytes: of a number in matrix products. tokens: of a pass.
     token_bytes: activations a token without checkpointing; kept_bytes: with it. shares: processes that share weights;
-    gathered, teacher_gathered: parameters that each of those has whole at once, of both models.
+    gathered, teacher_gathered: parameters that each of those has whole at once, of both models. whole: each keeps the
+    teacher, and what it gathered of the student until the backward pass is through.
     vocabulary: its entries. at_once: whether losses are computed as `at_once.total` does.
     """
 
@@ -53,6 +56,7 @@ class Needs:
     at_once: bool = False
     gathered: int = 0
     teacher_gathered: int = 0
+    whole: bool = False
 
     def total(self) -> int:
         """Bytes in one process: master weights, gradients and two moments (16 a trained parameter), the teacher, a copy
@@ -62,7 +66,10 @@ class Needs:
         teacher = self.teacher_parameters * self.teacher_bytes
         if self.shares > 1:  # weights, their gradients, and these in float32, as they are added up
             copy = (2 * self.compute_bytes + 4) * self.gathered
-            teacher = teacher / self.shares + self.teacher_gathered * self.teacher_bytes
+            if self.whole:
+                copy += 4 * (self.trained + self.frozen)  # or fewer bytes each
+            else:
+                teacher = teacher / self.shares + self.teacher_gathered * self.teacher_bytes
         activations = self.tokens * (self.kept_bytes if self.checkpointing else self.token_bytes)
         rows, columns = GPU_BLOCK if self.on_gpu else CPU_BLOCK
         loss: float = 4 * _LOSS_ARRAYS * min(rows, self.tokens) * columns
@@ -113,6 +120,11 @@ def require(needs: Needs, free: int, others: Sequence[tuple[str, Needs]]) -> Non
         least = min(others, key=lambda o: o[1].total())
         way = f"even {least[0]} needs {_gb(least[1].total())}: use a smaller student or more memory"
     raise ConfigError(f"a pass is predicted to need {_gb(needs.total())} of memory and {_gb(free)} are free; {way}")
+
+
+def has_room(needs: Needs, free: int) -> bool:
+    """Whether processes that share weights have memory to keep them whole, which saves them sending."""
+    return replace(needs, whole=True).total() <= ROOM * free
 
 
 def ways_out(needs: Needs, *, seq_len: int, lora: Needs, may_cache: bool) -> list[tuple[str, Needs]]:

@@ -340,8 +340,11 @@ def check_memory(
     micro: int,
     shares: int,
     engine: str,
-) -> None:
-    """ConfigError when the passes are predicted not to fit what is free beside the weights loaded already."""
+) -> bool:
+    """ConfigError when the passes are predicted not to fit what is free beside the weights loaded already.
+
+    Returns whether processes that share weights have room to keep them whole.
+    """
     compute = DTYPES[request.dtype]
     token_bytes, kept_bytes = memory.probe(
         student.model, student.base, len(student.blocks), student.hidden_size, compute
@@ -371,4 +374,6 @@ def check_memory(
     lora = replace(needs, trained=whole // 50, frozen=whole)
     may_cache = request.loss == "forward-kl" and not request.hidden and not request.on_policy
     others = memory.ways_out(needs, seq_len=request.seq_len, lora=lora, may_cache=may_cache)
-    memory.require(needs, available(request.device) + loaded, others)
+    free = available(request.device) + loaded
+    memory.require(needs, free, others)
+    return shares > 1 and distributed.told_by_first(lambda: memory.has_room(needs, free))

@@ -40,7 +40,7 @@ CURVE_POINTS = 60
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """What training starts from. flops: operations a token, as `flops.per_token` counts them."""
+    """What training starts from. flops: operations a token, as `flops.per_token` counts them. room: see `memory`."""
 
     student: LoadedModel
     taught: LoadedModel | None
@@ -51,6 +51,7 @@ class Prepared:
     states: tuple[int, ...]
     teacher_held_as: str | None
     flops: float
+    room: bool
 
     def meter(self) -> Meter:
         """Of this run's speed. The peak is that of all processes' GPUs."""
@@ -174,9 +175,9 @@ def _prepare(request: DistillRequest, scratch: Path, vocabulary: int, teacher_sh
     student = prepare.load_student(request)
     live = taught() if request.needs_teacher and cached is None else None
     shares = distributed.num_processes() if kind in SHARING else 1
-    prepare.check_memory(request, student, live, held_as, micro, shares, kind)
+    room = prepare.check_memory(request, student, live, held_as, micro, shares, kind)
     mine, theirs = prepare.states(request, student, live)
-    if live is not None and kind in SHARING and held_as != "w8a16":
+    if live is not None and kind in SHARING and held_as != "w8a16" and not room:
         teacher.shard(live)
     lessons = prepare.lessons_of(request, live, cached, theirs)
     watch = _watch(request, scratch, vocabulary, live, theirs, steps, micro)
@@ -192,6 +193,7 @@ def _prepare(request: DistillRequest, scratch: Path, vocabulary: int, teacher_sh
         states=tuple(mine),
         teacher_held_as=held_as if live is not None else None,
         flops=flops.per_token(student.model, None if live is None else live.model, frozen=request.lora is not None),
+        room=room,
     )
 
 
@@ -251,7 +253,7 @@ def _engine_options(request: DistillRequest) -> EngineOptions:
 def _training(
     request: DistillRequest, scratch: Path, ready: Prepared, stop: Stop, tell: Tell, heard: Heard, describe: Describe
 ) -> tuple[Engine, Training]:
-    options = _engine_options(request)
+    options = replace(_engine_options(request), keep_gathered=ready.room)
     kind = options.resolved(distributed.num_processes())
     if request.compile:
         if kind != "deepspeed":  # whose hooks inside a block, one a layer, part what is compiled

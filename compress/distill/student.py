@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.distill.models import LoadedModel, head_of
+from compress.distill.one_text import as_known
 from compress.distill.onpolicy import rewrite
 from compress.distill.rows import Batch
 from compress.losses import at_once
@@ -98,7 +99,7 @@ class Student(nn.Module):
             return self._rewritten(study)
         batch = study.batch
         kind = batch.ids_BT.device.type
-        with torch.autocast(kind, self._compute, enabled=self._compute is not None):
+        with torch.autocast(kind, self._compute, enabled=self._compute is not None), as_known(batch):
             out = self._loaded.base(
                 input_ids=batch.ids_BT,
                 position_ids=batch.positions_BT,

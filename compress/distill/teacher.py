@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.distill.models import LoadedModel, head_of
+from compress.distill.one_text import as_known
 from compress.distill.rows import Batch
 from compress.distill.student import Lesson
 from compress.losses.heads import DenseTeacher
@@ -41,18 +42,20 @@ class LiveTeacher:
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states `[P, H]`."""
-        out = self.loaded.base(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
+        with as_known(batch):
+            out = self.loaded.base(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
         last: Tensor = out.last_hidden_state
         return last.flatten(0, 1)
 
     @torch.no_grad()
     def lesson(self, batch: Batch) -> Lesson:
-        out = self.loaded.base(
-            input_ids=batch.ids_BT,
-            position_ids=batch.positions_BT,
-            use_cache=False,
-            output_hidden_states=bool(self.states),
-        )
+        with as_known(batch):
+            out = self.loaded.base(
+                input_ids=batch.ids_BT,
+                position_ids=batch.positions_BT,
+                use_cache=False,
+                output_hidden_states=bool(self.states),
+            )
         dense = DenseTeacher(hidden_PH=out.last_hidden_state.flatten(0, 1), head=head_of(self.loaded))
         return Lesson(teacher=dense, states=tuple(out.hidden_states[i] for i in self.states))
 

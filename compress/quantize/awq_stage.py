@@ -20,11 +20,12 @@ from compress.model import StreamedModel
 from compress.plan import KvScheme, LayerPlan, LayerScheme
 from compress.quantize.awq_block import BALANCED, STORE_DTYPE, AwqOptions, awq_block
 from compress.quantize.damage import damaged
-from compress.quantize.end_to_end_stage import Asked, refine, require_room
+from compress.quantize.end_to_end_stage import OWN_ROWS, UPDATES, Asked, refine, require_room
 from compress.quantize.feedback import warm
 from compress.quantize.stored import stored_config, to_stored
 from compress.quantize.tune import TuneOptions
 from compress.request import CalibratedRequest, recorded_options
+from compress.sampling import may_sample_from
 from compress.scheme import Scheme
 from compress.stage import Outcome, Stage, refuse_quantized
 from compress.tell import SILENT, Tell
@@ -60,8 +61,9 @@ def check_codes(num_bits: int, symmetric: bool | None = None) -> bool:
 class AwqRequest(CalibratedRequest):
     """Everything that decides the artifact. seed: also of tuning. self_samples: None leaves it to the effort.
 
-    end_to_end: updates of scales and norms through the whole model once its blocks are done. allow_damage: see
-    `AwqOptions`; it decides no byte of a model that is not damaged, so a run may go on with it.
+    end_to_end: updates of codes, scales and norms through the whole model once its blocks are done; None leaves it to
+    the effort and the device (`updates`). allow_damage: see `AwqOptions`; it decides no byte of a model that is not
+    damaged, so a run may go on with it.
     """
 
     scheme: Scheme
@@ -69,13 +71,32 @@ class AwqRequest(CalibratedRequest):
     effort: str = "balanced"
     smooth: bool = True
     tune_steps: int = 200
-    end_to_end: int = 0
+    end_to_end: int | None = None
     allow_damage: bool = False
 
     @property
     def tops_up(self) -> bool:
         """Effort `best` learns from the rows, and what learns from little text fits that text."""
         return self.effort == "best"
+
+    @property
+    def updates(self) -> int:
+        """Of the step through the whole model: as asked, else those of `best` at 4 bits, in one process on a GPU, for
+        a model small enough to be sampled from; a CPU has no time for them."""
+        if self.end_to_end is not None:
+            return self.end_to_end
+        takes = self.effort == "best" and self.scheme.num_bits == 4 and torch.device(self.device).type != "cpu"
+        return UPDATES if takes and not distributed.running() and self._may_sample else 0
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of the model's own that the step adds to those of the blocks; none where the user gives a number."""
+        on_gpu = torch.device(self.device).type != "cpu"
+        return OWN_ROWS if self.tops_up and self.self_samples is None and on_gpu and self._may_sample else 0
+
+    @property
+    def _may_sample(self) -> bool:
+        return may_sample_from(self.source.path, self.device) is None
 
     def options(self) -> dict[str, Any]:
         """What the manifest and the resumed run's check record."""
@@ -84,7 +105,7 @@ class AwqRequest(CalibratedRequest):
             **{name: getattr(self, name) for name in _RECORDED},
             "device": torch.device(self.device).type,
             "skip": list(self.skip),
-            **({"end_to_end": self.end_to_end} if self.end_to_end else {}),
+            **({"end_to_end": self.updates} if self.updates else {}),
             **({"balanced": sorted(BALANCED)} if BALANCED else {}),
         }
 
@@ -113,7 +134,7 @@ def awq_stage(request: AwqRequest) -> Stage:
         block=partial(awq_block, options=options),
         stored=partial(to_stored, dtype=STORE_DTYPE),
         config=partial(stored_config, STORE_DTYPE),
-        refine=partial(refine, asked_of(request)) if request.end_to_end else None,
+        refine=partial(refine, asked_of(request)) if request.updates else None,
         record=record_of,
         warm=partial(warm, request.scheme),
     )
@@ -121,7 +142,12 @@ def awq_stage(request: AwqRequest) -> Stage:
 
 def asked_of(request: AwqRequest) -> Asked:
     """What a request asks of learning through the whole model."""
-    return Asked(updates=request.end_to_end, seed=request.seed, group_size=request.scheme.group_size)
+    return Asked(
+        updates=request.updates,
+        seed=request.seed,
+        group_size=request.scheme.group_size,
+        own_rows=request.own_rows,
+    )
 
 
 def plan_of(request: AwqRequest, model: StreamedModel) -> LayerPlan:
@@ -136,7 +162,7 @@ def plan_of(request: AwqRequest, model: StreamedModel) -> LayerPlan:
         )
     if request.end_to_end:  # said before any work, not after all of it
         rows = request.samples + (request.self_samples or request.samples)
-        require_room(asked_of(request), request.job(), model, tokens=rows * request.seq_len, seq_len=request.seq_len)
+        require_room(asked_of(request), request.job(), model, rows=rows, seq_len=request.seq_len)
     return plan_blocks(model, LayerScheme(weight=request.scheme), skip=request.skip)
 
 
@@ -184,6 +210,7 @@ def request_from_record(
     """
     options = recorded_options(record, folder, "awq", {*_RECORDED, "scheme", "end_to_end", "clip"})
     del options["scheme"]
+    options.setdefault("end_to_end", 0)  # a manifest that says nothing of it was made without
     options.pop("clip", None)  # true in artifacts of 2026: ranges were not fitted only where a test asked for it
     calib = recorded_calib(record, folder)
     allowed = bool(record.get("damaged"))  # who asked for that once asks for the same recipe again

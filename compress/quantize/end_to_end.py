@@ -1,10 +1,10 @@
-"""Learn scales and norms through the whole model, once its blocks are done.
+"""Learn codes, scales and norms through the whole model, once its blocks are done.
 
 Blocks are rounded one by one, each for its own output. What counts is what leaves the last one, so this lowers the
 KL divergence of the quantized model's predictions from the original's, by backpropagation through all blocks, as
-EfficientQAT's second phase (Chen et al., arXiv:2407.11062) does with the loss of the text. Codes and zero points stay;
-one factor a group of weights and one a norm channel is learned, of which there are a hundredth of the weights: little
-enough for little text not to be learned by heart. Rows held out decide whether the result is kept.
+EfficientQAT's second phase (Chen et al., arXiv:2407.11062) does with the loss of the text and with scales alone. Zero
+points stay. One factor a group of weights, one a norm channel and every code is learned; codes by the straight-through
+estimate, from the integer that the blocks gave them. Rows held out decide whether the result is kept.
 
     norm = stored((start + offset) * exp(l) - offset)          offset: 1 for norms that compute 1 + w, else 0
 
@@ -38,6 +38,7 @@ from compress.scheme import Scheme
 from compress.tell import SILENT, Tell
 
 RATE = 3e-4  # of Adam, in logarithms: relative steps
+CODE_RATE = 1e-2  # in steps of the grid
 # Every so manieth row is never trained on; an odd number, so that both of two kinds of rows that alternate have a part.
 HELD_OUT = 15
 # Logits of each model held at once.
@@ -53,7 +54,7 @@ class EndToEndOptions:
     updates: int
     rows: int = 8
     rate: float = RATE
-    code_rate: float = 0.0
+    code_rate: float = CODE_RATE
     seed: int = 0
     dtype: torch.dtype = torch.float32
     checkpointing: bool = False
@@ -229,7 +230,7 @@ def held_out(num_rows: int) -> list[int]:
 
 
 def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tell = SILENT) -> Trained:
-    """Learn the student's scales and norms from the lessons; see the module docstring. Changes the student's model.
+    """Learn the student's codes, scales and norms from the lessons; see the module docstring. Changes its model.
 
     At least two rows. Deterministic on the CPU, and on a GPU as far as `numerics.repeatable` goes.
     """
@@ -249,7 +250,7 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
     with numerics.repeatable(device):
         before = judged()
         with _checkpointed(student.blocks if options.checkpointing else ()):
-            tell.start("update of scales and norms", options.updates)
+            tell.start("update through the whole model", options.updates)
             for step in range(options.updates):
                 for group in adam.param_groups:
                     group["lr"] = group["begins"] * (1 - step / options.updates)

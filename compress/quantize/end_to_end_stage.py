@@ -25,11 +25,16 @@ from compress.linear import is_linear, linears, parameter
 from compress.losses.heads import proven_head
 from compress.model import StreamedModel
 from compress.quantize.end_to_end import CPU_LOGITS, GPU_LOGITS, EndToEndOptions, Student, Trained, lessons, train
+from compress.sampling import rows_at_once, sample_from_model
 from compress.shards import save_atomically, tensor_sha256
 from compress.stage import DTYPES, Job, Made, Refined
 from compress.tell import Tell
+from compress.tokens import load_tokenizer
 
 ROWS = 8
+# What `best` does on a GPU unasked, and the model's own rows that it then learns from beside those of the blocks: all
+# parts chosen on text that no table reports (METHODS.md).
+UPDATES, OWN_ROWS = 400, 512
 # Bytes that a backward pass may keep of all blocks; beyond, blocks compute them again.
 KEPT_ON_CPU, KEPT_ON_GPU = 2_000_000_000, 24_000_000_000
 _MARGIN = 1.2
@@ -37,20 +42,22 @@ _MARGIN = 1.2
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """updates: at least one. seed: of the rows' order."""
+    """updates: at least one. seed: of the rows' order, and of sampling. own_rows: sampled from the model beside those
+    that the blocks were calibrated on."""
 
     updates: int
     seed: int
     group_size: int
+    own_rows: int = 0
 
 
 def refine(asked: Asked, job: Job, made: Made, tell: Tell) -> Refined:
-    """Learn the scales and norms of the finished blocks through the whole model, and keep them if that helped."""
-    why = too_large(asked, job, made.model, tokens=made.ids_NT.numel(), seq_len=made.ids_NT.shape[1])
-    if len(made.ids_NT) < 2:
+    """Learn codes, scales and norms of the finished blocks through the whole model, and keep them if that helped."""
+    why = too_large(asked, job, made.model, rows=len(made.ids_NT), seq_len=made.ids_NT.shape[1])
+    if len(made.ids_NT) + asked.own_rows < 2:
         why = "there is one calibration row, and rows to learn from and to judge by are two"
     if why:  # said, not raised: the blocks are done
-        note = f"scales and norms were not learned through the whole model: {why}"
+        note = f"codes, scales and norms were not learned through the whole model: {why}"
         return Refined(parts=made.parts, record={"end_to_end": {"left_out": why}}, notes=[note])
     journal = made.journal
     folder = journal.folder / "end-to-end"
@@ -66,7 +73,7 @@ def refine(asked: Asked, job: Job, made: Made, tell: Tell) -> Refined:
             dtype=DTYPES[job.dtype],
             checkpointing=_checkpoints(made.model, ROWS * made.ids_NT.shape[1]),
         )
-        found = facts.keep("end to end", _learned(options, job, made, learned, tell))
+        found = facts.keep("end to end", _learned(asked, options, job, made, learned, tell))
     record = {"end_to_end": found["report"]}
     if not found["report"]["kept"]:
         return Refined(parts=made.parts, record=record)
@@ -74,18 +81,19 @@ def refine(asked: Asked, job: Job, made: Made, tell: Tell) -> Refined:
     return Refined(parts=replace(learned, rest=rest).parts, record=record)
 
 
-def _learned(options: EndToEndOptions, job: Job, made: Made, learned: Made, tell: Tell) -> dict[str, Any]:
+def _learned(asked: Asked, options: EndToEndOptions, job: Job, made: Made, learned: Made, tell: Tell) -> dict[str, Any]:
     """Train, and write what came out where `learned` has its journal.
 
     Returns the report, and the names of those files of what lies outside the blocks that were written anew.
     """
-    tell.say("learning scales and norms through the whole model, from the original's predictions")
+    tell.say("learning codes, scales and norms through the whole model, from the original's predictions")
     opened = StreamedModel.open(
         job.source.path, dtype=torch.float32, device=job.device, trust_remote_code=job.trust_remote_code
     )
     opened.load_whole()
     head = proven_head(opened.model, opened.base, job.source.path)
-    taught = lessons(opened.base, head, made.ids_NT, options.rows, options.dtype)
+    ids_NT = torch.cat([made.ids_NT, *_own_rows(asked, job, opened, made.ids_NT, tell)])
+    taught = lessons(opened.base, head, ids_NT, options.rows, options.dtype)
     blocks = [_block(made.journal, index) for index in range(made.num_blocks)]
     outside = _outside(made.rest)
     student = student_of(opened, blocks, {name: value for _, name, value in outside})
@@ -94,6 +102,8 @@ def _learned(options: EndToEndOptions, job: Job, made: Made, learned: Made, tell
         "updates": options.updates,
         "rows": options.rows,
         "rate": options.rate,
+        "code_rate": options.code_rate,
+        "own_rows": asked.own_rows,
         "held_out_rows": trained.held_out_rows,
         "held_out_kl": float(f"{trained.divergences[0]:.6g}"),
         "held_out_kl_learned": float(f"{trained.divergences[1]:.6g}"),
@@ -107,18 +117,33 @@ def _learned(options: EndToEndOptions, job: Job, made: Made, learned: Made, tell
     return {"report": report, "rest": rest}
 
 
+def _own_rows(asked: Asked, job: Job, opened: StreamedModel, ids_NT: Tensor, tell: Tell) -> list[Tensor]:
+    """Rows sampled from the loaded model, other ones than may be among the rows of the blocks."""
+    if not asked.own_rows:
+        return []
+    tell.say(f"sampling {asked.own_rows} rows of {ids_NT.shape[1]} tokens from the model itself")
+    tokenizer = load_tokenizer(job.source.path, trust_remote_code=job.trust_remote_code)
+    return [
+        sample_from_model(
+            opened.model, tokenizer, num_samples=asked.own_rows, seq_len=ids_NT.shape[1], seed=asked.seed,
+            batch_size=rows_at_once(opened.model, ids_NT.shape[1]), first_row=len(ids_NT), chat=True, tell=tell,
+        )
+    ]  # fmt: skip
+
+
 # ---- whether it fits ------------------------------------------------------------------------------------
 
 
-def require_room(asked: Asked, job: Job, model: StreamedModel, *, tokens: int, seq_len: int) -> None:
-    """ConfigError where the model does not fit. tokens: of all rows."""
-    why = too_large(asked, job, model, tokens=tokens, seq_len=seq_len)
+def require_room(asked: Asked, job: Job, model: StreamedModel, *, rows: int, seq_len: int) -> None:
+    """ConfigError where the model does not fit. rows: that the blocks are calibrated on."""
+    why = too_large(asked, job, model, rows=rows, seq_len=seq_len)
     if why:
         raise ConfigError(f"--end-to-end {asked.updates}: {why}; leave it out, or pass fewer --samples")
 
 
-def too_large(asked: Asked, job: Job, model: StreamedModel, *, tokens: int, seq_len: int) -> str:
+def too_large(asked: Asked, job: Job, model: StreamedModel, *, rows: int, seq_len: int) -> str:
     """Why the model does not fit, or nothing."""
+    tokens = (rows + asked.own_rows) * seq_len
     need, free = bytes_needed(model, asked.group_size, tokens, ROWS * seq_len), available(job.device)
     if need <= free:
         return ""
@@ -126,12 +151,12 @@ def too_large(asked: Asked, job: Job, model: StreamedModel, *, tokens: int, seq_
 
 
 def bytes_needed(model: StreamedModel, group_size: int, tokens: int, batch: int) -> int:
-    """Memory that the step takes: the model in float32, a second table of embeddings, what it learns with moments, the
-    original's last hidden states of all `tokens`, and what a pass over `batch` tokens keeps."""
+    """Memory that the step takes: the model in float32, a second table of embeddings, codes and scales with gradients
+    and moments, the original's last hidden states of all `tokens`, and what a pass over `batch` tokens keeps."""
     numbers = sum(p.numel() for p in model.model.parameters())
     vocabulary, hidden = model.embedding.weight.shape
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    learned = sum(in_blocks) // max(1, group_size)
+    learned = sum(in_blocks) + sum(in_blocks) // max(1, group_size)
     on_gpu = model.device.type == "cuda"
     per_block = batch * _kept_numbers(model.blocks[0])
     kept = per_block * model.num_blocks + sum(in_blocks)

@@ -35,6 +35,7 @@ STEP, RIVALS = "decode_step.py", "decode_rivals.py"
 JOBS: dict[str, list[str]] = {
     "check": ["decode.py", "check"],
     "variants": [STEP, "variants", "--bits", "4,16", "--batch", "1"],
+    "fused": [STEP, "fused", "--bits", "4,16", "--batch", "1"],
     "torch": [RIVALS, "torch"],
     "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
     "transformers": [RIVALS, "transformers"],
@@ -118,6 +119,7 @@ def tables(files: Sequence[Path]) -> str:
     for what, make in (
         ("graphs", _graphs),
         ("variants", _variants),
+        ("fused", _variants),
         ("step", _steps),
         ("where", _where),
         ("gemv", _gemv),
@@ -127,8 +129,8 @@ def tables(files: Sequence[Path]) -> str:
             parts.append(make(mine))
     rivals = [row for row in rows if row["what"] == "rival"]
     if rivals:
-        steps = [row for row in rows if row["what"] in ("graphs", "variants", "step") and row["batch"] == 1]
-        best = [row for row in steps if row["equal_ids"] == row["new"]]
+        steps = [row for row in rows if row["what"] in ("graphs", "variants", "fused", "step") and row["batch"] == 1]
+        best = [row for row in steps if row["equal_ids"] == row["new"] or row.get("error", 1.0) < 2e-3]
         parts.append(_rivals(rivals, best))
     return "\n\n".join(parts)
 
@@ -155,11 +157,13 @@ def _graphs(rows: Sequence[Row]) -> str:
 
 
 def _variants(rows: Sequence[Row]) -> str:
+    head = ["shape", "bits", "kernels", "ms", "share", "launches", "ids equal to the first's", "logits off by"]
     lines = []
     for row in rows:
-        lines.append([row["shape"], row["bits"], row["variant"], f"{row['ms']:.3f}", f"{row['share']:.1%}",
-                      row["launches"], f"{row['equal_ids']} of {row['new']}"])  # fmt: skip
-    return table(["shape", "bits", "kernels", "ms", "share", "launches", "ids equal to the first's"], lines)
+        equal, off = f"{row['equal_ids']} of {row['new']}", f"{row['error']:.1e}" if "error" in row else ""
+        figures = [f"{row['ms']:.3f}", f"{row['share']:.1%}", row["launches"]]
+        lines.append([row["shape"], row["bits"], row["variant"], *figures, equal, off])
+    return table(head, lines)
 
 
 def _steps(rows: Sequence[Row]) -> str:

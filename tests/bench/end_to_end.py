@@ -63,7 +63,7 @@ def blocks_made(options: argparse.Namespace, seed: int) -> tuple[Path, torch.Ten
     request = AwqRequest(
         source=resolve(str(options.model)), out=out, scheme=Scheme(group_size=options.group_size), effort="best",
         calib=str(text.text), samples=options.samples, seq_len=options.seq_len, seed=seed, device=options.device,
-        dtype=options.dtypes[0], tune_steps=options.tune_steps, force=True,
+        dtype=options.dtypes[0], tune_steps=options.tune_steps, end_to_end=0, force=True,
     )  # fmt: skip
     if not ids.exists():
         started = time.monotonic()

@@ -124,8 +124,8 @@ def test_when_each_job_began_is_kept() -> None:
     """`seconds` of a command count from its blocks on, whatever jobs come after them."""
     listener, _, clock = shown()
     with listener:
-        for seconds, what in ((3, "sampled position"), (5, "block"), (7, "update of scales and norms")):
+        for seconds, what in ((3, "sampled position"), (5, "block"), (7, "update through the whole model")):
             clock.now += seconds
             listener.start(what, 2)
-    assert listener.started["update of scales and norms"] - listener.started["block"] == pytest.approx(7)
+    assert listener.started["update through the whole model"] - listener.started["block"] == pytest.approx(7)
     assert listener.started["block"] - listener.started["sampled position"] == pytest.approx(5)

@@ -2,7 +2,8 @@
 
     python killed.py JSON
 
-JSON: `{"processes": 1 or 2, "kills": [[step, ...], ...], "outs": [...], "request": {...}}`: for each out, one run that
+JSON: `{"processes": 1 or 2, "kills": [[step, ...], ...], "outs": [...], "request": {...}}`, and "room" with
+`memory.ROOM` of each out (0: all is shared out): for each out, one run that
 is killed at each of its steps in turn, then one that ends. Everything is imported once, what runs import when they come
 to it included; each run is a fork.
 """
@@ -14,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -24,21 +26,29 @@ import torch._dynamo
 import torch.distributed.fsdp
 import transformers
 
+from compress.distill import memory
 from compress.distill.data import Mix
 from compress.distill.request import DistillRequest
 from compress.distill.run import distill
 from compress.workspace import resolve
 
+GRACE = 5.0
 
-def run(asked: dict[str, Any], out: str, kill: int | None) -> None:
-    options = dict(asked["request"])
-    request = DistillRequest(
+
+def request_of(asked: dict[str, Any], out: Path) -> DistillRequest:
+    options = dict(asked)
+    return DistillRequest(
         teacher=resolve(options.pop("teacher")),
         student=resolve(options.pop("student")),
         data=Mix.of(options.pop("data"), options.pop("mix", None)),
-        out=Path(out),
+        out=out,
         **options,
     )
+
+
+def run(asked: dict[str, Any], out: str, kill: int | None) -> None:
+    request = request_of(asked["request"], Path(out))
+    memory.ROOM = dict(zip(asked["outs"], asked.get("room", ()), strict=False)).get(out, memory.ROOM)
 
     def heard(record: dict[str, float], ready: object) -> None:
         if record["step"] == kill and os.environ.get("RANK", "0") == "0":
@@ -75,7 +85,24 @@ def launch(asked: dict[str, Any], out: str, kill: int | None) -> list[int]:
                 sys.stderr.flush()
                 os._exit(code)
         children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return ended(children)
+
+
+def ended(children: list[int]) -> list[int]:
+    """Their exit codes. Once one has failed the others have `GRACE` seconds: NCCL does not notice that one is gone."""
+    codes: dict[int, int] = {}
+    until = None
+    while len(codes) < len(children):
+        for child in (c for c in children if c not in codes):
+            if until is not None and time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if until is None and any(codes.values()):
+            until = time.monotonic() + GRACE
+        time.sleep(0.02)
+    return [codes[child] for child in children]
 
 
 def main() -> None:

@@ -51,6 +51,7 @@ def test_killed_and_resumed(
     kills = sorted(chance.sample(range(3, 12), 2))
     asked = {
         "processes": processes,
+        "room": [0.6, 0.0],  # where there is room to keep weights whole or not, the same bits
         "outs": [str(tmp_path / "whole"), str(tmp_path / "killed")],
         "kills": [[], kills],
         "request": {

@@ -1,5 +1,6 @@
 """Scales and norms learned through the whole model: gradients, what is judged is what is written, kills, refusals."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from compress.quantize import end_to_end, end_to_end_stage
 from compress.quantize.awq_stage import AwqRequest, quantize_awq, request_from_record
 from compress.quantize.end_to_end import held_out, offset_of
 from compress.quantized import QuantizedWeight
+from compress.sampling import sample_from_model
 from compress.scheme import Scheme
 from compress.stage import Outcome
 from compress.tell import Heard, Tell
@@ -54,8 +56,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def quicker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rate at which a few updates are seen."""
-    options = partial(end_to_end_stage.EndToEndOptions, rate=0.01)
+    """Rates at which a few updates are seen, in codes too."""
+    options = partial(end_to_end_stage.EndToEndOptions, rate=0.01, code_rate=0.03)
     monkeypatch.setattr(end_to_end_stage, "EndToEndOptions", options)
 
 
@@ -150,14 +152,15 @@ def test_held_out_rows_are_of_both_kinds() -> None:
 def test_divergence_falls_and_what_is_judged_is_what_is_written(
     family: str, build_model: Any, quantize: Any, quicker: None
 ) -> None:
-    """The reported figures are those of the two artifacts, read back block by block; only scales and norms differ."""
+    """The reported figures are those of the two artifacts, read back block by block; zero points stay, as do
+    embeddings."""
     changes = {"head_dim": None, "num_key_value_heads": None} if family == "GPTNeoX" else {}
     folder = build_model(family, **changes)
     before, told = quantize(folder, "before"), Heard()
-    after = quantize(folder, "after", told, end_to_end=12)
+    after = quantize(folder, "after", told, end_to_end=40)
     report = after.record["end_to_end"]
-    assert report["kept"] and report["held_out_rows"] == 1 and after.record["options"]["end_to_end"] == 12
-    assert ("start", "update of scales and norms", 12) in told.events and ("step", 12, "") in told.events
+    assert report["kept"] and report["held_out_rows"] == 1 and after.record["options"]["end_to_end"] == 40
+    assert ("start", "update through the whole model", 40) in told.events and ("step", 40, "") in told.events
     rows = rows_of(folder, after)[held_out(20)]
     assert plain_divergence(folder, before.out, rows) == pytest.approx(report["held_out_kl"], rel=1e-3, abs=5e-7)
     assert plain_divergence(folder, after.out, rows) == pytest.approx(report["held_out_kl_learned"], rel=1e-3, abs=5e-7)
@@ -166,7 +169,8 @@ def test_divergence_falls_and_what_is_judged_is_what_is_written(
     changed = {name for name in a if not torch.equal(a[name], b[name])}
     allowed = {name for name in a if name.endswith(".scales") or a[name].ndim == 1 and name.endswith("norm.weight")}
     allowed |= {name for name in a if a[name].ndim == 1 and name.endswith("layernorm.weight")}
-    assert changed <= allowed
+    assert changed <= allowed | {name for name in a if name.endswith(".qweight")}
+    assert any(name.endswith(".qweight") for name in changed)
     assert sum(name.endswith(".scales") for name in changed) == sum(name.endswith(".scales") for name in a)
     final = [name for name in allowed if "layers." not in name]
     assert len(final) == 1 and set(final) <= changed
@@ -220,7 +224,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     again = quantize(folder, "cut", told, **options)
     assert again.resumed == 2 and contents(again.out) == expected
     assert ("step", 3, "") in told.events or at == "before it has a name"
-    assert any("learning scales" in text for text in told.said) == (at == "while it learns")
+    assert any("learning codes" in text for text in told.said) == (at == "while it learns")
 
 
 def test_what_an_earlier_process_learned_is_believed_only_whole(
@@ -238,7 +242,7 @@ def test_what_an_earlier_process_learned_is_believed_only_whole(
     found.write_bytes(bytes(data))
     told = Heard()
     assert contents(quantize(folder, "cut", told, end_to_end=3).out) == expected
-    assert any("learning scales" in text for text in told.said)
+    assert any("learning codes" in text for text in told.said)
 
 
 def test_what_does_not_help_on_held_out_rows_is_undone(
@@ -251,6 +255,26 @@ def test_what_does_not_help_on_held_out_rows_is_undone(
     assert not report["kept"] and report["held_out_kl_learned"] > report["held_out_kl"]
     plain = quantize(folder, "plain")
     assert contents(made.out)["model.safetensors"] == contents(plain.out)["model.safetensors"]
+
+
+def test_own_rows_are_others_than_those_of_the_blocks(
+    build_model: Any, quantize: Any, quicker: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows to learn from and to be judged on; numbered behind all that the blocks may have been given."""
+    folder, sampled = build_model(), []
+
+    def remembered(*args: Any, **options: Any) -> torch.Tensor:
+        sampled.append((options["first_row"], sample_from_model(*args, **options)))
+        return sampled[-1][1]
+
+    monkeypatch.setattr(end_to_end_stage, "sample_from_model", remembered)
+    monkeypatch.setattr(AwqRequest, "own_rows", 10)
+    made = quantize(folder, "made", end_to_end=3)
+    report = made.record["end_to_end"]
+    assert report["own_rows"] == 10 and report["held_out_rows"] == len(held_out(30)) == 2
+    ((first, rows),) = sampled
+    assert first == 20 and rows.shape == (10, 32)
+    assert contents(quantize(folder, "again", end_to_end=3).out) == contents(made.out)
 
 
 # ---- whether it is done ----------------------------------------------------------------------------------------
@@ -268,6 +292,32 @@ def test_a_model_that_does_not_fit(
     free = iter((1 << 40, 1_000_000))
     monkeypatch.setattr(end_to_end_stage, "available", lambda device: next(free))
     made = quantize(folder, end_to_end=5)
+    assert "predicted to need" in made.record["end_to_end"]["left_out"]
+    assert any("were not learned through the whole model" in note for note in made.notes)
+
+
+def test_what_is_done_unasked(build_model: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`best` at 4 bits on a GPU, for a model that is small enough; own rows where the user did not say how many."""
+    folder = build_model()
+    asked = request_of(folder, effort="best", device="cuda")
+    assert (asked.updates, asked.own_rows) == (400, 512)
+    assert asked.options()["end_to_end"] == 400
+    for changes in ({"device": "cpu"}, {"effort": "balanced"}, {"end_to_end": 0}, {"scheme": Scheme(num_bits=8)}):
+        other = replace(asked, **changes)
+        assert other.updates == 0 and "end_to_end" not in other.options()
+    assert replace(asked, self_samples=0).own_rows == 0 and replace(asked, self_samples=0).updates == 400
+    assert replace(asked, device="cpu", end_to_end=7).updates == 7
+    monkeypatch.setattr("compress.sampling.LARGEST_ON_GPU", 1000)
+    assert (asked.updates, asked.own_rows) == (0, 0)
+
+
+def test_what_does_not_fit_unasked_is_left_out(
+    build_model: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked for it, so that there is no room for it stops nothing; it is said, and in the manifest."""
+    monkeypatch.setattr(end_to_end_stage, "available", lambda device: 1_000_000)
+    monkeypatch.setattr(AwqRequest, "updates", 5)
+    made = quantize_awq(request_of(build_model()))
     assert "predicted to need" in made.record["end_to_end"]["left_out"]
     assert any("were not learned through the whole model" in note for note in made.notes)
 
