@@ -34,15 +34,15 @@ Row = dict[str, Any]
 STEP, RIVALS = "decode_step.py", "decode_rivals.py"
 JOBS: dict[str, list[str]] = {
     "check": ["decode.py", "check"],
-    "variants": [STEP, "variants", "--bits", "4,16", "--batch", "1"],
-    "fused": [STEP, "fused", "--bits", "4,16", "--batch", "1"],
     "torch": [RIVALS, "torch"],
-    "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
-    "transformers": [RIVALS, "transformers"],
+    "fused": [STEP, "fused", "--bits", "4,16", "--batch", "1"],
     "graphs": [STEP, "graphs", "--bits", "4,16"],
+    "transformers": [RIVALS, "transformers"],
+    "variants": [STEP, "variants", "--bits", "4,16", "--batch", "1"],
+    "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
     "where": [STEP, "where", "--bits", "4,16", "--batch", "1"],
-    "small": [STEP, "variants", "--shape", "llama-1b,smollm2-135m", "--bits", "4", "--batch", "1"],
     "step": [STEP, "step"],
+    "small": [STEP, "fused", "--shape", "llama-1b,smollm2-135m", "--bits", "4", "--batch", "1"],
     "gemv": ["decode.py", "gemv"],
 }
 CLAIM = 0.25  # of latency, which graphs are said to save
