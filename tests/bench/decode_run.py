@@ -1,6 +1,6 @@
 """Decoding on one GPU, all of it in one run: our steps with and without graphs, ways to overlap kernels, and rivals.
 
-    python tests/bench/decode_run.py --work DIR [--jobs graphs variants ...] [--gpus 1] [--deadline 540]
+    python tests/bench/decode_run.py --work DIR [--jobs graphs variants ...] [--gpus 1 --first-gpu 0] [--deadline 540]
         [--sites DIR] [--ort DIR --graphs DIR] [--model AWQ_FOLDER]
 
 Each job is a process of its own, so that none can break another; what it measured is in DIR/JOB.json as it comes, and
@@ -214,6 +214,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", **path, required=True)
     parser.add_argument("--jobs", nargs="*", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--first-gpu", type=int, default=0)
     parser.add_argument("--deadline", type=float, help="seconds after which nothing runs on")
     parser.add_argument("--sites", **path)
     parser.add_argument("--ort", **path)
@@ -228,7 +229,7 @@ def main() -> int:
     asked.work.mkdir(parents=True, exist_ok=True)
     asked.until = None if asked.deadline is None else time.monotonic() + asked.deadline
     gpus: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for gpu in range(asked.gpus):
+    for gpu in range(asked.first_gpu, asked.first_gpu + asked.gpus):
         gpus.put(gpu)
 
     def run(name: str) -> str | None:
