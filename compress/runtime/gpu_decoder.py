@@ -70,8 +70,12 @@ class GpuDecoder:
 
     runtime = "torch-cuda"
 
-    def __init__(self, weights: Weights, *, capacity: int, batch: int = 1, graphs: bool = True) -> None:
+    def __init__(
+        self, weights: Weights, *, capacity: int, batch: int = 1, graphs: bool = True, fused: bool = False
+    ) -> None:
+        """fused: norms and sums belong to the products beside them, and attention is one kernel (not run on a GPU)."""
         self.weights = weights
+        self.fused = fused and not any(layer.rounded for layer in weights.layers) and not hidden_size(weights) % 16
         self.capacity = capacity
         self.batch = batch
         self.graph: CudaGraph | None = None
@@ -95,11 +99,17 @@ class GpuDecoder:
         self.partial = buffer(batch, heads.query, chunks, size + 2, dtype=torch.float32)
         self.attended = buffer(batch, heads.query * size)
         self.logits_BV = buffer(batch, weights.embedding.shape[0])
+        if self.fused:
+            self.squares = buffer(batch, hidden // 16, dtype=torch.float32)
+            self.factors = buffer(2 * depth + 1, batch, dtype=torch.float32)
+            self.arrived = buffer(batch, heads.query, dtype=torch.int32)
 
     # ---- one step ------------------------------------------------------------------------------------
 
     def _step(self) -> None:
         """Logits after `ids_B` at `position_B`; the greedy next ids and positions take their place."""
+        if self.fused:
+            return self._fused_step()
         w = self.weights
         decode.embed(w.embedding, self.ids_B, self.hidden_BH)
         added = None
@@ -108,6 +118,43 @@ class GpuDecoder:
         decode.add_norm(self.hidden_BH, added, w.norm, w.eps, self.normed_BH)
         weight_only.matmul(self.normed_BH, w.head, out=self.logits_BV)
         decode.advance_greedily(self.logits_BV, self.best_B, self.ids_B, self.position_B)
+
+    def _fused_step(self) -> None:
+        """The same in 5 kernels a block instead of 9: norm number n reads what the product before it left.
+
+        A product that is added to the stream writes the next norm's input with the last factor that is known, the
+        norm's before; the product after the norm puts right what the two factors differ by.
+        """
+        w, depth = self.weights, len(self.weights.layers)
+        norms = [n for x in w.layers for n in (x.input_norm, x.post_norm)] + [w.norm]
+        decode.embed(w.embedding, self.ids_B, self.hidden_BH)
+        decode.add_norm(self.hidden_BH, None, norms[0], w.eps, self.normed_BH, self.factors[0])
+        for index, layer in enumerate(w.layers):
+            n = 2 * index
+            qkv = weight_only.matmul(self.normed_BH, layer.qkv, layer.qkv_bias, normed=self._normed(n))
+            decode.attend_at_once(
+                qkv, self.keys[index], self.values[index], (w.cosines, w.sines), (layer.q_norm, layer.k_norm),
+                self.position_B, self.partial, self.arrived, self.attended, w.heads, w.eps,
+            )  # fmt: skip
+            added = self._added(n + 1, norms[n + 1])
+            weight_only.matmul(self.attended, layer.o, layer.o_bias, out=self.normed_BH, added=added)
+            gated = weight_only.matmul(self.normed_BH, layer.gate_up, gated=True, normed=self._normed(n + 1))
+            added = self._added(n + 2, norms[n + 2])
+            weight_only.matmul(gated, layer.down, out=self.normed_BH, added=added)
+        weight_only.matmul(self.normed_BH, w.head, out=self.logits_BV, normed=self._normed(2 * depth))
+        decode.advance_greedily(self.logits_BV, self.best_B, self.ids_B, self.position_B)
+
+    def _normed(self, n: int) -> weight_only.Normed | None:
+        """What a product after norm n needs; the first norm is a kernel of its own."""
+        if not n:
+            return None
+        before, factor = self.factors[n - 1], self.factors[n]
+        return weight_only.Normed(squares=self.squares, before=before, factor=factor, eps=self.weights.eps)
+
+    def _added(self, n: int, weight: Tensor) -> weight_only.Added:
+        """What a product before norm n needs."""
+        before = self.factors[n - 1]
+        return weight_only.Added(stream=self.hidden_BH, weight=weight, before=before, squares=self.squares)
 
     def _block(self, layer: LayerWeights, index: int, added: Tensor | None) -> Tensor:
         w, heads = self.weights, self.weights.heads
@@ -191,6 +238,10 @@ class GpuDecoder:
         self.position_B.fill_(length)
         self.ids_B.copy_(self.logits_BV.argmax(-1))
         return self.logits_BV
+
+
+def hidden_size(weights: Weights) -> int:
+    return weights.embedding.shape[1]
 
 
 def _rounded(x_BK: Tensor, layer: LayerWeights, part: str) -> Tensor:

@@ -68,13 +68,14 @@ class Int4(nn.Module):
         self.on_gpu = device == "cuda"
         if self.on_gpu:
             codes = torch.randint(0, 255, (n, k // 2), dtype=torch.uint8, device=device)
-            self.codes = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+            packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
         else:
             codes = torch.randint(0, 15, (n, k), dtype=torch.int32)
-            self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         scales = torch.full((k // group, n, 2), k**-0.5 / 8, dtype=torch.bfloat16, device=device)
         scales[..., 1] = 0
-        self.scales = scales
+        self.register_buffer("codes", packed)  # buffers keep their address: compiled graphs do not copy them
+        self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor) -> Tensor:
         multiply = torch.ops.aten._weight_int4pack_mm
@@ -87,7 +88,7 @@ class Int4(nn.Module):
 class Dense(nn.Module):
     def __init__(self, n: int, k: int, device: str) -> None:
         super().__init__()
-        self.w = torch.randn(n, k, dtype=torch.bfloat16, device=device) * k**-0.5
+        self.register_buffer("w", torch.randn(n, k, dtype=torch.bfloat16, device=device) * k**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.w)
@@ -135,13 +136,14 @@ class Llama(nn.Module):
         super().__init__()
         shape, group = SHAPES[name], group_size(name)
         hidden, _, depth, _, _, size, vocabulary = shape
-        self.embedding = torch.randn(vocabulary, hidden, dtype=torch.bfloat16, device=device)
+        self.register_buffer("embedding", torch.randn(vocabulary, hidden, dtype=torch.bfloat16, device=device))
         self.blocks = nn.ModuleList(Block(shape, capacity, bits, group, device) for _ in range(depth))
-        self.norm = torch.ones(hidden, dtype=torch.bfloat16, device=device)
+        self.register_buffer("norm", torch.ones(hidden, dtype=torch.bfloat16, device=device))
         self.head = Int4(vocabulary, hidden, group, device) if head_bits == 4 else Dense(vocabulary, hidden, device)
         angle = torch.outer(torch.arange(capacity), 10000.0 ** (-torch.arange(size // 2) / (size // 2))).to(device)
-        self.cosines, self.sines = angle.cos(), angle.sin()
-        self.mask = torch.ones(capacity, capacity, dtype=torch.bool, device=device).tril()
+        self.register_buffer("cosines", angle.cos())
+        self.register_buffer("sines", angle.sin())
+        self.register_buffer("mask", torch.ones(capacity, capacity, dtype=torch.bool, device=device).tril())
 
     def forward(self, ids: Tensor, at: Tensor) -> Tensor:
         x, mask = self.embedding[ids][None], self.mask[None, None, at]
@@ -227,10 +229,10 @@ def run_onnxruntime(asked: argparse.Namespace) -> None:
 
     with contextlib.suppress(Exception):  # where torch is there, its CUDA libraries are loaded already
         onnxruntime.preload_dlls()
-    for shape in asked.shape.split(","):
-        folder = asked.graphs / shape
-        fill(folder)
-        for graph in (True, False) if asked.device == "cuda" else (False,):
+    for graph in (False, True) if asked.device == "cuda" else (False,):  # a capture that fails can break what follows
+        for shape in asked.shape.split(","):
+            folder = asked.graphs / shape
+            fill(folder)
             way = "CUDA graph" if graph else "node by node"
             head = {"tool": f"ONNX Runtime {onnxruntime.__version__}", "shape": shape, "bits": 4, "head_bits": 16}
             with row(asked, **head, way=way) as found:

@@ -1,6 +1,6 @@
 """Decoding on one GPU, all of it in one run: our steps with and without graphs, ways to overlap kernels, and rivals.
 
-    python tests/bench/decode_run.py --work DIR [--jobs graphs variants ...] [--gpus 1] [--deadline 540]
+    python tests/bench/decode_run.py --work DIR [--jobs graphs variants ...] [--gpus 1 --first-gpu 0] [--deadline 540]
         [--sites DIR] [--ort DIR --graphs DIR] [--model AWQ_FOLDER]
 
 Each job is a process of its own, so that none can break another; what it measured is in DIR/JOB.json as it comes, and
@@ -34,14 +34,15 @@ Row = dict[str, Any]
 STEP, RIVALS = "decode_step.py", "decode_rivals.py"
 JOBS: dict[str, list[str]] = {
     "check": ["decode.py", "check"],
-    "variants": [STEP, "variants", "--bits", "4,16", "--batch", "1"],
     "torch": [RIVALS, "torch"],
-    "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
-    "transformers": [RIVALS, "transformers"],
+    "fused": [STEP, "fused", "--bits", "4,16", "--batch", "1"],
     "graphs": [STEP, "graphs", "--bits", "4,16"],
+    "transformers": [RIVALS, "transformers"],
+    "variants": [STEP, "variants", "--bits", "4,16", "--batch", "1"],
+    "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
     "where": [STEP, "where", "--bits", "4,16", "--batch", "1"],
-    "small": [STEP, "variants", "--shape", "llama-1b,smollm2-135m", "--bits", "4", "--batch", "1"],
     "step": [STEP, "step"],
+    "small": [STEP, "fused", "--shape", "llama-1b,smollm2-135m", "--bits", "4", "--batch", "1"],
     "gemv": ["decode.py", "gemv"],
 }
 CLAIM = 0.25  # of latency, which graphs are said to save
@@ -118,6 +119,7 @@ def tables(files: Sequence[Path]) -> str:
     for what, make in (
         ("graphs", _graphs),
         ("variants", _variants),
+        ("fused", _variants),
         ("step", _steps),
         ("where", _where),
         ("gemv", _gemv),
@@ -127,8 +129,8 @@ def tables(files: Sequence[Path]) -> str:
             parts.append(make(mine))
     rivals = [row for row in rows if row["what"] == "rival"]
     if rivals:
-        steps = [row for row in rows if row["what"] in ("graphs", "variants", "step") and row["batch"] == 1]
-        best = [row for row in steps if row["equal_ids"] == row["new"]]
+        steps = [row for row in rows if row["what"] in ("graphs", "variants", "fused", "step") and row["batch"] == 1]
+        best = [row for row in steps if row["equal_ids"] == row["new"] or row.get("error", 1.0) < 2e-3]
         parts.append(_rivals(rivals, best))
     return "\n\n".join(parts)
 
@@ -155,11 +157,13 @@ def _graphs(rows: Sequence[Row]) -> str:
 
 
 def _variants(rows: Sequence[Row]) -> str:
+    head = ["shape", "bits", "kernels", "ms", "share", "launches", "ids equal to the first's", "logits off by"]
     lines = []
     for row in rows:
-        lines.append([row["shape"], row["bits"], row["variant"], f"{row['ms']:.3f}", f"{row['share']:.1%}",
-                      row["launches"], f"{row['equal_ids']} of {row['new']}"])  # fmt: skip
-    return table(["shape", "bits", "kernels", "ms", "share", "launches", "ids equal to the first's"], lines)
+        equal, off = f"{row['equal_ids']} of {row['new']}", f"{row['error']:.1e}" if "error" in row else ""
+        figures = [f"{row['ms']:.3f}", f"{row['share']:.1%}", row["launches"]]
+        lines.append([row["shape"], row["bits"], row["variant"], *figures, equal, off])
+    return table(head, lines)
 
 
 def _steps(rows: Sequence[Row]) -> str:
@@ -210,6 +214,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", **path, required=True)
     parser.add_argument("--jobs", nargs="*", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--first-gpu", type=int, default=0)
     parser.add_argument("--deadline", type=float, help="seconds after which nothing runs on")
     parser.add_argument("--sites", **path)
     parser.add_argument("--ort", **path)
@@ -224,7 +229,7 @@ def main() -> int:
     asked.work.mkdir(parents=True, exist_ok=True)
     asked.until = None if asked.deadline is None else time.monotonic() + asked.deadline
     gpus: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for gpu in range(asked.gpus):
+    for gpu in range(asked.first_gpu, asked.first_gpu + asked.gpus):
         gpus.put(gpu)
 
     def run(name: str) -> str | None:

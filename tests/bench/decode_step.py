@@ -3,6 +3,7 @@
     python tests/bench/decode_step.py step --shape llama-3-8b --bits 4,8,16 --batch 1,8,16,64
     python tests/bench/decode_step.py graphs      four shapes at batch 1, launches and replays counted
     python tests/bench/decode_step.py variants    ways in which a kernel may overlap the one before it; equal ids?
+    python tests/bench/decode_step.py fused       the same with fewer kernels: norms and sums inside the products
     python tests/bench/decode_step.py where       the time of each kernel of a step, in the graph
 
 Weights are random in the shape of the named model. A share is (bytes of weights and cache that a step must read) / time
@@ -33,11 +34,12 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """overlap: programmatic dependent launch; ahead, early: see `weight_only.cu`."""
+    """overlap: programmatic dependent launch; ahead, early: see `weight_only.cu`; fused: see `GpuDecoder`."""
 
     overlap: bool = True
     ahead: int = 0
     early: bool = False
+    fused: bool = False
 
     def set(self) -> None:
         overlaps = self.overlap and torch.cuda.get_device_capability() >= (9, 0)
@@ -47,7 +49,8 @@ class Variant:
     def label(self) -> str:
         if not self.overlap:
             return "one after the other"
-        return ", ".join(["overlapped", *[f"{self.ahead >> 10} KiB ahead"] * bool(self.ahead), *["early"] * self.early])
+        begin = "overlapped, fused" if self.fused else "overlapped"
+        return ", ".join([begin, *[f"{self.ahead >> 10} KiB ahead"] * bool(self.ahead), *["early"] * self.early])
 
 
 PLAIN = Variant()
@@ -58,6 +61,8 @@ VARIANTS = (
     Variant(early=True),
     *(Variant(ahead=kib << 10, early=True) for kib in (4, 8, 16, 32)),
 )
+FUSED = (PLAIN, *(Variant(ahead=kib << 10, fused=True) for kib in (0, 4, 8, 16, 32)), Variant(early=True, fused=True),
+         Variant(ahead=8 << 10, early=True, fused=True), Variant(overlap=False, fused=True))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,9 @@ class Timed:
     decoder: GpuDecoder
 
 
-def timed(weights: Weights, prompts: Tensor, new: int, *, graphs: bool) -> Timed:
+def timed(weights: Weights, prompts: Tensor, new: int, *, graphs: bool, fused: bool = False) -> Timed:
     capacity = prompts.shape[1] + new + 8
-    decoder = GpuDecoder(weights, capacity=capacity, batch=len(prompts), graphs=graphs)
+    decoder = GpuDecoder(weights, capacity=capacity, batch=len(prompts), graphs=graphs, fused=fused)
     decoder.prefill(prompts)
     decoder.greedy(4)
     times = []
@@ -96,8 +101,10 @@ def prompts_of(shape: str, batch: int, length: int) -> Tensor:
     return ids.cuda()
 
 
-def in_graph(weights: Weights, prompts: Tensor, new: int, bandwidth: float) -> tuple[Row, Tensor]:
-    found = timed(weights, prompts, new, graphs=True)
+def in_graph(
+    weights: Weights, prompts: Tensor, new: int, bandwidth: float, *, fused: bool = False
+) -> tuple[Row, Tensor]:
+    found = timed(weights, prompts, new, graphs=True, fused=fused)
     cache = 2 * found.decoder.keys[..., : prompts.shape[1] + new // 2, :].numel() * 2
     size = weights.bytes_a_token() + cache
     graph = found.decoder.graph
@@ -110,6 +117,19 @@ def leading_equal(a: Tensor, b: Tensor) -> int:
     """Tokens before the first at which any sequence differs."""
     differs = (a != b).any(0)
     return int(differs.int().argmax()) if bool(differs.any()) else a.shape[1]
+
+
+def difference(weights: Weights, prompts: Tensor, steps: int = 16) -> float:
+    """Of the fused kernels' logits from the plain ones', relative, at most over steps that are fed the same ids."""
+    capacity = prompts.shape[1] + steps
+    pair = [GpuDecoder(weights, capacity=capacity, batch=len(prompts), fused=fused) for fused in (False, True)]
+    logits = [decoder.prefill(prompts).float() for decoder in pair]
+    worst = 0.0
+    for _ in range(steps):
+        ids = logits[0].argmax(-1)
+        logits = [decoder.step(ids).float() for decoder in pair]
+        worst = max(worst, float((logits[1] - logits[0]).norm() / logits[0].norm()))
+    return worst
 
 
 def step(weights: Weights, head: Row, batches: list[int], asked: argparse.Namespace, bandwidth: float) -> None:
@@ -126,11 +146,13 @@ def variants(weights: Weights, head: Row, batches: list[int], asked: argparse.Na
     for batch in batches:
         prompts = prompts_of(head["shape"], batch, asked.prompt)
         first: Tensor | None = None
-        for variant in VARIANTS:
+        for variant in FUSED if head["what"] == "fused" else VARIANTS:
             variant.set()
-            row, ids = in_graph(weights, prompts, asked.new, bandwidth)
+            row, ids = in_graph(weights, prompts, asked.new, bandwidth, fused=variant.fused)
             first = ids if first is None else first
             row |= {"variant": variant.label(), "equal_ids": leading_equal(first, ids), "new": asked.new}
+            if variant.fused:
+                row["error"] = difference(weights, prompts)
             asked.keep(head | {"batch": batch} | row)
     PLAIN.set()
 
@@ -162,7 +184,7 @@ def where(weights: Weights, head: Row, batches: list[int], asked: argparse.Names
             asked.keep(head | {"batch": batch, "kernel": name} | us)
 
 
-KINDS = {"step": step, "graphs": step, "variants": variants, "where": where}
+KINDS = {"step": step, "graphs": step, "variants": variants, "fused": variants, "where": where}
 
 
 def main() -> None:

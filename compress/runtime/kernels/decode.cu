@@ -3,7 +3,7 @@
 // The residual stream is float32, everything that a linear reads or writes float16. Lengths and positions are read on the device,
 // so that a captured graph serves every step.
 //
-// Set by the compiler's command line: SIZE (of a head, a multiple of 8), HEADS (query heads of one key head that a block
+// Set by the compiler's command line: SIZE (of a head, a multiple of 64), HEADS (query heads of one key head that a block
 // takes, at most 4), CHUNK (positions a block takes).
 
 typedef unsigned int u32;
@@ -103,9 +103,10 @@ extern "C" __global__ void round_rows_with_zeros(half_bits* __restrict__ x, int 
 }
 
 // hidden += added (if any); out = hidden / rms(hidden) * weight. One block a row; size is a multiple of 4. The parameters' eps comes
-// as the bits of a float.
+// as the bits of a float. kept (if any): 1 / rms.
 extern "C" __global__ void add_norm(float* __restrict__ hidden, const half_bits* __restrict__ added,
-                                    const float* __restrict__ weight, half_bits* __restrict__ out, int size, int eps_bits) {
+                                    const float* __restrict__ weight, half_bits* __restrict__ out, float* __restrict__ kept,
+                                    int size, int eps_bits) {
     wait_for_earlier_kernels();
     float* row = hidden + (long long)blockIdx.x * size;
     const half_bits* more = added ? added + (long long)blockIdx.x * size : nullptr;
@@ -123,6 +124,7 @@ extern "C" __global__ void add_norm(float* __restrict__ hidden, const half_bits*
         squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
     }
     const float factor = rsqrtf(block_sum(squares) / size + __int_as_float(eps_bits));
+    if (kept && !threadIdx.x) kept[blockIdx.x] = factor;
     half_bits* to = out + (long long)blockIdx.x * size;
     for (int i = threadIdx.x * 4; i < size; i += blockDim.x * 4) {
         const float4 v = *reinterpret_cast<float4*>(row + i), w = *reinterpret_cast<const float4*>(weight + i);
@@ -214,37 +216,17 @@ extern "C" __global__ void rotate(const half_bits* __restrict__ qkv, half_bits* 
 // Attention of one query a head over positions 0 .. position[b], CHUNK positions a block; `join` puts the chunks together.
 // Eight lanes take a key together, so that a warp has four keys in hand. partial: float [B, q_heads, chunks, SIZE + 2]: the
 // weighted sum of values, the largest score, the sum of weights.
-extern "C" __global__ void __launch_bounds__(128)
-    attend(const half_bits* __restrict__ q, const half_bits* __restrict__ keys, const half_bits* __restrict__ values,
-           const int* __restrict__ position, float* __restrict__ partial, int q_heads, int kv_heads, int capacity, int chunks,
-           int scale_bits) {
-    wait_for_earlier_kernels();
-    constexpr int OWN = SIZE / 8;  // elements of a head that a lane holds
-    const int chunk = blockIdx.x % chunks;
-    const int first_head = blockIdx.x / chunks % (q_heads / HEADS) * HEADS;
-    const int sequence = blockIdx.x / chunks / (q_heads / HEADS);
-    const int length = position[sequence] + 1, begin = chunk * CHUNK;
-    const int end = min(length, begin + CHUNK);
-    if (begin >= length) return;
-    const int eighth = threadIdx.x & 7, four = threadIdx.x >> 3;  // 16 groups of eight lanes
-    const int kv = first_head / (q_heads / kv_heads);
-    const long long base = ((long long)sequence * kv_heads + kv) * capacity;
-    const float scale = __int_as_float(scale_bits) * 1.44269504f;
+#define OWN (SIZE / 8)  // elements of a head that a lane holds
 
-    float query[HEADS][OWN], sum[HEADS][OWN] = {}, largest[HEADS], total[HEADS] = {};
+__device__ __forceinline__ void attend_chunk(const float (&query)[HEADS][OWN], const half_bits* keys, const half_bits* values, int begin,
+                                             int end, float* partial, int chunk, int chunks) {
+    const int eighth = threadIdx.x & 7, four = threadIdx.x >> 3;  // 16 groups of eight lanes
+    float sum[HEADS][OWN] = {}, largest[HEADS], total[HEADS] = {};
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) {
-        largest[h] = -1e30f;
-        half_bits taken[OWN];
-        const half_bits* from = q + ((long long)sequence * q_heads + first_head + h) * SIZE + eighth * OWN;
-#pragma unroll
-        for (int i = 0; i < OWN; i += 8) *reinterpret_cast<uint4*>(taken + i) = *reinterpret_cast<const uint4*>(from + i);
-#pragma unroll
-        for (int i = 0; i < OWN; ++i) query[h][i] = to_float(taken[i]) * scale;
-    }
+    for (int h = 0; h < HEADS; ++h) largest[h] = -1e30f;
     for (int at = begin + four; at < end; at += 16) {
-        const half_bits* k = keys + (base + at) * SIZE + eighth * OWN;
-        const half_bits* v = values + (base + at) * SIZE + eighth * OWN;
+        const half_bits* k = keys + (long long)at * SIZE + eighth * OWN;
+        const half_bits* v = values + (long long)at * SIZE + eighth * OWN;
         half_bits kept[OWN], held[OWN];
 #pragma unroll
         for (int i = 0; i < OWN; i += 8) {
@@ -282,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll
         for (int i = 0; i < OWN; ++i) sums[four][eighth * OWN + i] = sum[h][i] * shrink;
         __syncthreads();
-        float* out = partial + (((long long)sequence * q_heads + first_head + h) * chunks + chunk) * (SIZE + 2);
+        float* out = partial + ((long long)h * chunks + chunk) * (SIZE + 2);
         for (int i = threadIdx.x; i < SIZE; i += 128) {
             float s = 0.f;
 #pragma unroll
@@ -292,6 +274,36 @@ extern "C" __global__ void __launch_bounds__(128)
         if (!threadIdx.x) out[SIZE] = top, out[SIZE + 1] = all;
         __syncthreads();
     }
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    attend(const half_bits* __restrict__ q, const half_bits* __restrict__ keys, const half_bits* __restrict__ values,
+           const int* __restrict__ position, float* __restrict__ partial, int q_heads, int kv_heads, int capacity, int chunks,
+           int scale_bits) {
+    wait_for_earlier_kernels();
+    const int chunk = blockIdx.x % chunks;
+    const int first_head = blockIdx.x / chunks % (q_heads / HEADS) * HEADS;
+    const int sequence = blockIdx.x / chunks / (q_heads / HEADS);
+    const int length = position[sequence] + 1, begin = chunk * CHUNK;
+    const int end = min(length, begin + CHUNK);
+    if (begin >= length) return;
+    const int eighth = threadIdx.x & 7;
+    const int kv = first_head / (q_heads / kv_heads);
+    const long long base = ((long long)sequence * kv_heads + kv) * capacity * SIZE;
+    const float scale = __int_as_float(scale_bits) * 1.44269504f;
+
+    float query[HEADS][OWN];
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+        half_bits taken[OWN];
+        const half_bits* from = q + ((long long)sequence * q_heads + first_head + h) * SIZE + eighth * OWN;
+#pragma unroll
+        for (int i = 0; i < OWN; i += 8) *reinterpret_cast<uint4*>(taken + i) = *reinterpret_cast<const uint4*>(from + i);
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) query[h][i] = to_float(taken[i]) * scale;
+    }
+    float* out = partial + ((long long)sequence * q_heads + first_head) * chunks * (SIZE + 2);
+    attend_chunk(query, keys + base, values + base, begin, end, out, chunk, chunks);
 }
 
 // out: half [B, q_heads SIZE], from the chunks that hold positions. One block a head, SIZE threads.
@@ -310,4 +322,137 @@ extern "C" __global__ void join(const float* __restrict__ partial, const int* __
         sum += weight * part[threadIdx.x];
     }
     out[(long long)blockIdx.x * SIZE + threadIdx.x] = to_half(sum / total);
+}
+
+// What other blocks of this kernel wrote: past the first cache, which is not theirs.
+__device__ __forceinline__ float2 from_others(const float* at) {
+    float2 out;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(out.x), "=f"(out.y) : "l"(at) : "memory");
+    return out;
+}
+
+// A warp puts the chunks of one head together, eight at a time; each lane has pairs of elements, 64 apart.
+__device__ __forceinline__ void join_head(const float* parts, int used, half_bits* out) {
+    const int lane = threadIdx.x & 31;
+    float top = -1e30f, total = 0.f;
+    float2 sum[SIZE / 64] = {};
+    for (int first = 0; first < used; first += 8) {
+        float2 ends[8], got[8][SIZE / 64];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float* part = parts + (long long)(first + j) * (SIZE + 2);
+            const bool there = first + j < used;
+            ends[j] = there ? from_others(part + SIZE) : make_float2(-1e30f, 0.f);
+#pragma unroll
+            for (int e = 0; e < SIZE / 64; ++e) got[j][e] = there ? from_others(part + e * 64 + lane * 2) : make_float2(0.f, 0.f);
+        }
+        float more = top;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) more = fmaxf(more, ends[j].x);
+        const float shrink = exp2f(top - more);
+        top = more;
+        total *= shrink;
+#pragma unroll
+        for (int e = 0; e < SIZE / 64; ++e) sum[e].x *= shrink, sum[e].y *= shrink;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float weight = exp2f(ends[j].x - top);
+            total += weight * ends[j].y;
+#pragma unroll
+            for (int e = 0; e < SIZE / 64; ++e) sum[e].x += weight * got[j][e].x, sum[e].y += weight * got[j][e].y;
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < SIZE / 64; ++e) {
+        out[e * 64 + lane * 2] = to_half(sum[e].x / total);
+        out[e * 64 + lane * 2 + 1] = to_half(sum[e].y / total);
+    }
+}
+
+// A query's share of a lane, rotated: elements eighth * OWN and on; the other half's are OWN * 4 away.
+__device__ __forceinline__ void rotated(float (&query)[OWN], const half_bits* head, const float* norm, const float* cosines,
+                                        const float* sines, float eps, float scale) {
+    const int eighth = threadIdx.x & 7, other = eighth ^ 4;
+    alignas(16) half_bits mine[OWN], theirs[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i += 8) {
+        *reinterpret_cast<uint4*>(mine + i) = *reinterpret_cast<const uint4*>(head + eighth * OWN + i);
+        *reinterpret_cast<uint4*>(theirs + i) = *reinterpret_cast<const uint4*>(head + other * OWN + i);
+    }
+    float factor = 1.f;
+    if (norm) {
+        float squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) squares += to_float(mine[i]) * to_float(mine[i]);
+#pragma unroll
+        for (int d = 4; d; d >>= 1) squares += __shfl_xor_sync(0xffffffff, squares, d);
+        factor = rsqrtf(squares / SIZE + eps);
+    }
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+        float a = to_float(mine[i]), b = to_float(theirs[i]);
+        if (norm) a *= factor * norm[eighth * OWN + i], b *= factor * norm[other * OWN + i];
+        const float c = cosines[(eighth & 3) * OWN + i], s = sines[(eighth & 3) * OWN + i];
+        const float turned = eighth < 4 ? a * c - b * s : a * c + b * s;
+        query[i] = to_float(to_half(turned)) * scale;
+    }
+}
+
+// `rotate`, `attend` and `join` in one: every block rotates its own queries; the one with the newest position rotates its key and
+// puts key and value into the caches first; the block of a sequence's heads that ends last joins the chunks.
+// arrived: int [B, q_heads / HEADS], zeros, and zeros again afterwards.
+extern "C" __global__ void __launch_bounds__(128)
+    attend_at_once(const half_bits* __restrict__ qkv, half_bits* keys, half_bits* values, const float* __restrict__ cosines,
+                   const float* __restrict__ sines, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
+                   const int* __restrict__ position, float* partial, int* arrived, half_bits* __restrict__ out, int q_heads,
+                   int kv_heads, int capacity, int chunks, int scale_bits, int eps_bits) {
+    wait_for_earlier_kernels();
+    const int chunk = blockIdx.x % chunks, group = blockIdx.x / chunks;
+    const int first_head = group % (q_heads / HEADS) * HEADS, sequence = group / (q_heads / HEADS);
+    const int newest = position[sequence], length = newest + 1, begin = chunk * CHUNK;
+    const int end = min(length, begin + CHUNK), used = newest / CHUNK + 1;
+    if (begin >= length) return;
+    const int kv = first_head / (q_heads / kv_heads);
+    const long long base = ((long long)sequence * kv_heads + kv) * capacity * SIZE;
+    const half_bits* from = qkv + (long long)sequence * (q_heads + 2 * kv_heads) * SIZE;
+    const float* c = cosines + (long long)newest * (SIZE / 2);
+    const float* s = sines + (long long)newest * (SIZE / 2);
+    const float eps = __int_as_float(eps_bits);
+
+    if (end == length) {  // several blocks, of other heads, may write the same
+        const int i = threadIdx.x;
+        const half_bits* key = from + (q_heads + kv) * SIZE;
+        float low = i < SIZE / 2 ? to_float(key[i]) : 0.f, high = i < SIZE / 2 ? to_float(key[i + SIZE / 2]) : 0.f;
+        if (k_norm) {
+            const float factor = rsqrtf(block_sum(low * low + high * high) / SIZE + eps);
+            if (i < SIZE / 2) low *= factor * k_norm[i], high *= factor * k_norm[i + SIZE / 2];
+        }
+        if (i < SIZE / 2) {
+            half_bits* to = keys + base + (long long)newest * SIZE;
+            to[i] = to_half(low * c[i] - high * s[i]);
+            to[i + SIZE / 2] = to_half(high * c[i] + low * s[i]);
+            half_bits* value = values + base + (long long)newest * SIZE;
+            value[i] = from[(q_heads + kv_heads + kv) * SIZE + i];
+            value[i + SIZE / 2] = from[(q_heads + kv_heads + kv) * SIZE + i + SIZE / 2];
+        }
+        __syncthreads();
+    }
+
+    float query[HEADS][OWN];
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h)
+        rotated(query[h], from + (first_head + h) * SIZE, q_norm, c, s, eps, __int_as_float(scale_bits) * 1.44269504f);
+    float* mine = partial + ((long long)sequence * q_heads + first_head) * chunks * (SIZE + 2);
+    attend_chunk(query, keys + base, values + base, begin, end, mine, chunk, chunks);
+
+    __shared__ int is_last;
+    __threadfence();
+    __syncthreads();
+    if (!threadIdx.x) is_last = atomicAdd(arrived + group, 1) == used - 1;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    if (!threadIdx.x) arrived[group] = 0;
+    for (int h = threadIdx.x >> 5; h < HEADS; h += 4)
+        join_head(mine + (long long)h * chunks * (SIZE + 2), used, out + ((long long)sequence * q_heads + first_head + h) * SIZE);
 }

@@ -5,7 +5,6 @@ Shapes: B sequences, H hidden size, A query heads, C key heads, D size of a head
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +37,6 @@ class Heads:
         return max(n for n in range(1, most + 1) if self.query // self.key % n == 0)
 
 
-def _bits(value: float) -> int:
-    return int(struct.unpack("<i", struct.pack("<f", value))[0])
-
-
 def _chunk(batch: int, capacity: int, heads: Heads) -> int:
     return CHUNKS[batch * (heads.query // heads.together) * -(-capacity // CHUNKS[1]) >= ENOUGH_BLOCKS]
 
@@ -50,12 +45,22 @@ def _kernel(name: str, device: torch.device, size: int = 64, together: int = 1, 
     return nvrtc.compiled(SOURCE, (("SIZE", size), ("HEADS", together), ("CHUNK", chunk)), name, device.index)
 
 
-def add_norm(hidden_BH: Tensor, added_BH: Tensor | None, weight_H: Tensor, eps: float, out_BH: Tensor) -> None:
-    """hidden (float32) += added (float16, or None); out (float16) = RMS norm of hidden times weight (float32)."""
+def add_norm(
+    hidden_BH: Tensor,
+    added_BH: Tensor | None,
+    weight_H: Tensor,
+    eps: float,
+    out_BH: Tensor,
+    factor_B: Tensor | None = None,
+) -> None:
+    """hidden (float32) += added (float16, or None); out (float16) = RMS norm of hidden times weight (float32).
+
+    factor (float32): where one over the root mean square goes, if anywhere.
+    """
     rows, size = hidden_BH.shape
     threads = min(1024, max(32, -(-size // 4 // 32) * 32))
     kernel = _kernel("add_norm", hidden_BH.device)
-    kernel.launch(rows, threads, (hidden_BH, added_BH, weight_H, out_BH, size, _bits(eps)))
+    kernel.launch(rows, threads, (hidden_BH, added_BH, weight_H, out_BH, factor_B, size, nvrtc.bits(eps)))
 
 
 def round_rows(x_BK: Tensor, scheme: ActivationScheme) -> None:
@@ -93,7 +98,7 @@ def rotate(
 ) -> None:
     """Queries rotated into q `[B, A, D]`; keys (rotated) and values put into caches `[B, C, S, D]` at `position_B`."""
     kernel = _kernel("rotate", q.device, heads.size)
-    args = (qkv, q, keys, values, *tables, *norms, position_B, heads.query, heads.key, keys.shape[2], _bits(eps))
+    args = (qkv, q, keys, values, *tables, *norms, position_B, heads.query, heads.key, keys.shape[2], nvrtc.bits(eps))
     kernel.launch(len(q) * (heads.query + 2 * heads.key), heads.size // 2, args)
 
 
@@ -111,7 +116,30 @@ def attend(
     chunk = _chunk(len(q), capacity, heads)
     chunks = -(-capacity // chunk)
     kernel = _kernel("attend", q.device, heads.size, heads.together, chunk)
-    args = (q, keys, values, position_B, partial, heads.query, heads.key, capacity, chunks, _bits(heads.scale))
+    args = (q, keys, values, position_B, partial, heads.query, heads.key, capacity, chunks, nvrtc.bits(heads.scale))
     kernel.launch(len(q) * (heads.query // heads.together) * chunks, 128, args)
     join = _kernel("join", q.device, heads.size, heads.together, chunk)
     join.launch(len(q) * heads.query, heads.size, (partial, position_B, out, heads.query, chunks))
+
+
+def attend_at_once(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: tuple[Tensor, Tensor],
+    norms: tuple[Tensor | None, Tensor | None],
+    position_B: Tensor,
+    partial: Tensor,
+    arrived: Tensor,
+    out: Tensor,
+    heads: Heads,
+    eps: float,
+) -> None:
+    """`rotate` and `attend` in one kernel; the last block of a head joins the chunks. arrived: int32 zeros `[B, A]`."""
+    batch, capacity = len(position_B), keys.shape[2]
+    chunk = _chunk(batch, capacity, heads)
+    chunks = -(-capacity // chunk)
+    kernel = _kernel("attend_at_once", qkv.device, heads.size, heads.together, chunk)
+    sizes = (heads.query, heads.key, capacity, chunks, nvrtc.bits(heads.scale), nvrtc.bits(eps))
+    args = (qkv, keys, values, *tables, *norms, position_B, partial, arrived, out, *sizes)
+    kernel.launch(batch * (heads.query // heads.together) * chunks, 128, args)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,11 @@ class Kernel:
         )
         code = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(self.function), pointers, None)
         _check(code, f"launching {self.name}")
+
+
+def bits(value: float) -> int:
+    """A float32's bits as an int, which is how a launch passes it."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 class _Attribute(ctypes.Structure):

@@ -14,7 +14,9 @@
 // 8), WARPS, ROWS (tiles of 16 rows of W that a block takes), GATED (1: of each 16 rows the first eight are a gate's and the others
 // their values; what is written is silu(gate) * value), AHEAD (bytes of each tile of 16 rows that are asked for into the L2 cache
 // while the kernel before still runs, 0: none but what registers take), EARLY (1: the next kernel may start, and ask for its
-// weights, while this one still waits).
+// weights, while this one still waits), NORMED (1: x is a residual stream times a norm's weight and some factor of each row; y is of
+// the row over its root mean square, which is known from `squares` when the sums are done), ADDED (1: y is added to a residual
+// stream, and what is written beside it is the next norm's x and squares, so that no kernel is needed between the two).
 //
 // Layouts (`weight_only.pack`), with K padded to a multiple of 64 and N to one of 16:
 //   codes   uint4 [N / 16][K / 64][BITS / 4][32]     lane's codes of a 16 x 64 tile
@@ -171,11 +173,28 @@ __device__ __forceinline__ void ask_ahead(const uint4* codes, const half_bits* s
 #endif
 }
 
+// Past the first cache, which may hold what lay there before this kernel waited.
+__device__ __forceinline__ float fresh(const float* at) {
+    float out;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(out) : "l"(at));
+    return out;
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffff, v, d);
+    return v;
+}
+
 // x: half [M, K]; y: half [M, N], or with GATED half [M, N / 2]. column_tiles: of 64 columns in a row of W; row_tiles: of 16 rows.
+// NORMED: squares float [M, K / 16], sums of 16 squares of the stream; `before` float [M]: the factor that x has; `factor` float [M]:
+// one over the root mean square, written here. ADDED: stream float [M, N]; weight float [N]: the next norm's; y half [M, N]: stream
+// * weight * before; squares float [M, N / 16], written here.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     linear(const uint4* __restrict__ codes, const half_bits* __restrict__ scales, const unsigned char* __restrict__ zeros,
            const half_bits* __restrict__ x, const half_bits* __restrict__ bias, half_bits* __restrict__ y, int M, int N, int K,
-           int row_tiles, int column_tiles, int groups) {
+           int row_tiles, int column_tiles, int groups, float* __restrict__ squares, const float* __restrict__ before,
+           float* __restrict__ factor, float* __restrict__ stream, const float* __restrict__ weight, int eps_bits) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int row = lane >> 2, quad = lane & 3;
     const long long block = (long long)blockIdx.x * ROWS;
@@ -199,6 +218,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     if (EARLY) let_later_kernels_start();
     wait_for_earlier_kernels();
     if (!EARLY) let_later_kernels_start();
+
+    // What the end needs of the first row of x is asked for now.
+#if NORMED
+    const int squares_a_row = K / 16;
+    float held[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int at = threadIdx.x + i * 32 * WARPS;
+        held[i] = at < squares_a_row ? fresh(squares + at) : 0.f;
+    }
+#elif ADDED
+    float held[2] = {};
+    if (threadIdx.x < 16 * ROWS && block * 16 + threadIdx.x < N) {
+        held[0] = fresh(stream + block * 16 + threadIdx.x);
+        held[1] = weight[block * 16 + threadIdx.x];
+    }
+#endif
 
     float sum[ROWS][TILES][4] = {};
     while (first < column_tiles) {
@@ -277,6 +313,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         first = after;
     }
 
+#if NORMED
+    __shared__ float squares_of[8 * TILES][WARPS];
+    for (int token = 0; token < M; ++token) {
+        float s = token ? 0.f : held[0] + held[1];
+        for (int i = threadIdx.x + (token ? 0 : 64 * WARPS); i < squares_a_row; i += 32 * WARPS)
+            s += fresh(squares + (long long)token * squares_a_row + i);
+        s = warp_sum(s);
+        if (!lane) squares_of[token][warp] = s;
+    }
+#endif
     __shared__ float parts[WARPS][8][16 * ROWS + 1];
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
@@ -292,7 +338,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         for (int i = threadIdx.x; i < 8 * 16 * ROWS; i += 32 * WARPS) {
             const int token = t * 8 + i / (16 * ROWS), r = i % (16 * ROWS);
             const int out = block * 16 + r;
+#if !ADDED
             if (token >= M || out >= N || (GATED && (r & 8))) continue;
+#endif
             float total = 0.f, other = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) {
@@ -300,10 +348,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
                 if (GATED) other += parts[w][i / (16 * ROWS)][r + 8];
             }
 #if BITS != 16
-            if (!GROUP) {
+            if (!GROUP && out < N) {
                 total *= to_float(scales[block * 16 + r]);
                 if (GATED) other *= to_float(scales[block * 16 + r + 8]);
             }
+#endif
+#if NORMED
+            float all = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) all += squares_of[token][w];
+            const float now_is = rsqrtf(all / K + __int_as_float(eps_bits)), missing = now_is / fresh(before + token);
+            if (!blockIdx.x && !r) factor[token] = now_is;
+            total *= missing;
+            other *= missing;
+#endif
+#if ADDED
+            const bool there = token < M && out < N;
+            float value = 0.f;
+            if (there) {
+                const bool kept = i < 16 * ROWS && !t;  // token 0, whose i is the thread's own
+                if (bias) total += to_float(bias[out]);
+                value = (kept ? held[0] : fresh(stream + (long long)token * N + out)) + total;
+                stream[(long long)token * N + out] = value;
+                y[(long long)token * N + out] = to_half(value * fresh(before + token) * (kept ? held[1] : weight[out]));
+            }
+            float s = value * value;
+#pragma unroll
+            for (int d = 8; d; d >>= 1) s += __shfl_xor_sync(0xffffffff, s, d);
+            if (!(r & 15) && token < M && block + r / 16 < row_tiles) squares[(long long)token * row_tiles + block + r / 16] = s;
+            continue;
 #endif
             if (GATED) {
                 y[(long long)token * (N / 2) + (block * 16 + (r & ~15)) / 2 + (r & 7)] =

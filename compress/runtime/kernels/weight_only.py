@@ -160,6 +160,33 @@ def tiling(packed: Packed, num_rows: int) -> Tiling:
     return Tiling(run, tiles, 16 if tall or packed.shape[0] <= 4096 and packed.column_tiles >= 32 else 8, 1)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Normed:
+    """x is a residual stream times a norm's weight and `before`: y is of the row over its root mean square.
+
+    squares: float32 `[M, K / 16]`, sums of 16 squares of the stream; before: float32 `[M]`, the factor that x has;
+    factor: float32 `[M]`, one over the root mean square, written.
+    """
+
+    squares: Tensor
+    before: Tensor
+    factor: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Added:
+    """y is added to `stream` (float32 `[M, N]`); `out` becomes stream * weight * before, the next norm's x.
+
+    squares: float32 `[M, N / 16]`, sums of 16 squares of the stream, written. weight: the next norm's, float32 `[N]`.
+    """
+
+    stream: Tensor
+    weight: Tensor
+    before: Tensor
+    squares: Tensor
+
+
 def matmul(
     x_MK: Tensor,
     packed: Packed,
@@ -168,16 +195,20 @@ def matmul(
     gated: bool = False,
     out: Tensor | None = None,
     cut: Tiling | None = None,
+    normed: Normed | None = None,
+    added: Added | None = None,
 ) -> Tensor:
     """`x W^T + bias`, float16 `[M, N]`, for at most `MOST_ROWS` rows of contiguous float16 x.
 
-    gated: W was stacked by `interleaved`; gives silu(gate) * value, `[M, N / 2]`, without a bias.
+    gated: W was stacked by `interleaved`; gives silu(gate) * value, `[M, N / 2]`, without a bias. normed, added: what
+    a norm before and a sum after would do in kernels of their own.
     """
     m, k = x_MK.shape
     n = packed.shape[0]
     cut = cut or tiling(packed, m)
     y = torch.empty(m, n // 2 if gated else n, dtype=torch.float16, device=x_MK.device) if out is None else out
-    kernel = nvrtc.compiled(SOURCE, _defines(packed, cut, gated), "linear", x_MK.device.index)
+    both = {"NORMED": int(normed is not None), "ADDED": int(added is not None)}
+    kernel = nvrtc.compiled(SOURCE, _defines(packed, cut, gated, **both), "linear", x_MK.device.index)
     row_tiles = -(-n // TILE_N)
     args = (
         packed.codes,
@@ -192,9 +223,19 @@ def matmul(
         row_tiles,
         packed.column_tiles,
         packed.groups,
+        *_beside(normed, added),
     )
     kernel.launch(-(-row_tiles // cut.rows), 32 * cut.warps, args)
     return y
+
+
+def _beside(normed: Normed | None, added: Added | None) -> tuple[Tensor | int | None, ...]:
+    """squares, before, factor, stream, weight and the bits of eps, as the kernel takes them."""
+    if normed is not None:
+        return normed.squares, normed.before, normed.factor, None, None, nvrtc.bits(normed.eps)
+    if added is not None:
+        return added.squares, added.before, None, added.stream, added.weight, 0
+    return None, None, None, None, None, 0
 
 
 def interleaved(gate_NK: Tensor, value_NK: Tensor) -> Tensor:
@@ -215,9 +256,10 @@ def dense(packed: Packed) -> Tensor:
     return w_NK
 
 
-def _defines(packed: Packed, cut: Tiling, gated: bool) -> tuple[tuple[str, int], ...]:
+def _defines(packed: Packed, cut: Tiling, gated: bool, **both: int) -> tuple[tuple[str, int], ...]:
     values = {
         "BITS": packed.num_bits, "GROUP": packed.group_size, "RUN": cut.run, "TILES": cut.tiles, "WARPS": cut.warps,
         "ROWS": cut.rows, "GATED": int(gated), "AHEAD": AHEAD, "EARLY": int(EARLY),
+        "NORMED": 0, "ADDED": 0, **both,
     }  # fmt: skip
     return tuple(values.items())
