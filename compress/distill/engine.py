@@ -7,7 +7,6 @@ a checkpoint holds) is said here. Sums over processes that go into a log are tak
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from compress import distributed
-from compress.distill import checkpoint
-from compress.distill.zero import Zero, settings
-from compress.errors import ConfigError, UnsupportedError
+from compress.distill import checkpoint, zero
+from compress.distill.zero import Zero
+from compress.errors import ConfigError
 
 ENGINES = ("auto", "ddp", "fsdp", "deepspeed")
 SHARING = ("fsdp", "deepspeed")
@@ -46,7 +45,7 @@ class EngineOptions:
     def resolved(self, processes: int) -> str:
         """`single`, `ddp`, `fsdp` or `deepspeed`. ConfigError for what does not go together."""
         if self.engine == "deepspeed":
-            _require_deepspeed()
+            _require_deepspeed(self.device)
         engine = self.engine
         if engine == "auto":
             shards = self.device.startswith("cuda") and self.compress_gradients is None
@@ -66,20 +65,14 @@ class EngineOptions:
         return engine
 
 
-def _require_deepspeed() -> None:
+def _require_deepspeed(device: str) -> None:
     """ConfigError or UnsupportedError where its engine cannot run."""
     if not distributed.running():
         raise ConfigError(
             "--engine deepspeed shares a student out to several processes and one runs; start torchrun "
             "--nproc-per-node N -m compress distill, or leave it out"
         )
-    try:
-        importlib.import_module("deepspeed")
-    except ImportError as e:
-        raise UnsupportedError(
-            '--engine deepspeed needs deepspeed, which is not installed; pip install "compress-toolkit[deepspeed]", or '
-            "use --engine fsdp, which shards as much"
-        ) from e
+    zero.imported(torch.device(device).type)
 
 
 class Engine:
@@ -110,9 +103,11 @@ class Engine:
         kind = options.resolved(distributed.num_processes())
         if kind == "deepspeed":
             exact, clip = options.exact_parameters, options.clip
-            config = settings(options.compute, exact=exact, micro_batch=micro_batch, passes=accumulation, clip=clip)
-            zero = Zero(student, optimizer, config, options.device)
-            return cls(kind, zero.module, zero.optimizer, torch.device(options.device), zero)
+            config = zero.settings(
+                options.compute, exact=exact, micro_batch=micro_batch, passes=accumulation, clip=clip
+            )
+            made = Zero(student, optimizer, config, options.device)
+            return cls(kind, made.module, made.optimizer, torch.device(options.device), made)
         accelerator = _accelerator(kind, options, block_class)
         module, prepared = accelerator.prepare(student, optimizer)
         return cls(kind, module, prepared.optimizer, accelerator.device, accelerator)

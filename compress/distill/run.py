@@ -99,6 +99,7 @@ def _reserve(request: DistillRequest) -> Any:
 def _distill(
     request: DistillRequest, place: Place | None, stop: Stop, tell: Tell, heard: Heard, describe: Describe
 ) -> DistillOutcome:
+    _engine_options(request).resolved(distributed.num_processes())
     vocabulary = models.common_vocabulary(
         request.student.path,
         request.teacher.path,

@@ -8,6 +8,8 @@ itself: through `accelerate` every backward pass is an update as well, and there
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ArtifactError, ConfigError
+from compress.errors import ArtifactError, ConfigError, UnsupportedError
 
 SHARE, STATE = "param.", "optim."
 # Parameters that a process may have whole at once, and gradients that are sent together.
@@ -47,13 +49,15 @@ class Zero:
     def __init__(
         self, student: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], device: str
     ) -> None:
-        deepspeed = _deepspeed(torch.device(device).type)
-        self._tools = deepspeed.utils
+        deepspeed = imported(torch.device(device).type)
+        self._tools, self._gathered = deepspeed.utils, deepspeed.zero.GatheredParameters
         for tensor in (*student.parameters(), *student.buffers()):
             if tensor.stride() != torch.empty(tensor.shape, device="meta").stride():
                 # codes lie as their file packs them, and it sends bytes (one column has any stride and is contiguous)
                 tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-        self.module, self.optimizer, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=dict(config))
+        with contextlib.redirect_stdout(sys.stderr):
+            made = deepspeed.initialize(model=student, optimizer=optimizer, config=dict(config))
+        self.module, self.optimizer = made[:2]
 
     def boundary(self, last: bool) -> None:
         """Before a forward pass: whether an update follows its backward pass."""
@@ -97,8 +101,6 @@ class Zero:
 
     def whole_state(self) -> dict[str, Tensor]:
         """Every tensor of the student's state, gathered one by one, on the CPU of the first process; {} elsewhere."""
-        import deepspeed
-
         first = torch.distributed.get_rank() == 0
         student = self.module.module
         kept = student.state_dict().keys()
@@ -109,7 +111,7 @@ class Zero:
                 if parameter.requires_grad:
                     whole = self._tools.safe_get_full_fp32_param(parameter)
                 else:
-                    with deepspeed.zero.GatheredParameters([parameter]):
+                    with self._gathered([parameter]):
                         whole = parameter.detach().clone()
                 out[name] = whole.cpu() if first else torch.empty(0)
                 names[id(parameter)] = name
@@ -118,21 +120,25 @@ class Zero:
         return out if first else {}
 
 
-def _deepspeed(kind: str) -> Any:
-    """DeepSpeed for devices of one kind, saying on standard error, and only, what is wrong. ConfigError where it was
-    set up for others."""
-    os.environ.setdefault("DS_ACCELERATOR", kind)
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+def imported(kind: str) -> Any:
+    """DeepSpeed for devices of one kind. It writes to standard error, and only what is wrong.
 
+    To be called before transformers is imported, which imports it too. UnsupportedError where it is missing,
+    ConfigError where it was set up for other devices.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            deepspeed = importlib.import_module("deepspeed")
+    except ImportError as e:
+        raise UnsupportedError(
+            '--engine deepspeed needs deepspeed, which is not installed; pip install "compress-toolkit[deepspeed]", or '
+            "use --engine fsdp, which shards as much"
+        ) from e
     # its calls of PyTorch's, at every gathering
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
-    for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
-    found = get_accelerator().device_name()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    found = deepspeed.accelerator.get_accelerator().device_name()
     if found != kind:
         raise ConfigError(f"DeepSpeed is set up for {found} and --device is {kind}; set DS_ACCELERATOR={kind}")
     return deepspeed

@@ -38,6 +38,7 @@ BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parents[1]
 sys.path[:0] = [str(ROOT), str(BENCH)]  # `compress` and the files beside this one
 
+import busy  # noqa: E402
 import distill as one_gpu  # noqa: E402
 import gpu  # noqa: E402
 import torch  # noqa: E402
@@ -52,6 +53,8 @@ PASSES: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "llama-3-8b": [(2, {}), (4, {"checkpointing": True}), (2, {"checkpointing": True})],
 }
 LARGE_CARD = 100e9
+# Steps behind which a profile begins and ends.
+PROFILED = (10, 13)
 FORWARD = ("collecting statistics", "running the compressed block")
 
 
@@ -347,7 +350,7 @@ def distill(work: Work, options: argparse.Namespace) -> None:
         for processes in options.processes:
             for engine in options.engine:
                 name = f"distill {shape} {processes}{'' if engine == 'fsdp' else ' ' + engine}"
-                name += " repeatable" * options.repeatable
+                name += " repeatable" * options.repeatable + " profiled" * options.profile
                 work.job(name, functools.partial(_distill, work, options, shape, processes, engine, name))
 
 
@@ -398,6 +401,7 @@ def _trained(
         asked = {
             "request": {"device": options.device, "out": str(Path(scratch, "out")), **request},
             "facts": scratch, "measure": measure, "repeatable": getattr(options, "repeatable", False),
+            "profile": getattr(options, "profile", False),
         }  # fmt: skip
         children = start(work, [sys.executable, __file__, "distill-child", json.dumps(asked)], processes, key)
         wait(work, children, key)
@@ -430,6 +434,7 @@ def distill_child(asked: dict[str, Any]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     facts: Facts = {"losses": []}
     meters: list[Meter] = []
+    watched = busy.Watched(*PROFILED) if asked["profile"] else None
 
     def heard(record: dict[str, float], ready: run.Prepared) -> None:
         if not meters:
@@ -442,6 +447,9 @@ def distill_child(asked: dict[str, Any]) -> None:
         facts.update(
             tokens_per_second=meters[0].tokens_per_second, mfu=meters[0].mfu, gflop_per_token=ready.flops / 1e9
         )
+        if watched is not None:
+            watched.step(record["step"])
+            facts["busy_ms"] = watched.found
         if asked["measure"] and record["step"] == ready.plan.steps:
             raise _Measured
 
@@ -657,6 +665,10 @@ def _distill_rows(rows: list[Facts]) -> None:
             f"{', checkpointing' if row.get('checkpointing') else ''}"
             f"{'' if row.get('engine', 'fsdp') == 'fsdp' else ', ' + row['engine']}"
         )
+        if row.get("busy_ms"):
+            parts = {name: ms for name, ms in row["busy_ms"].items() if name != "top"}
+            print("     ms a step: " + ", ".join(f"{name} {ms}" for name, ms in parts.items()))
+            print("\n".join(f"     {ms:9.3f} {name}" for name, ms in row["busy_ms"]["top"].items()))
 
 
 def _resume_rows(rows: list[Facts]) -> None:
@@ -708,6 +720,7 @@ def parsed() -> argparse.Namespace:
     two.add_argument("--seq-len", type=int, default=2048)
     two.add_argument("--steps", type=int, default=20)
     two.add_argument("--repeatable", action="store_true", help="operations of fixed order: what do they cost?")
+    two.add_argument("--profile", action="store_true", help="what a GPU does of the time (at least 14 steps)")
     three = verbs.add_parser("resume")
     three.add_argument("--shape", default="135m", choices=list(one_gpu.SHAPES))
     three.add_argument("--processes", nargs=1, type=int, default=[4])

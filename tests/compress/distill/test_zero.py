@@ -15,6 +15,9 @@ import pytest
 import compress
 from compress.tell import SILENT
 
+sys.path.insert(0, str(Path(__file__).parent))
+from killed import free_port  # noqa: E402
+
 pytest.importorskip("deepspeed", reason="NO DEEPSPEED: --engine deepspeed was not tested")
 SCRIPT = Path(__file__).with_name("killed.py")
 
@@ -56,3 +59,18 @@ def test_losses_are_those_of_fsdp(
     assert found == pytest.approx(expected, rel=rel)
     assert record["engine"] == {"kind": "deepspeed", "processes": 2}
     assert record["flops_per_token"] == before["flops_per_token"]
+
+
+@pytest.mark.slow
+def test_the_command_line_prints_its_json_alone(
+    tmp_path: Path, pair: tuple[Path, Path], prose: Callable[..., Path]
+) -> None:
+    """DeepSpeed logs to standard output, wherever it is imported."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m",
+        "compress", "distill", "--engine", "deepspeed", "--teacher", pair[0], "--student", pair[1], "--data", prose(60),
+        "--tokens", 2 * 8 * 24, "--seq-len", 24, "--batch", 8, "--device", "cpu", "--json", "-o", tmp_path / "out",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["record"]["engine"]["kind"] == "deepspeed"
