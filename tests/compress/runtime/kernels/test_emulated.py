@@ -1,4 +1,4 @@
-"""The decode kernels' own source, run on a CPU (`conftest.py`): products, attention, whole steps. On a GPU: tests/gpu."""
+"""The decode kernels' own source on a CPU (`conftest.py`): products, attention, whole steps. On a GPU: tests/gpu."""
 
 from __future__ import annotations
 
