@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ort_graph import SHAPES, fill, group_size
+from decode_shapes import SHAPES, group_size
+from ort_graph import fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import SHAPES, random_weights, read_bandwidth
+from decode import random_weights, read_bandwidth
+from decode_shapes import SHAPES, group_size
 from torch import Tensor
 from torch.autograd import DeviceType
 
@@ -92,10 +93,6 @@ def timed(weights: Weights, prompts: Tensor, new: int, *, graphs: bool, fused: b
         end.synchronize()
         times.append(start.elapsed_time(end) / new)
     return Timed(sorted(times)[len(times) // 2], max(times) / min(times), seen, decoder)
-
-
-def group_size(shape: str, bits: int) -> int:
-    return {4: 64 if shape == "smollm2-135m" else 128}.get(bits, -1)
 
 
 def prompts_of(shape: str, batch: int, length: int) -> Tensor:
@@ -222,7 +219,9 @@ def main() -> None:
         for shape in shapes:
             for bits in map(int, asked.bits.split(",")):
                 torch.manual_seed(0)
-                weights = random_weights(shape, bits, group_size(shape, bits), asked.prompt + asked.new + 8)
+                weights = random_weights(
+                    shape, bits, group_size(shape) if bits == 4 else -1, asked.prompt + asked.new + 8
+                )
                 KINDS[what](weights, {"what": what, "shape": shape, "bits": bits}, batches, asked, bandwidth)
                 del weights
                 torch.cuda.empty_cache()
