@@ -73,7 +73,7 @@ class GpuDecoder:
     def __init__(
         self, weights: Weights, *, capacity: int, batch: int = 1, graphs: bool = True, fused: bool = False
     ) -> None:
-        """fused: norms and sums belong to the products beside them, and attention is one kernel (not run on a GPU)."""
+        """fused: norms and sums belong to the products beside them, attention is one kernel; speed not settled."""
         self.weights = weights
         self.fused = fused and not any(layer.rounded for layer in weights.layers) and not hidden_size(weights) % 16
         self.capacity = capacity
