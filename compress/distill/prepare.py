@@ -350,6 +350,7 @@ def check_memory(
         student.model, student.base, len(student.blocks), student.hidden_size, compute
     )
     trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
+    compiled = request.compile and engine != "deepspeed"
     whole = models.num_parameters(student.model)
     needs = memory.Needs(
         trained=trained,
@@ -358,7 +359,7 @@ def check_memory(
         teacher_parameters=0 if taught is None else models.num_parameters(taught.model),
         teacher_bytes=1.01 if held_as == "w8a16" else DTYPES.get(held_as, compute).itemsize,
         tokens=micro * request.seq_len,
-        token_bytes=token_bytes * (memory.COMPILED if request.compile else 1.0),
+        token_bytes=token_bytes * (memory.COMPILED if compiled else 1.0),
         kept_bytes=kept_bytes,
         checkpointing=request.checkpointing,
         shares=shares,

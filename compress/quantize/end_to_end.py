@@ -16,7 +16,7 @@ Shapes: N rows, T tokens, H hidden size, P tokens of a batch, O out_features, I 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from compress import learned, numerics
@@ -101,56 +100,58 @@ class Trained:
 
 # ---- what is learned ------------------------------------------------------------------------------------
 
-
-class _Scales(nn.Module):
-    """Makes a linear's weight of the logarithms of factors, `[O, G]`, which take its place among the parameters; beside
-    them stand the codes where those are learned as well."""
-
-    def __init__(self, weight: QuantizedWeight, device: torch.device, codes: bool = False) -> None:
-        super().__init__()
-        self.scheme, self.stored_dtype, self.codes = weight.scheme, weight.scale_OG.dtype, codes
-        self.register_buffer("codes_OI", weight.codes_OI.to(device))
-        self.register_buffer("scale_OG", weight.scale_OG.to(device).float())
-        self.register_buffer("zero_OG", weight.zero_point_OG.to(device).float())
-
-    def forward(self, log_OG: Tensor, latent_OI: Tensor | None = None) -> Tensor:
-        return learned.dequantized(*self._parts(log_OG, latent_OI))
-
-    def right_inverse(self, weight_OI: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        log_OG = torch.zeros_like(self.get_buffer("scale_OG"), dtype=torch.float32)
-        return (log_OG, self.get_buffer("codes_OI").float()) if self.codes else log_OG
-
-    def learned(self, log_OG: Tensor, latent_OI: Tensor | None = None) -> QuantizedWeight:
-        return learned.as_stored(*self._parts(log_OG, latent_OI))
-
-    def _parts(
-        self, log_OG: Tensor, latent_OI: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Scheme, torch.dtype]:
-        codes_OI, scale_OG, zero_OG = (self.get_buffer(name) for name in ("codes_OI", "scale_OG", "zero_OG"))
-        codes_OI = codes_OI if latent_OI is None else latent_OI
-        return codes_OI, log_OG, scale_OG, zero_OG, self.scheme, self.stored_dtype
+# Weights made together, at most: one launch for many layers in place of one a layer, whose number rules the time of a
+# small model, against the memory of temporaries.
+TOGETHER = 1 << 26
 
 
-class _Channels(nn.Module):
-    """Makes a norm's weight `[H]` of the logarithms of factors."""
+class _Linears:
+    """The rows of several linears of one input width, made of their codes and of logarithms of factors, `[O, G]`."""
 
-    def __init__(self, start: Tensor, offset: float, device: torch.device) -> None:
-        super().__init__()
-        self.offset = offset
-        self.register_buffer("start", start.to(device))
+    def __init__(self, names: Sequence[str], weights: Sequence[QuantizedWeight], device: torch.device, codes: bool):
+        self.names, self.rows = names, [len(weight.codes_OI) for weight in weights]
+        self.scheme, self.stored_dtype = weights[0].scheme, weights[0].scale_OG.dtype
+        codes_OI = torch.cat([weight.codes_OI for weight in weights]).to(device)
+        self.scale_OG = torch.cat([weight.scale_OG for weight in weights]).to(device).float()
+        self.zero_OG = torch.cat([weight.zero_point_OG for weight in weights]).to(device).float()
+        self.log = nn.Parameter(torch.zeros_like(self.scale_OG))
+        self.codes_OI = nn.Parameter(codes_OI.float()) if codes else codes_OI
 
-    def forward(self, log: Tensor) -> Tensor:
-        wanted = self._wanted(log)
-        return wanted + (self.learned(log).to(wanted) - wanted).detach()
+    def made(self) -> Tensor:
+        return learned.dequantized(self.codes_OI, self.log, *self._rest())
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return torch.zeros_like(weight)
+    def as_stored(self) -> list[QuantizedWeight]:
+        whole = learned.as_stored(self.codes_OI.detach(), self.log.detach(), *self._rest())
+        parts = (part.split(self.rows) for part in (whole.codes_OI, whole.scale_OG, whole.zero_point_OG))
+        return [
+            QuantizedWeight(codes_OI=codes, scale_OG=scale, zero_point_OG=zero, scheme=self.scheme)
+            for codes, scale, zero in zip(*parts, strict=True)
+        ]
 
-    def _wanted(self, log: Tensor) -> Tensor:
-        return (self.get_buffer("start").float() + self.offset) * log.exp() - self.offset
+    def _rest(self) -> tuple[Tensor, Tensor, Scheme, torch.dtype]:
+        return self.scale_OG, self.zero_OG, self.scheme, self.stored_dtype
 
-    def learned(self, log: Tensor) -> Tensor:
-        return self._wanted(log).to(self.get_buffer("start").dtype)
+
+class _Norms:
+    """The weights of several norms of one width, made of logarithms of factors; a row each."""
+
+    def __init__(self, names: Sequence[str], starts: Sequence[Tensor], offset: float, device: torch.device) -> None:
+        self.names, self.rows, self.offset = names, [1] * len(starts), offset
+        self.start = torch.stack(list(starts)).to(device)
+        self.log = nn.Parameter(torch.zeros_like(self.start, dtype=torch.float32))
+
+    def made(self) -> Tensor:
+        wanted = self._wanted()
+        return wanted + (self._stored().to(wanted) - wanted).detach()
+
+    def as_stored(self) -> list[Tensor]:
+        return list(self._stored().detach().cpu())
+
+    def _wanted(self) -> Tensor:
+        return (self.start.float() + self.offset) * self.log.exp() - self.offset
+
+    def _stored(self) -> Tensor:
+        return self._wanted().to(self.start.dtype)
 
 
 @torch.no_grad()
@@ -169,41 +170,86 @@ def offset_of(norm: nn.Module) -> float:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Learning:
-    """What makes the weights, by the names of linears and norms, and what it makes them of: logarithms of factors, and
-    codes where those are learned."""
+    """What weights are made of, and the modules that use them, by the names of linears and norms."""
 
-    makes: dict[str, _Scales | _Channels]
-    parameters: dict[str, list[nn.Parameter]]
+    linears: Sequence[_Linears]
+    norms: Sequence[_Norms]
+    modules: Mapping[str, nn.Module]
+
+    @property
+    def all(self) -> list[_Linears | _Norms]:
+        return [*self.linears, *self.norms]
 
     def of_rate(self, options: EndToEndOptions) -> list[dict[str, Any]]:
         """Adam's groups, each with the rate that it begins with."""
-        groups = [{"params": [held[0] for held in self.parameters.values()], "begins": options.rate}]
-        codes = [latent for held in self.parameters.values() for latent in held[1:]]
+        groups = [{"params": [stack.log for stack in self.all], "begins": options.rate}]
+        codes = [stack.codes_OI for stack in self.linears if isinstance(stack.codes_OI, nn.Parameter)]
         if codes:  # a code's gradient is a weight's times a step of the grid: near Adam's usual eps of 1e-8
             groups.append({"params": codes, "begins": options.code_rate, "eps": 1e-12})
         return groups
 
+    def place(self) -> Callable[[], None]:
+        """Give the modules the weights of now. What is returned, called behind their backward pass, passes their
+        gradients on to what they are made of."""
+        placed = []
+        for stack in self.all:
+            made = stack.made()
+            parts = [part.requires_grad_(made.requires_grad) for part in made.detach().split(stack.rows)]
+            for name, part in zip(stack.names, parts, strict=True):
+                self.modules[name].weight = part if isinstance(stack, _Linears) else part[0]
+            placed.append((made, parts))
+
+        def passed_on() -> None:
+            for made, parts in placed:
+                made.backward(torch.cat([_gradient(part) for part in parts]))
+
+        return passed_on
+
+
+def _gradient(part: Tensor) -> Tensor:
+    return torch.zeros_like(part) if part.grad is None else part.grad
+
 
 def _learn(student: Student, options: EndToEndOptions) -> _Learning:
-    """Put what is learned in the place of weights."""
+    """What stands in the place of weights, which the modules lose: `place` gives them those of now."""
     for p in student.model.parameters():
         p.requires_grad_(False)
-    makes: dict[str, _Scales | _Channels] = {}
-    for name in [*student.layers, *student.norms]:
-        module = student.model.get_submodule(name)
-        device = next(module.parameters()).device
-        if name in student.layers:
-            makes[name] = _Scales(student.layers[name], device, codes=options.code_rate > 0)
-        else:
-            makes[name] = _Channels(student.norms[name], offset_of(module), device)
-        register_parametrization(module, "weight", makes[name], unsafe=True)  # what is learned has another shape
-    parameters = {
-        name: list(student.model.get_submodule(f"{name}.parametrizations.weight").parameters()) for name in makes
-    }
-    for held in parameters.values():
-        for p in held:
-            p.requires_grad_(True)
-    return _Learning(makes=makes, parameters=parameters)
+    modules = {name: student.model.get_submodule(name) for name in [*student.layers, *student.norms]}
+    device = student.head.weight_VH.device
+    norms = []
+    for (offset, _, _), names in _alike(
+        {n: (offset_of(modules[n]), tuple(start.shape), start.dtype) for n, start in student.norms.items()}
+    ):
+        norms.append(_Norms(names, [student.norms[n] for n in names], offset, device))
+    found = []
+    kinds = {n: (w.scheme, w.codes_OI.shape[1], w.scale_OG.dtype) for n, w in student.layers.items()}
+    for _, names in _alike(kinds):
+        for part in _parts(names, [student.layers[n].codes_OI.numel() for n in names]):
+            found.append(_Linears(part, [student.layers[n] for n in part], device, codes=options.code_rate > 0))
+    for module in modules.values():
+        del module._parameters["weight"]
+    return _Learning(linears=found, norms=norms, modules=modules)
+
+
+def _alike(kinds: Mapping[str, Any]) -> list[tuple[Any, list[str]]]:
+    """Names of each kind, in the order in which they come."""
+    out: dict[Any, list[str]] = {}
+    for name, kind in kinds.items():
+        out.setdefault(kind, []).append(name)
+    return list(out.items())
+
+
+def _parts(names: Sequence[str], sizes: Sequence[int]) -> list[list[str]]:
+    """Runs of names of at most `TOGETHER` weights, or of one."""
+    out: list[list[str]] = []
+    held = TOGETHER
+    for name, size in zip(names, sizes, strict=True):
+        if held + size > TOGETHER:
+            out.append([])
+            held = 0
+        out[-1].append(name)
+        held += size
+    return out
 
 
 # ---- training -------------------------------------------------------------------------------------------
@@ -244,6 +290,7 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
 
     def judged() -> float:
         with torch.no_grad():
+            learning.place()
             parts = [torch.tensor(held[i : i + options.rows]) for i in range(0, len(held), options.rows)]
             return sum(float(divergence(part)) * len(part) for part in parts) / len(held)
 
@@ -255,19 +302,26 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
                 for group in adam.param_groups:
                     group["lr"] = group["begins"] * (1 - step / options.updates)
                 with torch.enable_grad():
+                    passed_on = learning.place()
                     divergence(kept[order.take(min(options.rows, len(kept)))]).backward()
+                    passed_on()
                 adam.step()
                 adam.zero_grad()
                 tell.step(step + 1)
         after = judged()
-    with torch.no_grad():
-        made = {name: makes.learned(*learning.parameters[name]) for name, makes in learning.makes.items()}
-        return Trained(
-            layers={name: value for name, value in made.items() if isinstance(value, QuantizedWeight)},
-            norms={name: value.cpu() for name, value in made.items() if isinstance(value, Tensor)},
-            divergences=(before, after),
-            held_out_rows=len(held),
-        )
+    for module in learning.modules.values():
+        module.weight = nn.Parameter(_weight(module.__dict__.pop("weight")), requires_grad=False)
+    return Trained(
+        layers={n: w for stack in learning.linears for n, w in zip(stack.names, stack.as_stored(), strict=True)},
+        norms={n: w for stack in learning.norms for n, w in zip(stack.names, stack.as_stored(), strict=True)},
+        divergences=(before, after),
+        held_out_rows=len(held),
+    )
+
+
+def _weight(placed: Tensor) -> Tensor:
+    """A copy of its own: what was placed is a part of many."""
+    return placed.detach().clone()
 
 
 def _divergence(student: Student, taught: Lessons, options: EndToEndOptions, rows: Tensor) -> Tensor:

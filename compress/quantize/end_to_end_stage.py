@@ -24,7 +24,16 @@ from compress.journal import Facts, Journal, read_record, write_record
 from compress.linear import is_linear, linears, parameter
 from compress.losses.heads import proven_head
 from compress.model import StreamedModel
-from compress.quantize.end_to_end import CPU_LOGITS, GPU_LOGITS, EndToEndOptions, Student, Trained, lessons, train
+from compress.quantize.end_to_end import (
+    CPU_LOGITS,
+    GPU_LOGITS,
+    TOGETHER,
+    EndToEndOptions,
+    Student,
+    Trained,
+    lessons,
+    train,
+)
 from compress.sampling import rows_at_once, sample_from_model
 from compress.shards import save_atomically, tensor_sha256
 from compress.stage import DTYPES, Job, Made, Refined
@@ -159,9 +168,10 @@ def bytes_needed(model: StreamedModel, group_size: int, tokens: int, batch: int)
     learned = sum(in_blocks) + sum(in_blocks) // max(1, group_size)
     on_gpu = model.device.type == "cuda"
     per_block = batch * _kept_numbers(model.blocks[0])
-    kept = per_block * model.num_blocks + sum(in_blocks)
+    kept = per_block * model.num_blocks
     if _checkpoints(model, batch):
-        kept = batch * hidden * model.num_blocks + per_block + 2 * max(in_blocks)
+        kept = batch * hidden * model.num_blocks + per_block
+    kept += 2 * sum(in_blocks) + 6 * min(TOGETHER, sum(in_blocks))  # weights with gradients, and what makes them
     loss = 6 * (GPU_LOGITS if on_gpu else CPU_LOGITS)
     return int(_MARGIN * 4 * (numbers + vocabulary * hidden + 4 * learned + tokens * hidden + kept + loss))
 

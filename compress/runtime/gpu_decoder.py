@@ -73,15 +73,15 @@ class GpuDecoder:
     def __init__(
         self, weights: Weights, *, capacity: int, batch: int = 1, graphs: bool = True, fused: bool = False
     ) -> None:
-        """fused: norms and sums belong to the products beside them, and attention is one kernel (not run on a GPU)."""
+        """fused: norms and sums belong to the products beside them, attention is one kernel; speed not settled."""
         self.weights = weights
-        self.fused = fused and not any(layer.rounded for layer in weights.layers) and not hidden_size(weights) % 16
         self.capacity = capacity
         self.batch = batch
         self.graph: CudaGraph | None = None
         self.graphs = graphs
         heads, device = weights.heads, weights.embedding.device
         hidden, size = weights.embedding.shape[1], heads.size
+        self.fused = fused and hidden % weight_only.TILE_N == 0 and not any(layer.rounded for layer in weights.layers)
         depth = len(weights.layers)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -238,10 +238,6 @@ class GpuDecoder:
         self.position_B.fill_(length)
         self.ids_B.copy_(self.logits_BV.argmax(-1))
         return self.logits_BV
-
-
-def hidden_size(weights: Weights) -> int:
-    return weights.embedding.shape[1]
 
 
 def _rounded(x_BK: Tensor, layer: LayerWeights, part: str) -> Tensor:

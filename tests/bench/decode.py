@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode_shapes import SHAPES
 from torch import Tensor
 
 from compress.runtime.gpu_decoder import LayerWeights, Weights
@@ -28,13 +29,6 @@ from compress.runtime.kernels import weight_only
 from compress.runtime.kernels.decode import Heads
 from compress.runtime.kernels.weight_only import Packed
 
-# hidden, intermediate, layers, query heads, key heads, head size, vocabulary
-SHAPES = {
-    "reference-11m": (384, 1024, 6, 6, 2, 64, 4096),
-    "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152),
-    "llama-1b": (2048, 8192, 16, 32, 8, 64, 128256),
-    "llama-3-8b": (4096, 14336, 32, 32, 8, 128, 128256),
-}
 COLD_BYTES = 200 << 20  # weights in rotation: several times the cache
 
 

@@ -5,7 +5,7 @@
     python tests/bench/decode_rivals.py transformers --model AWQ_FOLDER  gptqmodel's kernels, beside ours on the folder
 
 Greedy, batch 1, caches fixed, sampling on the device, milliseconds a token over `--new` tokens after `--prompt`, the
-median of three times. torch: the prompt is not computed, the cache is as long as if it were. `--device cpu --shape
+median of five times. torch: the prompt is not computed, the cache is as long as if it were. `--device cpu --shape
 tiny` tries the script where there is no GPU. Errors of one way are printed as a row and do not stop the others.
 """
 
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ort_graph import SHAPES, fill, group_size
+from decode_shapes import SHAPES, group_size
+from ort_graph import fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Row = dict[str, Any]
-REPEATS = 3
+REPEATS = 5
 SHAPES = SHAPES | {"tiny": (256, 512, 2, 4, 2, 64, 1024)}
 
 
@@ -43,6 +44,11 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
+
+
+def figures(times: list[float], new: int) -> Row:
+    """Of times of `new` tokens each."""
+    return {"ms": 1000 * median(times) / new, "spread": max(times) / min(times)}
 
 
 @contextlib.contextmanager
@@ -192,7 +198,7 @@ def stepped(step: Callable[[Tensor, Tensor], Tensor], asked: argparse.Namespace)
 
     compiling = seconds(lambda: run(6), asked.device)
     times = [seconds(lambda: run(asked.new), asked.device) for _ in range(REPEATS)]
-    return {"ms": 1000 * median(times) / asked.new, "compile_seconds": compiling}
+    return figures(times, asked.new) | {"compile_seconds": compiling}
 
 
 def captured(step: Callable[[Tensor, Tensor], Tensor], asked: argparse.Namespace) -> Row:
@@ -218,7 +224,7 @@ def captured(step: Callable[[Tensor, Tensor], Tensor], asked: argparse.Namespace
         replay = graph.replay
         found["launches"] = graph.launches
     times = [seconds(run, asked.device) for _ in range(1 + REPEATS)][1:]
-    return found | {"ms": 1000 * median(times) / asked.new}
+    return found | figures(times, asked.new)
 
 
 # ---- ONNX Runtime ------------------------------------------------------------------------------------
@@ -298,7 +304,7 @@ class OrtSteps:
             times = [seconds(lambda: self._run(self.asked.new), self.device) for _ in range(REPEATS)]
             if not bool(torch.isfinite(self.logits).all()):
                 raise RuntimeError("logits are not finite")
-        return {"ms": 1000 * median(times) / self.asked.new}
+        return figures(times, self.asked.new)
 
 
 # ---- transformers with gptqmodel ---------------------------------------------------------------------
@@ -355,9 +361,10 @@ def after_first(run: Callable[[int], None], asked: argparse.Namespace) -> Row:
     """Milliseconds of a token after the first: the time of many less the time of one."""
     for new in (asked.new, 1):
         run(new)
-    whole = median([seconds(lambda: run(asked.new), asked.device) for _ in range(REPEATS)])
+    wholes = [seconds(lambda: run(asked.new), asked.device) for _ in range(REPEATS)]
     first = median([seconds(lambda: run(1), asked.device) for _ in range(REPEATS)])
-    return {"ms": 1000 * (whole - first) / (asked.new - 1), "first_token_ms": 1000 * first}
+    ms = 1000 * (median(wholes) - first) / (asked.new - 1)
+    return {"ms": ms, "spread": max(wholes) / min(wholes), "first_token_ms": 1000 * first}
 
 
 def generated(asked: argparse.Namespace, ids: Tensor, backend: str, static: bool) -> Row:

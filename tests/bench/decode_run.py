@@ -1,13 +1,14 @@
 """Decoding on one GPU, all of it in one run: our steps with and without graphs, ways to overlap kernels, and rivals.
 
-    python tests/bench/decode_run.py --work DIR [--jobs graphs variants ...] [--gpus 1 --first-gpu 0] [--deadline 540]
+    python tests/bench/decode_run.py --work DIR [--jobs graphs variants ...] [--gpus 1] [--deadline 540]
         [--sites DIR] [--ort DIR --graphs DIR] [--model AWQ_FOLDER]
 
 Each job is a process of its own, so that none can break another; what it measured is in DIR/JOB.json as it comes, and
 the tables of all such files are printed last (`--jobs` without names: only those). Jobs that were finished are not run
-again. --gpus: so many jobs side by side, a GPU each. --sites: as for rivals.py, with gptqmodel and common. --ort: a
-folder with onnxruntime-gpu, and --graphs what `ort_graph.py` made. --model: for transformers; without it a Llama of the
-1B shape with random weights is made and quantized.
+again. --gpus: so many jobs side by side, a GPU each, of those that CUDA_VISIBLE_DEVICES names; nothing else may use
+them. --sites: as for rivals.py, with gptqmodel and common. --ort: a folder with onnxruntime-gpu, and --graphs what
+`ort_graph.py` made. --model: for transformers; without it a Llama of the 1B shape with random weights is made and
+quantized.
 """
 
 from __future__ import annotations
@@ -34,17 +35,20 @@ Row = dict[str, Any]
 STEP, RIVALS = "decode_step.py", "decode_rivals.py"
 JOBS: dict[str, list[str]] = {
     "check": ["decode.py", "check"],
-    "torch": [RIVALS, "torch"],
     "fused": [STEP, "fused", "--bits", "4,16", "--batch", "1"],
     "graphs": [STEP, "graphs", "--bits", "4,16"],
-    "transformers": [RIVALS, "transformers"],
+    "torch": [RIVALS, "torch"],
     "variants": [STEP, "variants", "--bits", "4,16", "--batch", "1"],
-    "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
     "where": [STEP, "where", "--bits", "4,16", "--batch", "1"],
+    "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
+    "transformers": [RIVALS, "transformers"],
     "step": [STEP, "step"],
     "small": [STEP, "fused", "--shape", "llama-1b,smollm2-135m", "--bits", "4", "--batch", "1"],
     "gemv": ["decode.py", "gemv"],
 }
+# Seconds that a job gets at most, so that those after it have a turn: a whole step compiled twice; Marlin's kernels.
+LIMITS = {"torch": 140.0, "transformers": 240.0}
+STEADY = 1.05  # the longest of a row's times over the shortest, on a card that nothing else uses
 CLAIM = 0.25  # of latency, which graphs are said to save
 
 
@@ -64,22 +68,32 @@ def quantized(asked: argparse.Namespace, variables: dict[str, str]) -> Path:
         shutil.rmtree(dense, ignore_errors=True)
         in_own_process(make_model, dense)
         command = [sys.executable, "-m", "compress", "awq", str(dense), "-o", str(packed), "--effort", "fast"]
-        command += ["--group-size", "128", "--samples", "16", "--device", "cuda"]
+        command += ["--group-size", "128", "--samples", "16", "--self-samples", "0", "--device", "cuda"]
         run_child(command, cwd=ROOT, environment=variables, until=asked.until)
     return packed
 
 
-def run_job(name: str, gpu: int, asked: argparse.Namespace) -> str | None:
+def cards() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; without it the first eight."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(n) for n in range(8)] if visible is None else [c for c in visible.split(",") if c]
+
+
+def run_job(name: str, gpu: str, asked: argparse.Namespace) -> str | None:
     """Why the job failed, if it did."""
     file = asked.work / f"{name}.json"
     if file.exists() and json.loads(file.read_text()).get("finished"):
         return None
+    limit = time.monotonic() + LIMITS.get(name, 600.0)
+    until = limit if asked.until is None else min(limit, asked.until)
+    if until - time.monotonic() < 10:
+        return "no time was left"
     sites = {
         "transformers": [asked.sites and asked.sites / s for s in ("gptqmodel", "common")],
         "onnxruntime": [asked.ort],
     }
     path = [ROOT, BENCH, *(s for s in sites.get(name, []) if s)]
-    variables = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "HF_HUB_OFFLINE": "1"}
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "HF_HUB_OFFLINE": "1"}
     variables["PYTHONPATH"] = os.pathsep.join(map(str, path))
     command = [sys.executable, str(BENCH / JOBS[name][0]), *JOBS[name][1:], "--json", str(file)]
     begun = time.monotonic()
@@ -90,14 +104,13 @@ def run_job(name: str, gpu: int, asked: argparse.Namespace) -> str | None:
             if asked.graphs is None:
                 return "without --graphs it was not run"
             command += ["--graphs", str(asked.graphs)]
-        said = run_child(command, cwd=ROOT, environment=variables, errors=asked.work / f"{name}.log", until=asked.until)
+        said = run_child(command, cwd=ROOT, environment=variables, errors=asked.work / f"{name}.log", until=until)
         (asked.work / f"{name}.txt").write_text(said.stdout)
     except RunFailed as error:
         return str(error)
     finally:
         log(f"{name}: {time.monotonic() - begun:.0f} s")
-    if file.exists():
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"finished": True}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"finished": True}))
     return None
 
 
@@ -127,12 +140,22 @@ def tables(files: Sequence[Path]) -> str:
         mine = [row for row in rows if row["what"] == what]
         if mine:
             parts.append(make(mine))
+    parts += _disturbed(rows)
     rivals = [row for row in rows if row["what"] == "rival"]
     if rivals:
         steps = [row for row in rows if row["what"] in ("graphs", "variants", "fused", "step") and row["batch"] == 1]
         best = [row for row in steps if row["equal_ids"] == row["new"] or row.get("error", 1.0) < 2e-3]
         parts.append(_rivals(rivals, best))
     return "\n\n".join(parts)
+
+
+def _disturbed(rows: Sequence[Row]) -> list[str]:
+    timed = [row["spread"] for row in rows if "spread" in row]
+    many = sum(spread > STEADY for spread in timed)
+    if not many:
+        return []
+    said = f"{many} of {len(timed)} rows took up to {max(timed):.2f} times as long once as another time"
+    return [f"{said}: something else used the card, and these figures say little."]
 
 
 def _graphs(rows: Sequence[Row]) -> str:
@@ -214,7 +237,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", **path, required=True)
     parser.add_argument("--jobs", nargs="*", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--first-gpu", type=int, default=0)
     parser.add_argument("--deadline", type=float, help="seconds after which nothing runs on")
     parser.add_argument("--sites", **path)
     parser.add_argument("--ort", **path)
@@ -228,8 +250,10 @@ def main() -> int:
     asked = parse()
     asked.work.mkdir(parents=True, exist_ok=True)
     asked.until = None if asked.deadline is None else time.monotonic() + asked.deadline
-    gpus: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for gpu in range(asked.first_gpu, asked.first_gpu + asked.gpus):
+    if len(cards()) < asked.gpus:
+        raise SystemExit(f"--gpus {asked.gpus}: CUDA_VISIBLE_DEVICES names {len(cards())}")
+    gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for gpu in cards()[: asked.gpus]:
         gpus.put(gpu)
 
     def run(name: str) -> str | None:

@@ -7,8 +7,9 @@
     python tests/bench/decode_step.py where       the time of each kernel of a step, in the graph
 
 Weights are random in the shape of the named model. A share is (bytes of weights and cache that a step must read) / time
-/ bandwidth, which is that of a sum over 4 GiB in the same run. Milliseconds are the median of three times `--new`
-tokens. Rows are written to `--json` as they come; `decode_run.py` runs this, and rivals, and prints tables.
+/ bandwidth, which is that of a sum over 4 GiB in the same run. Milliseconds are the median of five times `--new`
+tokens, spread is the longest of the five over the shortest: more than a few hundredths mean that something else used
+the card. Rows are written to `--json` as they come; `decode_run.py` runs this, and rivals, and prints tables.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import SHAPES, random_weights, read_bandwidth
+from decode import random_weights, read_bandwidth
+from decode_shapes import SHAPES, group_size
 from torch import Tensor
 from torch.autograd import DeviceType
 
@@ -29,7 +31,7 @@ from compress.runtime.gpu_decoder import GpuDecoder, Weights
 from compress.runtime.kernels import nvrtc, weight_only
 
 Row = dict[str, Any]
-REPEATS = 3
+REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ FUSED = (PLAIN, *(Variant(ahead=kib << 10, fused=True) for kib in (0, 4, 8, 16, 
 
 @dataclass(frozen=True)
 class Timed:
-    """Milliseconds a token, the ids `[B, new]`, and the decoder."""
+    """Milliseconds a token, the longest over the shortest time, the ids `[B, new]`, and the decoder."""
 
     ms: float
+    spread: float
     ids: Tensor
     decoder: GpuDecoder
 
@@ -89,11 +92,7 @@ def timed(weights: Weights, prompts: Tensor, new: int, *, graphs: bool, fused: b
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / new)
-    return Timed(sorted(times)[len(times) // 2], seen, decoder)
-
-
-def group_size(shape: str, bits: int) -> int:
-    return {4: 64 if shape == "smollm2-135m" else 128}.get(bits, -1)
+    return Timed(sorted(times)[len(times) // 2], max(times) / min(times), seen, decoder)
 
 
 def prompts_of(shape: str, batch: int, length: int) -> Tensor:
@@ -109,7 +108,7 @@ def in_graph(
     size = weights.bytes_a_token() + cache
     graph = found.decoder.graph
     assert graph is not None
-    row = {"ms": found.ms, "bytes": size, "share": size / found.ms * 1000 / bandwidth}
+    row: Row = {"ms": found.ms, "spread": found.spread, "bytes": size, "share": size / found.ms * 1000 / bandwidth}
     return row | {"launches": graph.launches, "replays": graph.replays}, found.ids
 
 
@@ -197,10 +196,15 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    free, total = torch.cuda.mem_get_info()
     bandwidth = read_bandwidth()
     found: Row = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth}
-    found["rows"] = []
-    print(f"{found['device']}, torch {torch.__version__}, reads {bandwidth / 1e12:.2f} TB/s", flush=True)
+    found |= {"rows": [], "in_use_before": total - free}
+    print(
+        f"{found['device']}, torch {torch.__version__}, reads {bandwidth / 1e12:.2f} TB/s; "
+        f"{(total - free) >> 20} MiB were in use before",
+        flush=True,
+    )
 
     def keep(row: Row) -> None:
         found["rows"].append(row)
@@ -215,7 +219,9 @@ def main() -> None:
         for shape in shapes:
             for bits in map(int, asked.bits.split(",")):
                 torch.manual_seed(0)
-                weights = random_weights(shape, bits, group_size(shape, bits), asked.prompt + asked.new + 8)
+                weights = random_weights(
+                    shape, bits, group_size(shape) if bits == 4 else -1, asked.prompt + asked.new + 8
+                )
                 KINDS[what](weights, {"what": what, "shape": shape, "bits": bits}, batches, asked, bandwidth)
                 del weights
                 torch.cuda.empty_cache()

@@ -17,20 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from decode_shapes import SHAPES, group_size
 
-# hidden, intermediate, layers, query heads, key heads, head size, vocabulary
-SHAPES = {
-    "reference-11m": (384, 1024, 6, 6, 2, 64, 4096),
-    "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152),
-    "llama-1b": (2048, 8192, 16, 32, 8, 64, 128256),
-    "llama-3-8b": (4096, 14336, 32, 32, 8, 128, 128256),
-}
 POSITIONS = 2048
 WEIGHTS = "model.onnx.data"
-
-
-def group_size(shape: str) -> int:
-    return 64 if shape == "smollm2-135m" else 128
 
 
 class _Graph:

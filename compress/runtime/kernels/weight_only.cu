@@ -214,7 +214,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #if AHEAD
     ask_ahead(codes, scales, zeros, block, rows_here, column_tiles, groups);
 #endif
-    // The weights above do not depend on what ran before; x does.
+    // The weights above do not depend on what ran before; x does. With EARLY this block may have begun while a kernel two before still
+    // read an older x on the same multiprocessor; that its lines are gone from the first cache is what the wait promises, and
+    // equal ids on a GPU are all that was seen of it.
     if (EARLY) let_later_kernels_start();
     wait_for_earlier_kernels();
     if (!EARLY) let_later_kernels_start();

@@ -2,10 +2,10 @@
 
     python killed.py JSON
 
-JSON: `{"processes": 1 or 2, "kills": [[step, ...], ...], "outs": [...], "request": {...}}`, and "room" with
-`memory.ROOM` of each out (0: all is shared out): for each out, one run that
-is killed at each of its steps in turn, then one that ends. Everything is imported once, what runs import when they come
-to it included; each run is a fork.
+JSON: `{"processes": 1 or 2, "kills": [[step, ...], ...], "outs": [...], "request": {...}}` and, if wanted, of each out
+"more" of its request, and "room" for `memory.ROOM` (0: all is shared out). For each out, one run that is killed at each
+of its steps in turn, then one that ends. Everything is imported once, what runs import when they come to it included;
+each run is a fork.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ def request_of(asked: dict[str, Any], out: Path) -> DistillRequest:
 
 
 def run(asked: dict[str, Any], out: str, kill: int | None) -> None:
-    request = request_of(asked["request"], Path(out))
-    memory.ROOM = dict(zip(asked["outs"], asked.get("room", ()), strict=False)).get(out, memory.ROOM)
+    number = asked["outs"].index(out)
+    more = asked["more"][number] if "more" in asked else {}
+    request = request_of({**asked["request"], **more}, Path(out))
+    if "room" in asked:
+        memory.ROOM = asked["room"][number]
 
     def heard(record: dict[str, float], ready: object) -> None:
         if record["step"] == kill and os.environ.get("RANK", "0") == "0":

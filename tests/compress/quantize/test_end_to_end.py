@@ -79,6 +79,15 @@ def plain_divergence(original: Path, artifact: Path, ids: torch.Tensor) -> float
 # ---- what is learned ---------------------------------------------------------------------------------------
 
 
+def halves(weight: QuantizedWeight) -> list[QuantizedWeight]:
+    """Two linears of an input that have a weight's first two rows, and the others."""
+    names = ("codes_OI", "scale_OG", "zero_point_OG")
+    return [
+        QuantizedWeight(**{n: getattr(weight, n)[rows] for n in names}, scheme=weight.scheme)
+        for rows in (slice(2), slice(2, None))
+    ]
+
+
 @given(seed=st.integers(0, 2**16), symmetric=st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_gradients_are_the_formulas(seed: int, symmetric: bool) -> None:
@@ -93,15 +102,17 @@ def test_gradients_are_the_formulas(seed: int, symmetric: bool) -> None:
     weight = QuantizedWeight(
         codes_OI=codes.to(torch.uint8), scale_OG=scale, zero_point_OG=zero.to(torch.uint8), scheme=scheme
     )
-    makes = end_to_end._Scales(weight, torch.device("cpu"))
-    ours, theirs, latent, real = (x.clone().requires_grad_() for x in (log, log, codes.float(), codes.float()))
-    made = makes(ours, latent)
+    stack = end_to_end._Linears(["a", "b"], halves(weight), torch.device("cpu"), codes=True)
+    stack.log.data.copy_(log)
+    theirs, real = (x.clone().requires_grad_() for x in (log, codes.float()))
+    made = stack.made()
     (made * outer).sum().backward()
+    ours, latent = stack.log, stack.codes_OI
     formula = numerics.dequantize(numerics.to_groups(real, scheme), scale.float() * theirs.exp(), zero.float()).flatten(
         1
     )
     (formula * outer).sum().backward()
-    assert torch.equal(made, makes.learned(log).dequantize()) and torch.equal(made, makes(log))
+    assert torch.equal(made, torch.cat([part.dequantize() for part in stack.as_stored()]))
     assert latent.grad is not None and real.grad is not None
     assert torch.allclose(latent.grad, real.grad, rtol=2**-10)
     assert torch.allclose(made, formula, rtol=2**-11, atol=1e-6)
@@ -115,12 +126,12 @@ def test_codes_that_are_learned_are_rounded_and_stay_codes() -> None:
         codes_OI=torch.tensor([[0, 15, 7, 8, 3, 3, 3, 3]], dtype=torch.uint8), scale_OG=torch.ones(1, 1).half(),
         zero_point_OG=torch.full((1, 1), 8, dtype=torch.uint8), scheme=Scheme(group_size=8),
     )  # fmt: skip
-    makes = end_to_end._Scales(weight, torch.device("cpu"), codes=True)
-    log, latent = makes.right_inverse(weight.dequantize())
-    moved = (latent + torch.tensor([-0.7, 0.7, 0.4, 0.6, -0.4, -0.6, 0, 0])).requires_grad_()
-    found = makes.learned(log, moved.detach())
+    stack = end_to_end._Linears(["only"], [weight], torch.device("cpu"), codes=True)
+    moved = stack.codes_OI
+    moved.data += torch.tensor([-0.7, 0.7, 0.4, 0.6, -0.4, -0.6, 0, 0])
+    (found,) = stack.as_stored()
     assert found.codes_OI.tolist() == [[0, 15, 7, 9, 3, 2, 3, 3]]
-    made = makes(log, moved)
+    made = stack.made()
     assert torch.equal(made, found.dequantize())
     made.sum().backward()
     assert moved.grad is not None and moved.grad.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]  # none beyond the range
