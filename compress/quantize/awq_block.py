@@ -10,7 +10,6 @@ to a block in the right order. What each effort does, and why, is in METHODS.md:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -31,7 +30,7 @@ from compress.quantize.feedback import Prepared, Rounded, prepare, round_with_fe
 from compress.quantize.folding import fold_proven
 from compress.quantize.lift import lift_of, room_of
 from compress.quantize.refit import refit_scales
-from compress.quantize.retarget import STRENGTH, retarget
+from compress.quantize.retarget import retarget
 from compress.quantize.sharing import Errors, Run, Scaled, exchanged, runs_of, sent
 from compress.quantize.stored import dense_tensors
 from compress.quantize.tune import TuneOptions, tune_block
@@ -44,9 +43,6 @@ STORE_DTYPE = torch.float16
 EFFORTS = ("fast", "balanced", "best")
 # Rows that a scale is tried on with error feedback.
 CONFIRM_ROWS = 256
-# Internal, and unset unless variants of `balanced` and `best` are compared: `quarter`: retargeted by a quarter instead
-# of half; `roots`: the root of a scale is tried as well; `forward`: scales as of `fast`. Joined by plus signs.
-BALANCED = frozenset(filter(None, os.environ.get("COMPRESS_BALANCED", "").split("+")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +61,11 @@ class AwqOptions:
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
             raise ConfigError(f"effort {self.effort!r} is not one of {', '.join(EFFORTS)}; choose one of these")
-        if not BALANCED <= {"quarter", "roots", "forward"}:
-            raise ConfigError(f"COMPRESS_BALANCED={'+'.join(sorted(BALANCED))}: choose of quarter, roots and forward")
 
     @property
     def confirms_with_feedback(self) -> bool:
         """Whether a scale is weighed against none by what error feedback loses, and not by the true forward."""
-        return self.effort != "fast" and "forward" not in BALANCED
+        return self.effort != "fast"
 
     @property
     def paths(self) -> int:
@@ -236,12 +230,7 @@ def _search(
         preferred = False
     elif options.confirms_with_feedback:
         assert inputs is not None
-        preferred, errors = _feedback_prefers(weights, statistics.gram_II, inputs, choice.s_I, options.scheme)
-        if "roots" in BALANCED:
-            root_I = choice.s_I.sqrt()
-            root_preferred, root_errors = _feedback_prefers(weights, statistics.gram_II, inputs, root_I, options.scheme)
-            if root_preferred and root_errors[0] < errors[0]:
-                choice, preferred = replace(choice, s_I=root_I), True
+        preferred = _feedback_prefers(weights, statistics.gram_II, inputs, choice.s_I, options.scheme)
     else:
         preferred = _forward_prefers(loaded, modules, weights, choice.s_I, options.scheme)
     return Scaled(s_I=choice.s_I, ratio=choice.ratio, duo=choice.duo, preferred=preferred)
@@ -338,8 +327,8 @@ def _forward_prefers(
 
 def _feedback_prefers(
     weights: Sequence[Tensor], gram_II: Tensor, inputs: Prepared, s_I: Tensor, scheme: Scheme
-) -> tuple[bool, list[float]]:
-    """Whether a sample of rows loses less to rounding *with error feedback* under the scale than without it; and both.
+) -> bool:
+    """Whether a sample of rows loses less to rounding *with error feedback* under the scale than without it.
 
     Error feedback makes up for much of what a scale is for, so the two must be weighed together.
     """
@@ -348,7 +337,7 @@ def _feedback_prefers(
     for s in (s_I, torch.ones_like(s_I)):
         found = round_with_feedback(rows * s, inputs.scaled(s), scheme, wanted=False)
         errors.append(awq.output_error(found.dequantize(scheme).div_(s).sub_(rows), gram_II))
-    return errors[0] < errors[1], errors
+    return errors[0] < errors[1]
 
 
 def _round_groups(
@@ -398,7 +387,7 @@ def _round(
     stacked = torch.cat(list(weights.values()))
     shift_OI = statistics.target_shift(stacked, torch.cat(list(rows.values())))
     if shift_OI is not None:
-        stacked = retarget(stacked, shift_OI, inputs, STRENGTH / 2 if "quarter" in BALANCED else STRENGTH)
+        stacked = retarget(stacked, shift_OI, inputs)
         del shift_OI
     rounded = _round_with_feedback(stacked, weights, inputs, statistics, options)
     errors = {}

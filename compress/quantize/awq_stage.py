@@ -18,7 +18,7 @@ from compress.formats import Format, awq_gemm, compressed_tensors
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
 from compress.plan import KvScheme, LayerPlan, LayerScheme
-from compress.quantize.awq_block import BALANCED, STORE_DTYPE, AwqOptions, awq_block
+from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block
 from compress.quantize.damage import damaged
 from compress.quantize.end_to_end_stage import OWN_ROWS, UPDATES, Asked, refine, require_room
 from compress.quantize.feedback import warm
@@ -106,7 +106,6 @@ class AwqRequest(CalibratedRequest):
             "device": torch.device(self.device).type,
             "skip": list(self.skip),
             **({"end_to_end": self.updates} if self.updates else {}),
-            **({"balanced": sorted(BALANCED)} if BALANCED else {}),
         }
 
 
