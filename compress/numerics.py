@@ -6,7 +6,6 @@ Shapes: O out_features, I in_features, G groups along I, g = I / G.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,9 +19,6 @@ from compress.scheme import Scheme
 # GPU kernels flush it to zero, so no group gets a smaller one.
 MIN_SCALE = 2.0**-14
 MAX_SCALE = 65504.0
-
-# Internal, until it is measured on real models: let the search of symmetric ranges widen them too (`range_factors`).
-WIDEN_SYMMETRIC = os.environ.get("COMPRESS_WIDEN_SYMMETRIC") == "1"
 
 
 @contextmanager
@@ -126,11 +122,11 @@ def range_factors(scheme: Scheme, lowest: float, steps: int) -> list[float]:
     """What a search multiplies a group's full range by: `steps` equal steps from 1 down to `lowest`.
 
     Symmetric codes reach one further below zero than above, so their full range (`scale_and_zero`) cuts off the largest
-    weight where that is positive. If `WIDEN_SYMMETRIC`, as many steps of that size as fit lead up to the range that
-    cuts off nothing, `2**(b-1) / (2**(b-1) - 1)`: 5 with 4 bits, none with 8.
+    weight where that is positive. There, as many steps of that size as fit lead up to the range that cuts off nothing,
+    `2**(b-1) / (2**(b-1) - 1)`: 5 with 4 bits, none with 8.
     """
     factors = [1 - (1 - lowest) * i / steps for i in range(steps + 1)]
-    if not (scheme.symmetric and WIDEN_SYMMETRIC):
+    if not scheme.symmetric:
         return factors
     room = scheme.symmetric_zero_point / (scheme.max_code - scheme.symmetric_zero_point) - 1
     more = int(room * steps / (1 - lowest))

@@ -228,7 +228,7 @@ def warm(scheme: Scheme, device: torch.device) -> None:
 def fit_range(w_Og: Tensor, importance_g: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     """Scale and zero point `[O]` of one group that minimise `sum_j importance_j (w_j - rounded_j)^2`, row by row.
 
-    Candidates are the full range times `numerics.range_factors`, down to `RANGE_MIN`. Also returns the factor chosen.
+    Candidates are the full range times `numerics.range_factors`, from `RANGE_MIN` on. Also returns the factor chosen.
     """
     factors_C = _on(w_Og.device, *numerics.range_factors(scheme, RANGE_MIN, RANGE_STEPS))
     if w_Og.is_cuda:

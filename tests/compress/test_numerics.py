@@ -140,14 +140,13 @@ def test_values_are_added_at_their_index_in_their_order() -> None:
     assert found is total and torch.equal(found, expected)
 
 
-def test_a_widened_symmetric_range_cuts_off_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_widest_symmetric_range_cuts_off_nothing() -> None:
     four, eight = Scheme(symmetric=True), Scheme(num_bits=8, symmetric=True)
-    plain = numerics.range_factors(four, 0.5, 20)
+    plain = numerics.range_factors(Scheme(), 0.5, 20)
     assert (plain[0], plain[-1], len(plain)) == (1.0, 0.5, 21)
-    monkeypatch.setattr(numerics, "WIDEN_SYMMETRIC", True)
     wide = numerics.range_factors(four, 0.5, 20)
     assert wide[:21] == plain and wide[-1] == pytest.approx(8 / 7) and len(wide) == 26
-    assert numerics.range_factors(eight, 0.5, 20) == numerics.range_factors(Scheme(), 0.5, 20) == plain
+    assert numerics.range_factors(eight, 0.5, 20) == plain
     w_OGg = torch.linspace(0.0, 7.0, 8).reshape(1, 1, 8)  # a positive group: the widest range holds it exactly
     scale, zero = numerics.scale_and_zero(*(wide[-1] * end for end in numerics.range_of(w_OGg)), four)
     torch.testing.assert_close(numerics.fake_quantize(w_OGg, scale, zero, four), w_OGg, rtol=1e-3, atol=0)
@@ -155,6 +154,8 @@ def test_a_widened_symmetric_range_cuts_off_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_widening_symmetric_ranges_lowers_what_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     from compress.quantize import feedback
+
+    narrower = numerics.range_factors(Scheme(), feedback.RANGE_MIN, feedback.RANGE_STEPS)
 
     scheme = Scheme(group_size=32, symmetric=True)
     w_OI = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
@@ -164,7 +165,7 @@ def test_widening_symmetric_ranges_lowers_what_is_searched(monkeypatch: pytest.M
         scale, zero, _ = feedback.fit_range(w_OI, importance_g, scheme)
         return (numerics.fake_quantize(w_OI, scale, zero, scheme) - w_OI).square() @ importance_g
 
-    before = row_errors()
-    monkeypatch.setattr(numerics, "WIDEN_SYMMETRIC", True)
     after = row_errors()
+    monkeypatch.setattr(numerics, "range_factors", lambda *_: narrower)
+    before = row_errors()
     assert (after <= before + 1e-6).all() and after.sum() < 0.97 * before.sum()
