@@ -35,6 +35,16 @@ def as_cached(x_BHTD: Tensor) -> Tensor:
     return (x / scale).round_().clamp_(-128, 127).mul_(scale).to(x_BHTD.dtype)
 
 
+def bytes_a_token(config: Any, itemsize: int) -> int:
+    """Bytes that keys and values of one token take in all blocks, `itemsize` a number.
+
+    config: a transformers config of the language model; without key heads or a head size of its own, as its queries'.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * itemsize)
+
+
 class Int8Cache:
     """Stands where transformers' cache would, for one forward over whole sequences: rounds, and keeps nothing.
 

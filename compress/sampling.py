@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress import kv_cache
 from compress.checkpoint import Checkpoint
 from compress.errors import ConfigError, explained
 from compress.long_text import token_ids
@@ -81,11 +82,8 @@ def rows_at_once(model: PreTrainedModel, seq_len: int) -> int:
     """How many rows to sample together on the model's device, by its config alone: so the same rows come out again."""
     if model.device.type == "cpu":
         return ROWS_ON_CPU
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row_bytes = 2 * 4 * config.num_hidden_layers * heads * head_dim * seq_len
-    return int(max(1, min(ROWS_ON_GPU, CACHE_BYTES // row_bytes)))
+    row_bytes = seq_len * kv_cache.bytes_a_token(model.config.get_text_config(), model.dtype.itemsize)
+    return max(1, min(ROWS_ON_GPU, CACHE_BYTES // row_bytes))
 
 
 def load_model_float32(model: Path, device: str = "cpu", *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -151,10 +151,9 @@ def _cache_bytes(decoder: Any) -> int:
     if decoder.runtime == "onnxruntime":
         shapes = decoder.runner.pasts
         return int(sum(heads * size * decoder._types[name]().itemsize for name, (heads, _, size) in shapes.items()))
-    config = decoder.model.model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * decoder.model.dtype.itemsize)
+    from compress.kv_cache import bytes_a_token
+
+    return bytes_a_token(decoder.model.model.config, decoder.model.dtype.itemsize)
 
 
 def _endpoint(url: str, served: str | None, settings: Settings) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def awq_stage(request: AwqRequest) -> Stage:
         allow_damage=request.allow_damage,
         tune=TuneOptions(steps=request.tune_steps, seed=request.seed),
     )
+    asked = asked_of(request)
     return Stage(
         name="awq",
         options=request.options(),
@@ -133,7 +134,7 @@ def awq_stage(request: AwqRequest) -> Stage:
         block=partial(awq_block, options=options),
         stored=partial(to_stored, dtype=STORE_DTYPE),
         config=partial(stored_config, STORE_DTYPE),
-        refine=partial(refine, asked_of(request)) if request.updates else None,
+        refine=partial(refine, asked) if asked.updates else None,
         record=record_of,
         warm=partial(warm, request.scheme),
     )

@@ -310,18 +310,14 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
                 tell.step(step + 1)
         after = judged()
     for module in learning.modules.values():
-        module.weight = nn.Parameter(_weight(module.__dict__.pop("weight")), requires_grad=False)
+        placed: Tensor = module.__dict__.pop("weight")
+        module.weight = nn.Parameter(placed.detach().clone(), requires_grad=False)  # it was a part of many
     return Trained(
         layers={n: w for stack in learning.linears for n, w in zip(stack.names, stack.as_stored(), strict=True)},
         norms={n: w for stack in learning.norms for n, w in zip(stack.names, stack.as_stored(), strict=True)},
         divergences=(before, after),
         held_out_rows=len(held),
     )
-
-
-def _weight(placed: Tensor) -> Tensor:
-    """A copy of its own: what was placed is a part of many."""
-    return placed.detach().clone()
 
 
 def _divergence(student: Student, taught: Lessons, options: EndToEndOptions, rows: Tensor) -> Tensor:

@@ -96,6 +96,21 @@ def test_only_small_models_are_sampled_from_unasked(reference_model: Path, monke
     assert sampling.may_sample_from(reference_model, "cuda:0") is None
 
 
+@pytest.mark.parametrize(("seq_len", "rows"), [(512, 256), (2048, 84), (2**20, 1)])
+def test_rows_at_once_fit_their_cache(seq_len: int, rows: int) -> None:
+    """SmolLM2-135M's 30 blocks of 3 key heads of 64: 46,080 bytes a token in float32, of 8 GB; 32 rows on a CPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=64, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert sampling.rows_at_once(model, seq_len) == rows
+    assert sampling.rows_at_once(model.to_empty(device="cpu"), seq_len) == 32
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded to sample text from it"):
         sampling.sample_from_folder(tmp_path, TOKENIZER, num_samples=1, seq_len=2, seed=0)
