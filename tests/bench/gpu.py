@@ -234,7 +234,7 @@ def child(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from compress import assemble, model, stage
+    from compress import assemble, background, model, output, stage, verify
     from compress.prune.decide import Asked
     from compress.prune.prune_stage import PruneRequest, prune
     from compress.quantize.awq_stage import AwqRequest, quantize_awq
@@ -246,7 +246,7 @@ def child(arguments: argparse.Namespace) -> None:
     imports = time.perf_counter() - begun
     stages: dict[str, float] = {}
     blocks: list[float] = []
-    state = {"stage": "opening and calibration text", "since": time.perf_counter(), "block": 0.0}
+    state = {"stage": "opening and calibration text", "since": time.perf_counter(), "block": 0.0, "total": 0}
 
     def enter(name: str) -> None:
         now = time.perf_counter()
@@ -256,13 +256,13 @@ def child(arguments: argparse.Namespace) -> None:
     class Clock(Tell):
         def start(self, what: str, total: int) -> None:
             enter("embedding, first block's weights")
-            state["block"] = time.perf_counter()
+            state.update(block=time.perf_counter(), total=total)
 
         def step(self, done: int | None = None, doing: str = "", **_: Any) -> None:
             if done is None:
                 enter("measuring which blocks can go" if doing.startswith("block ") else doing)
                 return
-            enter("loading and between blocks")
+            enter("loading and between blocks" if done < state["total"] else "behind the last block, to published")
             blocks.append(time.perf_counter() - state["block"])
             state["block"] = time.perf_counter()
 
@@ -279,11 +279,18 @@ def child(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     state["since"] = started
 
-    parts = {name: 0.0 for name in ("write_rest", "merge_shards", "link_shards", "verify_written", "publish")}
-    for module in (stage, assemble):
-        for name in parts:
-            if hasattr(module, name):
-                setattr(module, name, _timed(getattr(module, name), name, parts))
+    parts: dict[str, float] = {}
+    places: list[tuple[Any, Sequence[str]]] = [
+        (stage, ("write_rest",)),
+        (assemble, ("merge_shards", "link_shards", "verify_written")),
+        (output.Run, ("publish",)),
+        (verify.ReadingBack, ("found",)),
+        (background.BackgroundStore, ("wait",)),
+        (model.StreamedModel, ("load_block",)),
+    ]
+    for owner, names in places:
+        for name in names:
+            setattr(owner, name, _timed(getattr(owner, name), name, parts))
     inside = _timed_inside(arguments.device) if arguments.inside else {}
 
     def work() -> Any:
@@ -299,7 +306,6 @@ def child(arguments: argparse.Namespace) -> None:
     else:
         outcome = work()
     enter("end")
-    stages["around the blocks, assembly, verification"] = stages.pop("loading and between blocks", 0.0)
     result = {
         "seconds": time.perf_counter() - started,
         "import_seconds": imports,
@@ -338,16 +344,15 @@ def _timed_inside(device: str) -> dict[str, float]:
     `searching` holds all from `_prepared` on; `_round` holds `retarget` and `_round_with_feedback`, which holds
     `refit_scales`.
     """
-    from compress import background, blocks, model
+    from compress import blocks, model
     from compress.quantize import awq, awq_block
 
     seconds: dict[str, float] = {}
     settle = torch.cuda.synchronize if device == "cuda" else lambda: None
     places: list[tuple[Any, Sequence[str]]] = [
-        (model.StreamedModel, ("load_block", "release_block", "prefetch_block")),
+        (model.StreamedModel, ("release_block", "prefetch_block")),
         (blocks._Walk, ("_collect",)),
         (blocks, ("_advance", "install", "return_freed_memory", "_check_finite")),
-        (background.BackgroundStore, ("wait",)),
         (awq, ("search_scale",)),
         (awq_block, (
             "refuse_drowning", "_prepared", "_forward_prefers", "_feedback_prefers", "_lift", "fold_proven", "_round",
