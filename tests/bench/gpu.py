@@ -237,6 +237,7 @@ def child(arguments: argparse.Namespace) -> None:
     from compress import assemble, background, model, output, stage, verify
     from compress.prune.decide import Asked
     from compress.prune.prune_stage import PruneRequest, prune
+    from compress.quantize import refit
     from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.quantize.int8_stage import Int8Request, quantize_int8
     from compress.scheme import Scheme
@@ -273,6 +274,8 @@ def child(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     if arguments.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    if arguments.torch_refit:
+        refit._KERNEL_COLUMNS = 0
     if arguments.device == "cuda":
         model.configure_allocator()
         torch.zeros(1, device="cuda")  # the driver's start is not the quantizer's
@@ -399,6 +402,7 @@ def measure(arguments: argparse.Namespace, model: Path, text: Path, out: Path, e
     command += ["--profile"] if arguments.profile else []
     command += ["--inside"] if arguments.inside else []
     command += ["--tf32"] if arguments.tf32 else []
+    command += ["--torch-refit"] if arguments.torch_refit else []
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         printed, _ = process.communicate()
     if process.returncode:
@@ -423,6 +427,9 @@ def main() -> None:
     parser.add_argument("--inside", action="store_true", help="print what takes the time of a block (slower)")
     parser.add_argument(
         "--tf32", action="store_true", help="let every float32 matrix product be TF32: what would it save?"
+    )
+    parser.add_argument(
+        "--torch-refit", action="store_true", help="refit scales with torch's products, not the kernel: what it saves"
     )
     for name in ("--child", "--model", "--calib", "--out"):
         parser.add_argument(name, help=argparse.SUPPRESS, **({"action": "store_true"} if name == "--child" else {}))
