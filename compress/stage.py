@@ -258,7 +258,7 @@ def _run(stage: Stage, job: Job, place: Place | None, held: ExitStack, tell: Tel
     journal = Journal(begun.run.folder, begun.run.id, stage.format, ready.written_plan, **kept)
     made = {f"{name}.weight" for name in outside_of(ready.model, ready.plan)}
     write = partial(write_rest, journal, ready.model, stage.stored, stage.cut, made)
-    # Neither needs the blocks, so both are done while those are computed; no sooner, as the first one waits for the disk.
+    # Neither needs the blocks, so both are done beside them; no sooner, as the first block waits for the disk.
     under_way = Event()
     settle = partial(_once, under_way, partial(_settle, ready, begun))
     try:
