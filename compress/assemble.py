@@ -21,7 +21,7 @@ from compress.files import file_sha256, json_bytes, write_bytes_atomically
 from compress.journal import Journal, read_record, write_record
 from compress.model import StreamedModel
 from compress.shards import link_shards, merge_shards, save_atomically, save_in_parts, tensor_sha256
-from compress.verify import verify_written
+from compress.verify import ReadBack, stamp_of, verify_written
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -57,6 +57,7 @@ def write_rest(
     def write(name: str, path: Path) -> None:
         done = read_record(path.with_suffix(".json"), journal.run, path)
         if done is not None and done["name"] == name:
+            journal.kept(path)
             return
         info = model.checkpoint.info(name)
         rows = max(1, info.shape[0] * PART_BYTES // max(1, info.num_bytes)) if info.shape else 1
@@ -74,6 +75,7 @@ def write_rest(
             save_atomically(path, {name: value})
             stored, content = file_sha256(path), tensor_sha256(value)
         write_record(path.with_suffix(".json"), journal.run, {"name": name, "sha256": stored, "meant": {name: content}})
+        journal.kept(path)
 
     with ThreadPoolExecutor(REST_THREADS) as pool:
         list(pool.map(write, names, paths))
@@ -91,6 +93,12 @@ def _kept(part: Tensor, start: int, kept: Cut) -> Tensor:
     return part
 
 
+def is_linked(num_bytes: int) -> bool:
+    """Whether parts of so many bytes become an artifact's files as they are, without a copy: what would be several
+    shards anyhow becomes one a block. Fewer are joined to one file."""
+    return num_bytes > MAX_SHARD_BYTES
+
+
 def assemble(
     journal: Journal,
     model: StreamedModel,
@@ -99,14 +107,17 @@ def assemble(
     parts: list[Path],
     config: Mapping[str, Any],
     manifest: Manifest,
+    read: Collection[ReadBack] = (),
 ) -> int:
     """Merge the tensors of `parts`, each beside its record, into the empty folder `staged`, write what goes with them,
     verify, sign.
 
-    Returns how many tensors were read back and compared. Raises ArtifactError when one differs.
+    read: what was read back of `parts` already; those that become files of the folder as they are, and were not written
+    to since, are not read again. Returns how many tensors were read back and compared. Raises ArtifactError when one
+    differs.
     """
-    if sum(part.stat().st_size for part in parts) > MAX_SHARD_BYTES:
-        link_shards(parts, staged)  # what would be several shards anyhow becomes one a block, without a copy
+    if is_linked(sum(part.stat().st_size for part in parts)):
+        link_shards(parts, staged)
     else:
         merge_shards(parts, staged, max_shard_bytes=MAX_SHARD_BYTES)
     write_bytes_atomically(staged / "config.json", json_bytes(config))
@@ -118,8 +129,11 @@ def assemble(
         if record is None:
             raise ArtifactError(f"{part}: its record was lost while the run worked; run the same command again")
         meant.update(record["meant"])
+    by_stamp = {one.stamp: one for one in read}
+    names = names_in(staged)
+    known = {name: by_stamp[stamp] for name in names if (stamp := stamp_of(staged / name)) in by_stamp}
     # The manifest's hashes and the comparison read the same bytes side by side, so that the disk gives them once.
-    with meanwhile(partial(file_hashes, staged, names_in(staged))) as hashed:
-        compared = verify_written(staged, meant)
-    write_manifest(staged, manifest, hashed.result())
+    with meanwhile(partial(file_hashes, staged, [name for name in names if name not in known])) as hashed:
+        compared = verify_written(staged, meant, known)
+    write_manifest(staged, manifest, {**hashed.result(), **{name: one.sha256 for name, one in known.items()}})
     return compared

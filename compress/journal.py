@@ -8,12 +8,13 @@ it is and holds a hash of itself and of its tensors: what the disk changed, or a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress import distributed
@@ -30,14 +31,23 @@ class Journal:
     """The store of `blocks.stream` over a scratch folder, of the run with the id `run`.
 
     format, plan: how the quantized layers are written, and their schemes by the names that they are written under; no
-    format for a stage whose layers stay dense.
+    format for a stage whose layers stay dense. kept: told each file of tensors that is on disk with its record, whether
+    this process wrote it or found it.
     """
 
-    def __init__(self, folder: Path, run: str, format: Format | None, plan: LayerPlan) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        format: Format | None,
+        plan: LayerPlan,
+        kept: Callable[[Path], None] = lambda path: None,
+    ) -> None:
         self.folder = folder
         self.run = run
         self.format = format
         self.plan = plan
+        self.kept = kept
 
     def tensors_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -46,32 +56,38 @@ class Journal:
         return self.folder / f"block-{index:05d}.json"
 
     def save(self, index: int, prefix: str, result: BlockResult) -> None:
-        tensors: dict[str, Tensor] = {}
+        computed: dict[str, Tensor] = {}
+        for name, q in result.quantized.items():
+            layer = prefix + name
+            q.check(layer)
+            parts = parts_of(q, result.inputs.get(name))
+            computed.update({f"{layer}.{key}": value for key, value in parts.items()})
+        dense = on_host({prefix + name: value for name, value in result.dense.items()})
         with ThreadPoolExecutor(IO_THREADS) as pool:
-            digests: dict[str, Future[str]] = {}
-            for name, q in result.quantized.items():
-                layer, static = prefix + name, result.inputs.get(name)
-                assert self.format is not None
-                q.check(layer)
-                for key, value in parts_of(q, static).items():
-                    # Fetched in this thread, whose stream of the GPU may not be the pool's.
-                    digests[f"{layer}.{key}"] = pool.submit(tensor_sha256, value.cpu())
-                packed = self.format.tensors(q, self.plan[layer], static)
-                tensors.update({f"{layer}.{leaf}": value.cpu() for leaf, value in packed.items()})
-            for name, value in result.dense.items():
-                tensors[prefix + name] = value.cpu()
-                digests[prefix + name] = pool.submit(tensor_sha256, tensors[prefix + name])
-            meant = {name: found.result() for name, found in digests.items()}
+            meant = on_host(computed) | dense
+            digests = pool.map(tensor_sha256, meant.values())  # while the layers are packed
+            tensors = on_host(self._packed(prefix, result)) | dense
+            meant_digests = dict(zip(meant, digests, strict=True))
         save_atomically(self.tensors_path(index), tensors)
         facts = {
             "index": index,
             "prefix": prefix,
             "sha256": file_sha256(self.tensors_path(index)),
             "layers": sorted(result.quantized),
-            "meant": meant,
+            "meant": meant_digests,
             "report": result.report,
         }
         write_record(self.record_path(index), self.run, facts)
+        self.kept(self.tensors_path(index))
+
+    def _packed(self, prefix: str, result: BlockResult) -> dict[str, Tensor]:
+        """The quantized layers as the format writes them."""
+        tensors: dict[str, Tensor] = {}
+        for name, q in result.quantized.items():
+            assert self.format is not None
+            leaves = self.format.tensors(q, self.plan[prefix + name], result.inputs.get(name))
+            tensors.update({f"{prefix}{name}.{leaf}": value for leaf, value in leaves.items()})
+        return tensors
 
     def record(self, index: int) -> dict[str, Any] | None:
         """What is kept of a finished block, or None where there is nothing that can be believed."""
@@ -83,6 +99,7 @@ class Journal:
         record = self.record(index)
         if record is None:
             return None
+        self.kept(self.tensors_path(index))
         prefix = record["prefix"]
         tensors = _all_tensors(self.tensors_path(index))
         result = BlockResult(quantized={}, dense={}, report=record["report"])
@@ -150,6 +167,23 @@ class SharedStore:
     def save(self, index: int, prefix: str, result: BlockResult) -> None:
         if self.journal is not None:
             self.journal.save(index, prefix, result)
+
+
+def on_host(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in host memory; those of a GPU in page-locked memory, copied in this thread's stream.
+
+    To other memory the driver copies piece by piece through a buffer of its own, at a fraction of the link's speed.
+    """
+    found = {}
+    for name, value in values.items():
+        if value.is_cuda:
+            found[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            found[name].copy_(value, non_blocking=True)
+        else:
+            found[name] = value.cpu()
+    if any(value.is_cuda for value in values.values()):
+        torch.cuda.current_stream().synchronize()
+    return found
 
 
 def write_record(path: Path, run: str, facts: dict[str, Any]) -> None:

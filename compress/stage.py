@@ -30,7 +30,7 @@ from compress.artifact import (
     path_from,
     read_manifest,
 )
-from compress.assemble import Cut, assemble, nothing_cut, write_rest
+from compress.assemble import Cut, assemble, is_linked, nothing_cut, write_rest
 from compress.background import meanwhile
 from compress.block import BlockDone, BlockResult, LoadedBlock
 from compress.blocks import Reshaping, stream
@@ -47,6 +47,7 @@ from compress.output import Place, Run
 from compress.plan import DENSE, LayerPlan
 from compress.statistics import Wanted
 from compress.tell import Tell
+from compress.verify import ReadingBack
 from compress.workspace import Source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -249,14 +250,16 @@ def _run(stage: Stage, job: Job, place: Place | None, held: ExitStack, tell: Tel
     if begun is None:
         _blocks(ready, SharedStore(None), tell)
         return None
-    journal = Journal(begun.run.folder, begun.run.id, stage.format, ready.written_plan)
+    reading = ReadingBack(_config(ready))
+    kept = {"kept": reading.take} if _enters_as_it_is(ready) else {}
+    journal = Journal(begun.run.folder, begun.run.id, stage.format, ready.written_plan, **kept)
     made = {f"{name}.weight" for name in outside_of(ready.model, ready.plan)}
     write = partial(write_rest, journal, ready.model, stage.stored, stage.cut, made)
     # Neither needs the blocks, so both are done while those are computed.
     try:
-        with meanwhile(partial(_settle, ready, begun)) as content, meanwhile(write) as rest:
+        with reading, meanwhile(partial(_settle, ready, begun)) as content, meanwhile(write) as rest:
             done = _blocks(ready, SharedStore(journal, partial(_check_unchanged, ready, content)), tell)
-            return _finish(ready, begun, journal, rest.result(), content.result(), done, tell)
+            return _finish(ready, begun, journal, rest.result(), content.result(), done, reading, tell)
     except BaseException:
         if begun.run.content is None:  # the model was refused: nothing here will ever be of use
             begun.run.discard()
@@ -414,13 +417,11 @@ def _finish(
     rest: list[Path],
     content: str,
     done: Sequence[BlockDone],
+    reading: ReadingBack,
     tell: Tell,
 ) -> Outcome:
     """Assemble, verify, sign, publish."""
     stage, job, model = ready.stage, ready.job, ready.model
-    config = stage.config(model, ready.written_plan)
-    if stage.format is not None:
-        config["quantization_config"] = stage.format.config(ready.written_plan)
     num_blocks = len(ready.chosen)
     made = Made(
         model=model,
@@ -437,8 +438,9 @@ def _finish(
         model,
         begun.run.new_staged(),
         parts=refined.parts,
-        config=config,
+        config=_config(ready),
         manifest=manifest_of(record, job.source.path, job.lies_at),
+        read=reading.found(),
     )
     if stage.proof is not None:
         tell.say("comparing the model as transformers builds it from the new folder")
@@ -458,6 +460,23 @@ def _finish(
         resumed=sum(step.resumed for step in done),
         notes=[*ready.rows.notes, *refined.notes, *begun.notes, *begun.place.notes],
     )
+
+
+def _config(ready: _Prepared) -> dict[str, Any]:
+    """The new config.json."""
+    stage = ready.stage
+    config = stage.config(ready.model, ready.written_plan)
+    if stage.format is not None:
+        config["quantization_config"] = stage.format.config(ready.written_plan)
+    return config
+
+
+def _enters_as_it_is(ready: _Prepared) -> bool:
+    """Whether the blocks' files will be the artifact's: then they are read back while later blocks are computed.
+
+    The bound is from above: where it is too high, or a stage refines what was made, all is read at the end as well.
+    """
+    return ready.stage.refine is None and is_linked(estimated_bytes(ready.model, ready.plan))
 
 
 def _record(ready: _Prepared, done: Sequence[BlockDone], parent_sha256: str, refined: Refined) -> dict[str, Any]:

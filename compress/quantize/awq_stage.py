@@ -18,10 +18,10 @@ from compress.formats import Format, awq_gemm, compressed_tensors
 from compress.linear import is_conv1d, linears
 from compress.model import StreamedModel
 from compress.plan import KvScheme, LayerPlan, LayerScheme
+from compress.quantize import feedback, refit
 from compress.quantize.awq_block import STORE_DTYPE, AwqOptions, awq_block
 from compress.quantize.damage import damaged
 from compress.quantize.end_to_end_stage import OWN_ROWS, UPDATES, Asked, refine, require_room
-from compress.quantize.feedback import warm
 from compress.quantize.stored import stored_config, to_stored
 from compress.quantize.tune import TuneOptions
 from compress.request import CalibratedRequest, recorded_options
@@ -136,8 +136,13 @@ def awq_stage(request: AwqRequest) -> Stage:
         config=partial(stored_config, STORE_DTYPE),
         refine=partial(refine, asked) if asked.updates else None,
         record=record_of,
-        warm=partial(warm, request.scheme),
+        warm=partial(_warm, request.scheme),
     )
+
+
+def _warm(scheme: Scheme, device: torch.device) -> None:
+    feedback.warm(scheme, device)
+    refit.warm(scheme, device)
 
 
 def asked_of(request: AwqRequest) -> Asked:

@@ -220,7 +220,7 @@ def warm(scheme: Scheme, device: torch.device) -> None:
 
     May run in a thread beside other work: it sets nothing that others read.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and scheme.group_size > 0:  # a whole row's tiles depend on its width
         inputs = prepare(torch.eye(2 * scheme.group_size, device=device), scheme)
         round_with_feedback(torch.ones(64, 2 * scheme.group_size, device=device), inputs, scheme)
 

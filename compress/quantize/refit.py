@@ -12,6 +12,9 @@ Shapes: O out_features, I in_features, G groups along I, g group size
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,8 @@ LARGEST_CHANGE = 0.5
 _ROWS = 256
 # On a GPU as many as this many weights are in: a launch costs more than memory until then.
 _GPU_WEIGHTS = 2**24
+# Wider groups do not fit a tile of the kernel's; they are few, and torch passes over memory once for each.
+_KERNEL_COLUMNS = 256
 
 
 def refit_scales(
@@ -52,17 +57,15 @@ def refit_scales(
 def _refit(steps_OGg: Tensor, old_OG: Tensor, w_OI: Tensor, hessian_II: Tensor, off_diagonal: float) -> Tensor:
     num_rows, num_groups, size = steps_OGg.shape
     diagonal_I = hessian_II.diagonal() * (1 - off_diagonal)  # H is off_diagonal * hessian_II and this
-    system_OGG = torch.empty(num_rows, num_groups, num_groups, device=w_OI.device)
     with numerics.tensor_float32():  # steps are small integers, so exact; the ridge is far above the rounding of H
         target_OI = (w_OI @ hessian_II).mul_(off_diagonal).addcmul_(w_OI, diagonal_I)
-        for g in range(num_groups):
-            reach_OGg = (steps_OGg[:, g] @ hessian_II[g * size : (g + 1) * size]).reshape(steps_OGg.shape)
-            system_OGG[:, g] = reach_OGg.mul_(steps_OGg).sum(dim=-1)
+        kernel = w_OI.is_cuda and size <= _KERNEL_COLUMNS
+        system_OGG = kernels().system(steps_OGg, hessian_II) if kernel else system(steps_OGg, hessian_II)
     system_OGG *= off_diagonal
     diagonal_OG = system_OGG.diagonal(dim1=1, dim2=2)
     diagonal_OG += steps_OGg.square().mul_(diagonal_I.reshape(num_groups, size)).sum(dim=-1)
     right_OG = target_OI.reshape(steps_OGg.shape).mul_(steps_OGg).sum(dim=-1)
-    del target_OI, reach_OGg
+    del target_OI
     # The ridge makes the system positive definite well beyond float32's rounding; a row of all-zero codes or inputs,
     # whose factor may fail, gives no usable scale and keeps its own.
     ridge_O1 = RIDGE * diagonal_OG.mean(dim=1, keepdim=True) + 1e-30
@@ -79,3 +82,30 @@ def _refit(steps_OGg: Tensor, old_OG: Tensor, w_OI: Tensor, hessian_II: Tensor, 
 
     better = errors(new_OG) < errors(old_OG)
     return torch.where(better.unsqueeze(1), new_OG, old_OG)
+
+
+def warm(scheme: Scheme, device: torch.device) -> None:
+    """On a GPU, compile the kernel for these codes and start what solves; sets nothing that other threads read."""
+    size = scheme.group_size
+    if device.type == "cuda" and 0 < size <= _KERNEL_COLUMNS:
+        system_OGG = kernels().system(torch.ones(64, 2, size, device=device), torch.eye(2 * size, device=device))
+        factor_OGG, _ = torch.linalg.cholesky_ex(system_OGG)
+        torch.cholesky_solve(torch.ones(64, 2, 1, device=device), factor_OGG)
+
+
+def system(steps_OGg: Tensor, hessian_II: Tensor) -> Tensor:
+    """`c_g H c_h^T` of each row, float32 `[O, G, G]`; what is solved reads it for g >= h alone."""
+    num_rows, num_groups, size = steps_OGg.shape
+    system_OGG = torch.empty(num_rows, num_groups, num_groups, device=hessian_II.device)
+    for g in range(num_groups):
+        reach_OGg = (steps_OGg[:, g] @ hessian_II[g * size : (g + 1) * size]).reshape(steps_OGg.shape)
+        system_OGG[:, g] = reach_OGg.mul_(steps_OGg).sum(dim=-1)
+    return system_OGG
+
+
+@functools.cache
+def kernels() -> Any:
+    """`refit_triton`, compiled at first launch. A GPU has Triton: the codes came by way of it (`feedback_step`)."""
+    from compress.quantize import refit_triton
+
+    return refit_triton

@@ -234,9 +234,10 @@ def child(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from compress import assemble, model, stage
+    from compress import assemble, background, model, output, stage, verify
     from compress.prune.decide import Asked
     from compress.prune.prune_stage import PruneRequest, prune
+    from compress.quantize import refit
     from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.quantize.int8_stage import Int8Request, quantize_int8
     from compress.scheme import Scheme
@@ -246,7 +247,7 @@ def child(arguments: argparse.Namespace) -> None:
     imports = time.perf_counter() - begun
     stages: dict[str, float] = {}
     blocks: list[float] = []
-    state = {"stage": "opening and calibration text", "since": time.perf_counter(), "block": 0.0}
+    state = {"stage": "opening and calibration text", "since": time.perf_counter(), "block": 0.0, "total": 0}
 
     def enter(name: str) -> None:
         now = time.perf_counter()
@@ -256,13 +257,13 @@ def child(arguments: argparse.Namespace) -> None:
     class Clock(Tell):
         def start(self, what: str, total: int) -> None:
             enter("embedding, first block's weights")
-            state["block"] = time.perf_counter()
+            state.update(block=time.perf_counter(), total=total)
 
         def step(self, done: int | None = None, doing: str = "", **_: Any) -> None:
             if done is None:
                 enter("measuring which blocks can go" if doing.startswith("block ") else doing)
                 return
-            enter("loading and between blocks")
+            enter("loading and between blocks" if done < state["total"] else "behind the last block, to published")
             blocks.append(time.perf_counter() - state["block"])
             state["block"] = time.perf_counter()
 
@@ -273,17 +274,26 @@ def child(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     if arguments.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    if arguments.torch_refit:
+        refit._KERNEL_COLUMNS = 0
     if arguments.device == "cuda":
         model.configure_allocator()
         torch.zeros(1, device="cuda")  # the driver's start is not the quantizer's
     started = time.perf_counter()
     state["since"] = started
 
-    parts = {name: 0.0 for name in ("write_rest", "merge_shards", "link_shards", "verify_written", "publish")}
-    for module in (stage, assemble):
-        for name in parts:
-            if hasattr(module, name):
-                setattr(module, name, _timed(getattr(module, name), name, parts))
+    parts: dict[str, float] = {}
+    places: list[tuple[Any, Sequence[str]]] = [
+        (stage, ("write_rest",)),
+        (assemble, ("merge_shards", "link_shards", "verify_written")),
+        (output.Run, ("publish",)),
+        (verify.ReadingBack, ("found",)),
+        (background.BackgroundStore, ("wait",)),
+        (model.StreamedModel, ("load_block",)),
+    ]
+    for owner, names in places:
+        for name in names:
+            setattr(owner, name, _timed(getattr(owner, name), name, parts))
     inside = _timed_inside(arguments.device) if arguments.inside else {}
 
     def work() -> Any:
@@ -299,7 +309,6 @@ def child(arguments: argparse.Namespace) -> None:
     else:
         outcome = work()
     enter("end")
-    stages["around the blocks, assembly, verification"] = stages.pop("loading and between blocks", 0.0)
     result = {
         "seconds": time.perf_counter() - started,
         "import_seconds": imports,
@@ -338,16 +347,15 @@ def _timed_inside(device: str) -> dict[str, float]:
     `searching` holds all from `_prepared` on; `_round` holds `retarget` and `_round_with_feedback`, which holds
     `refit_scales`.
     """
-    from compress import background, blocks, model
+    from compress import blocks, model
     from compress.quantize import awq, awq_block
 
     seconds: dict[str, float] = {}
     settle = torch.cuda.synchronize if device == "cuda" else lambda: None
     places: list[tuple[Any, Sequence[str]]] = [
-        (model.StreamedModel, ("load_block", "release_block", "prefetch_block")),
+        (model.StreamedModel, ("release_block", "prefetch_block")),
         (blocks._Walk, ("_collect",)),
         (blocks, ("_advance", "install", "return_freed_memory", "_check_finite")),
-        (background.BackgroundStore, ("wait",)),
         (awq, ("search_scale",)),
         (awq_block, (
             "refuse_drowning", "_prepared", "_forward_prefers", "_feedback_prefers", "_lift", "fold_proven", "_round",
@@ -394,6 +402,7 @@ def measure(arguments: argparse.Namespace, model: Path, text: Path, out: Path, e
     command += ["--profile"] if arguments.profile else []
     command += ["--inside"] if arguments.inside else []
     command += ["--tf32"] if arguments.tf32 else []
+    command += ["--torch-refit"] if arguments.torch_refit else []
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         printed, _ = process.communicate()
     if process.returncode:
@@ -418,6 +427,9 @@ def main() -> None:
     parser.add_argument("--inside", action="store_true", help="print what takes the time of a block (slower)")
     parser.add_argument(
         "--tf32", action="store_true", help="let every float32 matrix product be TF32: what would it save?"
+    )
+    parser.add_argument(
+        "--torch-refit", action="store_true", help="refit scales with torch's products, not the kernel: what it saves"
     )
     for name in ("--child", "--model", "--calib", "--out"):
         parser.add_argument(name, help=argparse.SUPPRESS, **({"action": "store_true"} if name == "--child" else {}))

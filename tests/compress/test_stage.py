@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress import numerics, output, stage
+from compress import assemble, numerics, output, stage
 from compress.artifact import read_manifest
 from compress.block import BlockDone, BlockResult, LoadedBlock
 from compress.calibration_rows import Text
@@ -198,6 +198,61 @@ def test_a_killed_stage_takes_its_static_inputs_up_again(build_model: Build, mad
     assert outcome.resumed == 1
     found = Checkpoint.open(outcome.out)
     assert all(torch.equal(found.tensor(name), value) for name, value in expected.items())
+
+
+# ---- files are read back while later blocks are computed ----------------------------------------------
+
+
+@pytest.fixture
+def hashed_last(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every artifact is of several shards. The files that are read when all blocks are there."""
+    monkeypatch.setattr(assemble, "MAX_SHARD_BYTES", 100_000)
+    names: list[str] = []
+    hashes = assemble.file_hashes
+
+    def noted(folder: Path, wanted: Sequence[str]) -> dict[str, str]:
+        names.extend(wanted)
+        return hashes(folder, wanted)
+
+    monkeypatch.setattr(assemble, "file_hashes", noted)
+    return names
+
+
+def test_no_shard_is_read_when_all_blocks_are_there(
+    build_model: Build, made: Any, hashed_last: list[str], tmp_path: Path
+) -> None:
+    """Also of those that a killed run left; hashes, counts and bytes are those of the files."""
+    model = build_model()
+    whole = made(int8(), model)
+    assert whole.verified > 20 and not [name for name in hashed_last if name.endswith(".safetensors")]
+    files = weights_of(whole.out)
+    manifest = read_manifest(whole.out)
+    assert len(files) > 3 and manifest is not None and manifest.files is not None
+    assert {name: manifest.files[name] for name in files} == files
+    whole.out.rename(tmp_path / "whole")
+    with pytest.raises(Killed):
+        made(int8(), model, Kill())
+    again = made(int8(), model)
+    assert (again.resumed, again.verified) == (1, whole.verified)
+    assert weights_of(again.out) == files and not [name for name in hashed_last if name.endswith(".safetensors")]
+
+
+def test_a_shard_that_changed_since_it_was_read_back_is_read_again(
+    build_model: Build, made: Any, hashed_last: list[str], tmp_path: Path
+) -> None:
+    class Damage(Heard):
+        def step(self, done: int | None = None, *args: Any, **kwargs: Any) -> None:
+            if done == 2:
+                (path,) = tmp_path.glob(".int8.*.partial/block-00000.safetensors")
+                with open(path, "r+b") as f:
+                    f.seek(-1, 2)
+                    last = f.read(1)
+                    f.seek(-1, 2)
+                    f.write(bytes([last[0] ^ 1]))
+
+    with pytest.raises(ArtifactError, match="differs from what was computed"):
+        made(int8(), build_model(), Damage())
+    assert not (tmp_path / "int8").exists()
 
 
 # ---- the model is hashed while its blocks are computed -------------------------------------------------
