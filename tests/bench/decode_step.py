@@ -59,11 +59,14 @@ class Variant:
 
 PLAIN = Variant()
 VARIANTS = (
-    PLAIN, Variant(fused=True), Variant(ring=32 << 10), Variant(ring=32 << 10, fused=True),
-    Variant(early=True, fused=True), Variant(ring=16 << 10, fused=True), Variant(ring=64 << 10, fused=True), Variant(ring=96 << 10, fused=True),
-    Variant(ring=32 << 10, fused=True, early=True), Variant(ring=64 << 10, fused=True, early=True),
-    Variant(ring=32 << 10, early=True), Variant(ahead=4 << 10, fused=True), Variant(overlap=False, fused=True),
-)  # fmt: skip
+    PLAIN,
+    Variant(fused=True),
+    *(Variant(ring=kib << 10) for kib in (32, 64)),
+    *(Variant(ring=kib << 10, fused=True) for kib in (16, 32, 64, 96)),
+    *(Variant(ring=kib << 10, fused=True, early=True) for kib in (0, 32, 64)),
+    Variant(ahead=4 << 10, fused=True),
+    Variant(overlap=False, fused=True),
+)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 Runs a warp takes at once, warps, rows of tiles a block, runs on their way through shared memory (`depth`), and whether
 a kernel may start while the one before still waits (`early`). Weights lie cold in the cache (several are used in turn),
-all in one CUDA graph; a share is of the bandwidth of a sum over 4 GiB in the same run. Shapes that time was not left for
-are named. `--device cpu` goes through the candidates without a GPU, and only counts them.
+all in one CUDA graph; a share is of the bandwidth of a sum over 4 GiB in the same run. What time was not left for is
+named. `--device cpu` goes through the candidates without a GPU, and only counts them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| product | M | run, tiles, warps, rows, depth | early | us | share | off by |", "|---" * 7 + "|"]
     for key in dict.fromkeys((row["shape"], row["m"]) for row in rows):
         mine = [row for row in rows if (row["shape"], row["m"]) == key]
-        for row in [mine[0], *sorted(mine, key=lambda r: r["us"])[:5]]:
+        for row in [*(row for row in mine if row["present"]), *sorted(mine, key=lambda r: r["us"])[:5]]:
             c = row["cut"]
             what = f"{c.run}, {c.tiles}, {c.warps}, {c.rows}, {c.depth}" + (" (present)" if row["present"] else "")
             lines.append(f"| {key[0]} | {key[1]} | {what} | {'yes' if row['early'] else ''} | {row['us']:.2f} | "
