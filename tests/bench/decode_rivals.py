@@ -163,7 +163,7 @@ class Llama(nn.Module):
 @torch.no_grad()
 def run_torch(asked: argparse.Namespace) -> None:
     for shape in asked.shape.split(","):
-        for bits, head_bits in ((4, 16), (4, 4), (16, 16)):
+        for bits, head_bits in ((4, 16), (16, 16)):
             torch.manual_seed(0)
             model = Llama(shape, asked.prompt + asked.new + 8, bits, head_bits, asked.device).eval()
             head = {

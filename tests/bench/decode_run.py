@@ -1,6 +1,6 @@
 """Decoding on one GPU, all of it in one run: our steps with and without graphs, ways to overlap kernels, and rivals.
 
-    python tests/bench/decode_run.py --work DIR [--jobs graphs variants ...] [--gpus 1] [--deadline 540]
+    python tests/bench/decode_run.py --work DIR [--jobs graphs fused ...] [--gpus 1] [--deadline 540]
         [--sites DIR] [--ort DIR --graphs DIR] [--model AWQ_FOLDER]
 
 Each job is a process of its own, so that none can break another; what it measured is in DIR/JOB.json as it comes, and
@@ -36,18 +36,18 @@ STEP, RIVALS = "decode_step.py", "decode_rivals.py"
 JOBS: dict[str, list[str]] = {
     "check": ["decode.py", "check"],
     "fused": [STEP, "fused", "--bits", "4,16", "--batch", "1"],
-    "graphs": [STEP, "graphs", "--bits", "4,16"],
-    "torch": [RIVALS, "torch"],
-    "variants": [STEP, "variants", "--bits", "4,16", "--batch", "1"],
-    "where": [STEP, "where", "--bits", "4,16", "--batch", "1"],
-    "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
-    "transformers": [RIVALS, "transformers"],
-    "step": [STEP, "step"],
-    "small": [STEP, "fused", "--shape", "llama-1b,smollm2-135m", "--bits", "4", "--batch", "1"],
+    "sweep": ["decode_sweep.py", "--seconds", "85"],
     "gemv": ["decode.py", "gemv"],
+    "graphs": [STEP, "graphs", "--bits", "4,16"],
+    "step": [STEP, "step"],
+    "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
+    "where": [STEP, "where", "--bits", "4,16", "--batch", "1"],
+    "small": [STEP, "fused", "--shape", "llama-1b,smollm2-135m", "--bits", "4", "--batch", "1"],
+    "torch": [RIVALS, "torch"],
+    "transformers": [RIVALS, "transformers"],
 }
 # Seconds that a job gets at most, so that those after it have a turn: a whole step compiled twice; Marlin's kernels.
-LIMITS = {"torch": 140.0, "transformers": 240.0}
+LIMITS = {"torch": 140.0, "transformers": 200.0, "onnxruntime": 90.0, "sweep": 110.0}
 STEADY = 1.05  # the longest of a row's times over the shortest, on a card that nothing else uses
 CLAIM = 0.25  # of latency, which graphs are said to save
 
@@ -68,7 +68,18 @@ def quantized(asked: argparse.Namespace, variables: dict[str, str]) -> Path:
         shutil.rmtree(dense, ignore_errors=True)
         in_own_process(make_model, dense)
         command = [sys.executable, "-m", "compress", "awq", str(dense), "-o", str(packed), "--effort", "fast"]
-        command += ["--group-size", "128", "--samples", "16", "--self-samples", "0", "--device", "cuda"]
+        command += [
+            "--group-size",
+            "128",
+            "--samples",
+            "4",
+            "--seq-len",
+            "128",
+            "--self-samples",
+            "0",
+            "--device",
+            "cuda",
+        ]
         run_child(command, cwd=ROOT, environment=variables, until=asked.until)
     return packed
 
@@ -124,14 +135,15 @@ def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
 
 def tables(files: Sequence[Path]) -> str:
     rows: list[Row] = []
+    cuts: list[str] = []
     for file in files:
         found = json.loads(file.read_text())
         rows += [{"device": found.get("device", ""), **row} for row in found.get("rows", [])]
         rows += [{"device": found["device"], "what": "gemv", **row} for row in found.get("gemv", [])]
+        cuts += [found["table"]] * ("table" in found)
     parts = [f"On {', '.join(sorted({row['device'] for row in rows}))}; milliseconds a token."]
     for what, make in (
         ("graphs", _graphs),
-        ("variants", _variants),
         ("fused", _variants),
         ("step", _steps),
         ("where", _where),
@@ -140,11 +152,11 @@ def tables(files: Sequence[Path]) -> str:
         mine = [row for row in rows if row["what"] == what]
         if mine:
             parts.append(make(mine))
-    parts += _disturbed(rows)
+    parts += cuts + _disturbed(rows)
     rivals = [row for row in rows if row["what"] == "rival"]
     if rivals:
-        steps = [row for row in rows if row["what"] in ("graphs", "variants", "fused", "step") and row["batch"] == 1]
-        best = [row for row in steps if row["equal_ids"] == row["new"] or row.get("error", 1.0) < 2e-3]
+        steps = [row for row in rows if row["what"] in ("graphs", "fused", "step") and row["batch"] == 1]
+        best = [row for row in steps if row.get("equal_ids") == row["new"] or row.get("error", 1.0) < 2e-3]
         parts.append(_rivals(rivals, best))
     return "\n\n".join(parts)
 
@@ -194,9 +206,8 @@ def _steps(rows: Sequence[Row]) -> str:
     for row in rows:
         dense = next((r for r in rows if (r["shape"], r["batch"], r["bits"]) == (row["shape"], row["batch"], 16)), None)
         ratio = f"{dense['ms'] / row['ms']:.2f}" if dense else ""
-        lines.append([row["shape"], row["bits"], row["batch"], f"{row['ms']:.3f}", f"{row['share']:.1%}", ratio,
-                      f"{row['ms_without']:.3f}", f"{row['equal_ids']} of {row['new']}"])  # fmt: skip
-    return table(["shape", "bits", "batch", "ms", "share", "over 16 bits", "without graphs", "equal ids"], lines)
+        lines.append([row["shape"], row["bits"], row["batch"], f"{row['ms']:.3f}", f"{row['share']:.1%}", ratio])
+    return table(["shape", "bits", "batch", "ms", "share", "over 16 bits"], lines)
 
 
 def _where(rows: Sequence[Row]) -> str:

@@ -2,8 +2,7 @@
 
     python tests/bench/decode_step.py step --shape llama-3-8b --bits 4,8,16 --batch 1,8,16,64
     python tests/bench/decode_step.py graphs      four shapes at batch 1, launches and replays counted
-    python tests/bench/decode_step.py variants    ways in which a kernel may overlap the one before it; equal ids?
-    python tests/bench/decode_step.py fused       the same with fewer kernels: norms and sums inside the products
+    python tests/bench/decode_step.py fused       fewer kernels, and ways to overlap the one before; equal ids?
     python tests/bench/decode_step.py where       the time of each kernel of a step, in the graph
 
 Weights are random in the shape of the named model. A share is (bytes of weights and cache that a step must read) / time
@@ -36,35 +35,38 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Variant:
-    """overlap: programmatic dependent launch; ahead, early: see `weight_only.cu`; fused: see `GpuDecoder`."""
+    """overlap: programmatic dependent launch; ahead, early: see `weight_only.cu`; ring: see `weight_only.RING`;
+    fused: see `GpuDecoder`."""
 
     overlap: bool = True
     ahead: int = 0
     early: bool = False
     fused: bool = False
+    ring: int = 0
 
     def set(self) -> None:
         overlaps = self.overlap and torch.cuda.get_device_capability() >= (9, 0)
         nvrtc._overlaps = lambda device: overlaps  # type: ignore[assignment]
-        weight_only.AHEAD, weight_only.EARLY = self.ahead, self.early
+        weight_only.AHEAD, weight_only.EARLY, weight_only.RING = self.ahead, self.early, self.ring
 
     def label(self) -> str:
         if not self.overlap:
             return "one after the other"
         begin = "overlapped, fused" if self.fused else "overlapped"
-        return ", ".join([begin, *[f"{self.ahead >> 10} KiB ahead"] * bool(self.ahead), *["early"] * self.early])
+        return ", ".join([begin, *[f"{self.ahead >> 10} KiB ahead"] * bool(self.ahead), *["early"] * self.early,
+                          *[f"ring of {self.ring >> 10} KiB"] * bool(self.ring)])  # fmt: skip
 
 
 PLAIN = Variant()
 VARIANTS = (
     PLAIN,
-    Variant(overlap=False),
-    *(Variant(ahead=kib << 10) for kib in (4, 8, 16, 32)),
-    Variant(early=True),
-    *(Variant(ahead=kib << 10, early=True) for kib in (4, 8, 16, 32)),
+    Variant(fused=True),
+    *(Variant(ring=kib << 10) for kib in (32, 64)),
+    *(Variant(ring=kib << 10, fused=True) for kib in (16, 32, 64, 96)),
+    *(Variant(ring=kib << 10, fused=True, early=True) for kib in (0, 32, 64)),
+    Variant(ahead=4 << 10, fused=True),
+    Variant(overlap=False, fused=True),
 )
-FUSED = (PLAIN, *(Variant(ahead=kib << 10, fused=True) for kib in (0, 4, 8, 16, 32)), Variant(early=True, fused=True),
-         Variant(ahead=8 << 10, early=True, fused=True), Variant(overlap=False, fused=True))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,14 @@ def difference(weights: Weights, prompts: Tensor, steps: int = 16) -> float:
 
 
 def step(weights: Weights, head: Row, batches: list[int], asked: argparse.Namespace, bandwidth: float) -> None:
-    """Graphs on beside off."""
+    """Replayed; `graphs`: beside the same launched one by one."""
     for batch in batches:
         prompts = prompts_of(head["shape"], batch, asked.prompt)
         row, ids = in_graph(weights, prompts, asked.new, bandwidth)
-        plain = timed(weights, prompts, asked.new, graphs=False)
-        row |= {"ms_without": plain.ms, "equal_ids": leading_equal(ids, plain.ids), "new": asked.new}
+        row["new"] = asked.new
+        if head["what"] == "graphs":
+            plain = timed(weights, prompts, asked.new, graphs=False)
+            row |= {"ms_without": plain.ms, "equal_ids": leading_equal(ids, plain.ids)}
         asked.keep(head | {"batch": batch} | row)
 
 
@@ -145,7 +149,7 @@ def variants(weights: Weights, head: Row, batches: list[int], asked: argparse.Na
     for batch in batches:
         prompts = prompts_of(head["shape"], batch, asked.prompt)
         first: Tensor | None = None
-        for variant in FUSED if head["what"] == "fused" else VARIANTS:
+        for variant in VARIANTS:
             variant.set()
             row, ids = in_graph(weights, prompts, asked.new, bandwidth, fused=variant.fused)
             first = ids if first is None else first
@@ -183,7 +187,7 @@ def where(weights: Weights, head: Row, batches: list[int], asked: argparse.Names
             asked.keep(head | {"batch": batch, "kernel": name} | us)
 
 
-KINDS = {"step": step, "graphs": step, "variants": variants, "fused": variants, "where": where}
+KINDS = {"step": step, "graphs": step, "fused": variants, "where": where}
 
 
 def main() -> None:

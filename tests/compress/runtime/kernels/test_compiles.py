@@ -15,11 +15,15 @@ LINEAR = [
     {
         "BITS": bits, "GROUP": group, "RUN": run, "TILES": tiles, "WARPS": warps, "ROWS": rows, "GATED": gated,
         "AHEAD": ahead, "EARLY": int(ahead > 0), "NORMED": int(fused == "normed"), "ADDED": int(fused == "added"),
+        "DEPTH": depth,
     }
-    for bits, group, run, tiles, warps, rows, gated, ahead, fused in (
-        (4, 128, 1, 1, 8, 1, 0, 0, ""), (4, 128, 1, 1, 4, 1, 1, 16384, "normed"), (4, 32, 2, 8, 4, 2, 1, 0, ""),
-        (8, 0, 2, 1, 16, 1, 0, 0, "added"), (8, 128, 1, 2, 8, 1, 1, 8192, ""), (16, 0, 1, 1, 16, 2, 0, 0, "normed"),
-        (4, 128, 1, 8, 8, 2, 0, 0, "added"), (4, 64, 1, 4, 8, 2, 1, 0, "normed"),
+    for bits, group, run, tiles, warps, rows, gated, ahead, fused, depth in (
+        (4, 128, 1, 1, 8, 1, 0, 0, "", 0), (4, 128, 1, 1, 4, 1, 1, 16384, "normed", 0),
+        (4, 32, 2, 8, 4, 2, 1, 0, "", 0),
+        (8, 0, 2, 1, 16, 1, 0, 0, "added", 0), (8, 128, 1, 2, 8, 1, 1, 8192, "", 0),
+        (16, 0, 1, 1, 16, 2, 0, 0, "normed", 0), (4, 128, 1, 8, 8, 2, 0, 0, "added", 0),
+        (4, 64, 1, 4, 8, 2, 1, 0, "normed", 0), (4, 128, 1, 1, 8, 1, 0, 0, "added", 4),
+        (4, 32, 2, 8, 4, 2, 1, 0, "", 2), (16, 0, 1, 1, 16, 2, 0, 0, "normed", 3),
     )
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,33 @@ def test_a_norm_and_a_sum_inside_products(rows: int, tokens: int) -> None:
     found = weight_only.matmul(between, gate_up, gated=True, normed=read, cut=weight_only.Tiling(1, tiles, 4, rows))
     assert off(found, (F.silu(gate) * value).flatten(-2)) < 2e-3
     assert off(factor, (wanted.square().mean(1) + 1e-5).rsqrt()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "run", "rows", "depth", "tokens"),
+    [(4, 32, 2, 1, 2, 1), (4, 64, 1, 2, 1, 3), (4, 64, 1, 1, 5, 11), (8, -1, 2, 2, 3, 1), (16, -1, 1, 1, 2, 9),
+     (4, 64, 1, 2, 2, 27)],
+)  # fmt: skip
+def test_weights_on_their_way_through_shared_memory_give_the_same_bits(
+    bits: int, group: int, run: int, rows: int, depth: int, tokens: int
+) -> None:
+    """Rows and columns that no tile divides; more runs than the ring holds, and fewer."""
+    torch.manual_seed(2)
+    packed, w = make(88, 448, bits, group)
+    x = torch.randn(tokens, 448).half()
+    tiles = {1: 1, 3: 1, 9: 2, 11: 2, 27: 4}[tokens]
+    cut = weight_only.Tiling(run, tiles, 2, rows)
+    found = weight_only.matmul(x, packed, cut=replace(cut, depth=depth))
+    assert torch.equal(found, weight_only.matmul(x, packed, cut=cut))
+    assert off(found, x.double() @ w.t()) < 1e-3
+
+
+def test_a_ring_holds_what_a_warp_has_left_and_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _ = make(72, 576, 4, 64)
+    monkeypatch.setattr(weight_only, "RING", 32 << 10)
+    assert weight_only.tiling(packed, 1).depth == 2  # nine runs, eight warps
+    monkeypatch.setattr(weight_only, "RING", 1000)
+    assert weight_only.tiling(packed, 1).depth == 1
 
 
 def test_weights_asked_for_ahead_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
