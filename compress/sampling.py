@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -129,8 +129,8 @@ def sample_from_model(
     """
     turns = turns_of(tokenizer) if chat else None
     text = _Text(_start_ids(tokenizer), tokenizer.eos_token_id)
-    num_ids = len(tokenizer)
     rows = []
+    drawers: dict[int, Drawer] = {}
     tell.start("sampled position", seq_len * -(-num_samples // batch_size))
     positions = itertools.count(1)
 
@@ -142,7 +142,10 @@ def sample_from_model(
         streams = [np.random.Generator(np.random.PCG64([seed, first_row + row])) for row in numbers]
         uniform_BT = torch.from_numpy(np.stack([stream.random(seq_len) for stream in streams]))
         writers = [text.begun() if turns is None or (first_row + row) % 2 == 0 else _Talk(turns) for row in numbers]
-        rows.append(_sample_batch(model, writers, num_ids, uniform_BT, step))
+        if len(numbers) not in drawers:
+            drawers.clear()  # before the next one's cache is there
+            drawers[len(numbers)] = drawer_of(model, len(tokenizer), len(numbers), seq_len, tell)
+        rows.append(_sample_batch(drawers[len(numbers)], writers, uniform_BT, step))
     return torch.cat(rows)
 
 
@@ -199,27 +202,18 @@ class _Talk:
 
 
 def _sample_batch(
-    model: PreTrainedModel,
-    writers: Sequence[_Text | _Talk],
-    num_ids: int,
-    uniform_BT: Tensor,
-    step: Callable[[], None],
+    drawer: Drawer, writers: Sequence[_Text | _Talk], uniform_BT: Tensor, step: Callable[[], None]
 ) -> Tensor:
     num_rows, seq_len = uniform_BT.shape
     ids_BT = torch.empty(num_rows, seq_len, dtype=torch.int64)
     drawn_B = [0] * num_rows
-    cache = None
+    drawer.begin(uniform_BT)
     for position in range(seq_len):
         for row, writer in enumerate(writers):
             ids_BT[row, position] = writer.take(drawn_B[row])
         step()
-        if position + 1 == seq_len:
-            break
-        ids_B1 = ids_BT[:, position : position + 1].to(model.device)
-        output = model(input_ids=ids_B1, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        probability_BV = output.logits[:, -1, :num_ids].double().softmax(-1)
-        drawn_B = _invert(probability_BV, uniform_BT[:, position].to(model.device)).tolist()
+        if position + 1 < seq_len:
+            drawn_B = drawer.draw(ids_BT[:, position : position + 1], position)
     return ids_BT
 
 
@@ -230,3 +224,123 @@ def _invert(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     id_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
     return id_B1[:, 0].clamp(max=probability_BV.shape[-1] - 1)
+
+
+# ---- the model, a token of each row at a time ----------------------------------------------------------
+
+
+class Drawer:
+    """Draws the next id of every row, with a cache that grows. num_ids: ids behind these are never drawn."""
+
+    def __init__(self, model: PreTrainedModel, num_ids: int) -> None:
+        self.model, self.num_ids = model, num_ids
+        self.cache: Any = None
+        self.uniform_BT = torch.empty(0, 0)
+
+    def begin(self, uniform_BT: Tensor) -> None:
+        """Begin rows anew; they are drawn by these numbers."""
+        self.cache, self.uniform_BT = None, uniform_BT
+
+    def draw(self, ids_B1: Tensor, position: int) -> list[int]:
+        """The ids after these, which are at `position`."""
+        output = self.model(input_ids=ids_B1.to(self.model.device), past_key_values=self.cache, use_cache=True)
+        self.cache = output.past_key_values
+        return self._drawn(output.logits, self.uniform_BT[:, position].to(self.model.device)).tolist()
+
+    def _drawn(self, logits_B1V: Tensor, uniform_B: Tensor) -> Tensor:
+        return _invert(logits_B1V[:, -1, : self.num_ids].double().softmax(-1), uniform_B)
+
+
+class FixedDrawer(Drawer):
+    """Draws with a cache and buffers that stay where they are, so that a step can be a CUDA graph.
+
+    A step of a small model is a thousand launches, which take a CPU longer than the GPU takes for them.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_ids: int, num_rows: int, seq_len: int) -> None:
+        from transformers import StaticCache
+
+        super().__init__(model, num_ids)
+        # Masks of other lengths are copied to aligned ones at every step.
+        self.cache = StaticCache(config=model.config, max_cache_len=-(-seq_len // 8) * 8)
+        self.ids_B1 = torch.zeros(num_rows, 1, dtype=torch.int64, device=model.device)
+        self.uniform_B = torch.zeros(num_rows, dtype=torch.float64, device=model.device)
+        self.drawn_B = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.step()  # allocates the cache
+
+    @property
+    def has_fixed_layers(self) -> bool:
+        """Whether no layer of the cache counts tokens on the host, as sliding windows do, or holds something else."""
+        return all(type(layer).__name__ == "StaticLayer" for layer in self.cache.layers)
+
+    def step(self) -> Tensor:
+        """One more id of each row into `drawn_B`; the logits."""
+        logits: Tensor = self.model(input_ids=self.ids_B1, past_key_values=self.cache, use_cache=True).logits
+        self.drawn_B.copy_(self._drawn(logits, self.uniform_B))
+        return logits
+
+    def capture(self) -> None:
+        """Make the step a CUDA graph. RuntimeError where the model waits for the GPU inside it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may be reading the first block, or compiling, and are not to be stopped by this.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.step()
+        self.graph = graph
+
+    def begin(self, uniform_BT: Tensor) -> None:
+        self.cache.reset()
+        self.uniform_BT = uniform_BT.to(self.model.device)
+
+    def draw(self, ids_B1: Tensor, position: int) -> list[int]:
+        self.ids_B1.copy_(ids_B1)
+        self.uniform_B.copy_(self.uniform_BT[:, position])
+        if self.graph is None:
+            self.step()
+        else:
+            self.graph.replay()
+        return self.drawn_B.tolist()
+
+
+# Positions at which the graph must draw what the model does without it, and the share of rows that may differ: an id
+# lies next to another where a uniform number falls within rounding of the bound between them.
+_PROOF_POSITIONS, _PROOF_SHARE = 12, 0.01
+
+
+def drawer_of(model: PreTrainedModel, num_ids: int, num_rows: int, seq_len: int, tell: Tell) -> Drawer:
+    """How rows are drawn on the model's device: on a GPU by a CUDA graph, where it is proven to draw the same."""
+    plain = Drawer(model, num_ids)
+    if model.device.type != "cuda" or seq_len <= _PROOF_POSITIONS:
+        return plain
+    reason = "its cache is not of whole sequences alone"
+    try:
+        fixed = FixedDrawer(model, num_ids, num_rows, seq_len)
+        if fixed.has_fixed_layers:
+            fixed.capture()
+            if draws_alike(fixed, plain, num_rows):
+                return fixed
+            reason = "it draws other tokens than the model without it"
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as e:
+        reason = str(e).strip().partition("\n")[0]
+    tell.say(f"sampling without a CUDA graph, which takes longer: {reason}")
+    return plain
+
+
+def draws_alike(fixed: Drawer, plain: Drawer, num_rows: int) -> bool:
+    """Whether two drawers draw the same from the same tokens, but for rounding."""
+    generator = torch.Generator().manual_seed(0)
+    uniform_BT = torch.rand(num_rows, _PROOF_POSITIONS, dtype=torch.float64, generator=generator)
+    ids_BT = torch.randint(0, plain.num_ids, uniform_BT.shape, generator=generator)
+    fixed.begin(uniform_BT)
+    plain.begin(uniform_BT)
+    differing = 0
+    for position in range(_PROOF_POSITIONS):
+        drawn = (drawer.draw(ids_BT[:, position : position + 1], position) for drawer in (fixed, plain))
+        differing += sum(one != other for one, other in zip(*drawn, strict=True))
+    return differing <= max(1, _PROOF_SHARE * num_rows * _PROOF_POSITIONS)
