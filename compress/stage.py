@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,8 @@ from compress.statistics import Wanted
 from compress.tell import Tell
 from compress.verify import ReadingBack
 from compress.workspace import Source
+
+T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Bytes of the small files, and what a file system needs to breathe.
@@ -255,10 +258,15 @@ def _run(stage: Stage, job: Job, place: Place | None, held: ExitStack, tell: Tel
     journal = Journal(begun.run.folder, begun.run.id, stage.format, ready.written_plan, **kept)
     made = {f"{name}.weight" for name in outside_of(ready.model, ready.plan)}
     write = partial(write_rest, journal, ready.model, stage.stored, stage.cut, made)
-    # Neither needs the blocks, so both are done while those are computed.
+    # Neither needs the blocks, so both are done beside them; no sooner, as the first block waits for the disk.
+    under_way = Event()
+    settle = partial(_once, under_way, partial(_settle, ready, begun))
     try:
-        with reading, meanwhile(partial(_settle, ready, begun)) as content, meanwhile(write) as rest:
-            done = _blocks(ready, SharedStore(journal, partial(_check_unchanged, ready, content)), tell)
+        with reading, meanwhile(settle) as content, meanwhile(partial(_once, under_way, write)) as rest:
+            try:
+                done = _blocks(ready, SharedStore(journal, partial(_check_unchanged, ready, content, under_way)), tell)
+            finally:
+                under_way.set()
             return _finish(ready, begun, journal, rest.result(), content.result(), done, reading, tell)
     except BaseException:
         if begun.run.content is None:  # the model was refused: nothing here will ever be of use
@@ -366,8 +374,18 @@ def _settle(ready: _Prepared, begun: _Begun) -> str:
     return begun.run.content
 
 
-def _check_unchanged(ready: _Prepared, content: Future[str]) -> None:
-    """Raise as soon as it is known that the model is not, or is no longer, what it must be; at every block."""
+def _once(happened: Event, work: Callable[[], T]) -> T:
+    """Do the work once something has happened."""
+    happened.wait()
+    return work()
+
+
+def _check_unchanged(ready: _Prepared, content: Future[str], under_way: Event) -> None:
+    """Raise as soon as it is known that the model is not, or is no longer, what it must be; at every block.
+
+    Called when a block's weights have been read, which `under_way` is told.
+    """
+    under_way.set()
     if content.done():
         content.result()
     _refuse_change(ready)

@@ -20,8 +20,10 @@ Shapes: N rows, T tokens, H hidden size, O out_features, I in_features, G groups
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ from compress.scheme import Scheme
 
 RATE = 0.005  # of offsets (in steps of the grid) and of log-scales; the paper's, for 200 steps
 NORM_RATE = 1e-3
+# Wider groups do not fit a tile of the kernels'.
+_KERNEL_COLUMNS = 4096
 HELD_OUT = 16  # one row in so many, at least one, is never trained on
 
 
@@ -63,14 +67,15 @@ class _Layer:
 
     def __init__(self, rounded: Rounded, scheme: Scheme) -> None:
         self.scheme = scheme
-        self.zero_OG1 = rounded.zero_point_OG.unsqueeze(-1)
-        self.scale_OG1 = rounded.scale_OG.unsqueeze(-1)
+        self.zero_OG1 = rounded.zero_point_OG.contiguous().unsqueeze(-1)
+        self.scale_OG1 = rounded.scale_OG.contiguous().unsqueeze(-1)
         self.log_OG1 = torch.zeros_like(self.scale_OG1)
         assert rounded.wanted_OI is not None
         wanted = numerics.to_groups(rounded.wanted_OI, scheme) / self.scale_OG1 + self.zero_OG1
         codes = numerics.to_groups(rounded.codes_OI, scheme).float()
         self.start_OGg = codes + 0.5 * (wanted.clamp_(-0.5, scheme.max_code + 0.5) - codes).clamp_(-0.5, 0.5)
         self.offset_OGg = torch.zeros_like(self.start_OGg)
+        self.kernel = self.start_OGg.is_cuda and self.start_OGg.shape[-1] <= _KERNEL_COLUMNS
 
     def codes(self) -> Tensor:
         return (self.start_OGg + self.offset_OGg).round_().clamp_(0, self.scheme.max_code)
@@ -79,11 +84,20 @@ class _Layer:
         return self.scale_OG1 * self.log_OG1.exp()
 
     def weight(self) -> Tensor:
+        if self.kernel:
+            made: Tensor = kernels().weight(
+                self.start_OGg, self.offset_OGg, self.scale(), self.zero_OG1, self.scheme.max_code
+            )
+            return made.flatten(1)
         return ((self.codes() - self.zero_OG1) * self.scale()).flatten(1)
 
     def step(self, weight_OI: Tensor, rate: float) -> None:
         """Move against the gradient held by `weight_OI`, a leaf made by `weight()`."""
         assert weight_OI.grad is not None
+        if self.kernel:
+            gradient_OI = weight_OI.grad.contiguous()
+            kernels().step(gradient_OI, weight_OI.detach(), self.offset_OGg, self.log_OG1, rate)
+            return
         gradient = numerics.to_groups(weight_OI.grad, self.scheme)
         self.log_OG1 -= rate * (gradient * numerics.to_groups(weight_OI.detach(), self.scheme)).sum(-1, True).sign_()
         self.offset_OGg.sub_(gradient.sign_(), alpha=rate).clamp_(-0.5, 0.5)
@@ -152,6 +166,14 @@ def tune_block(
     if not after < before:
         return Tuned(layers=dict(layers), norms=dict(norms), errors=(before, after))
     return Tuned(layers=tuned, norms=stored, errors=(before, after))
+
+
+@functools.cache
+def kernels() -> Any:
+    """`tune_triton`, compiled at first launch. A GPU has Triton: the codes came by way of it (`feedback_step`)."""
+    from compress.quantize import tune_triton
+
+    return tune_triton
 
 
 class RowOrder:

@@ -237,7 +237,7 @@ def child(arguments: argparse.Namespace) -> None:
     from compress import assemble, background, model, output, stage, verify
     from compress.prune.decide import Asked
     from compress.prune.prune_stage import PruneRequest, prune
-    from compress.quantize import refit
+    from compress.quantize import refit, tune
     from compress.quantize.awq_stage import AwqRequest, quantize_awq
     from compress.quantize.int8_stage import Int8Request, quantize_int8
     from compress.scheme import Scheme
@@ -274,8 +274,8 @@ def child(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     if arguments.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    if arguments.torch_refit:
-        refit._KERNEL_COLUMNS = 0
+    if arguments.torch_only:
+        refit._KERNEL_COLUMNS = tune._KERNEL_COLUMNS = 0
     if arguments.device == "cuda":
         model.configure_allocator()
         torch.zeros(1, device="cuda")  # the driver's start is not the quantizer's
@@ -402,7 +402,7 @@ def measure(arguments: argparse.Namespace, model: Path, text: Path, out: Path, e
     command += ["--profile"] if arguments.profile else []
     command += ["--inside"] if arguments.inside else []
     command += ["--tf32"] if arguments.tf32 else []
-    command += ["--torch-refit"] if arguments.torch_refit else []
+    command += ["--torch-only"] if arguments.torch_only else []
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         printed, _ = process.communicate()
     if process.returncode:
@@ -429,7 +429,7 @@ def main() -> None:
         "--tf32", action="store_true", help="let every float32 matrix product be TF32: what would it save?"
     )
     parser.add_argument(
-        "--torch-refit", action="store_true", help="refit scales with torch's products, not the kernel: what it saves"
+        "--torch-only", action="store_true", help="refit scales and tune without the kernels: what do these save?"
     )
     for name in ("--child", "--model", "--calib", "--out"):
         parser.add_argument(name, help=argparse.SUPPRESS, **({"action": "store_true"} if name == "--child" else {}))
