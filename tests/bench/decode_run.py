@@ -140,7 +140,7 @@ def tables(files: Sequence[Path]) -> str:
         found = json.loads(file.read_text())
         rows += [{"device": found.get("device", ""), **row} for row in found.get("rows", [])]
         rows += [{"device": found["device"], "what": "gemv", **row} for row in found.get("gemv", [])]
-        cuts += [found["table"]] * ("table" in found)
+        cuts += [found[key] for key in ("table",) if key in found]
     parts = [f"On {', '.join(sorted({row['device'] for row in rows}))}; milliseconds a token."]
     for what, make in (
         ("graphs", _graphs),
