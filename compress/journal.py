@@ -181,8 +181,8 @@ def on_host(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[name].copy_(value, non_blocking=True)
         else:
             found[name] = value.cpu()
-    if any(value.is_cuda for value in values.values()):
-        torch.cuda.current_stream().synchronize()
+    for device in {value.device for value in values.values() if value.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
     return found
 
 

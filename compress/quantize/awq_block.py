@@ -319,7 +319,8 @@ def _forward_prefers(
     for s in (s_I, torch.ones_like(s_I)):
         for module, w_OI in zip(modules, weights, strict=True):
             set_weight_OI(module, numerics.round_to_nearest(w_OI * s, scheme) / s)
-        errors.append(numerics.mean_of((loaded.run() - loaded.check_output).square()))
+        with numerics.tensor_float32():  # ranks two candidates; see numerics for what that costs
+            errors.append(numerics.mean_of((loaded.run() - loaded.check_output).square()))
     for module, w_OI in zip(modules, weights, strict=True):
         set_weight_OI(module, w_OI)
     return errors[0] < errors[1]

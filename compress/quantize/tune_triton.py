@@ -82,6 +82,7 @@ def weight(start: Tensor, offset: Tensor, scale: Tensor, zero: Tensor, max_code:
 
     start, offset: float32 `[..., g]`, contiguous. scale, zero: float32, one a group, contiguous.
     """
+    assert all(x.is_contiguous() for x in (start, offset, scale, zero))
     out = torch.empty_like(start)
     with torch.cuda.device_of(start):
         grid, sizes = _tiles(start)
@@ -94,6 +95,7 @@ def step(gradient: Tensor, weight: Tensor, offset: Tensor, log: Tensor, rate: fl
 
     gradient, weight: float32, as many as `offset` `[..., g]` holds, contiguous; log: float32, one a group.
     """
+    assert all(x.is_contiguous() for x in (gradient, weight, offset, log))
     with torch.cuda.device_of(offset):
         grid, sizes = _tiles(offset)
         _step[grid](gradient, weight, offset, log, log.numel(), rate, **sizes, **_OPTIONS)

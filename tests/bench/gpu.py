@@ -459,7 +459,8 @@ def main() -> None:
             torch.cuda.empty_cache()
         runs = {}
         for effort in arguments.effort or [None]:
-            runs[effort or "default"] = measure(
+            name = effort or "default"
+            runs[name if name not in runs else f"{name}, again"] = measure(
                 arguments, folder / "model", folder / "calib.txt", folder / "out", effort
             )
             subprocess.run(["rm", "-r", str(folder / "out")], check=True)
