@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compress import kv_cache
 from compress.checkpoint import Checkpoint
+from compress.drawing import Drawer, drawer_of
 from compress.errors import ConfigError, explained
 from compress.long_text import token_ids
 from compress.tell import SILENT, Tell
@@ -215,132 +216,3 @@ def _sample_batch(
         if position + 1 < seq_len:
             drawn_B = drawer.draw(ids_BT[:, position : position + 1], position)
     return ids_BT
-
-
-def _invert(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The id at which each row's cumulative probability first exceeds its uniform number: int64 [B]."""
-    cumulative_BV = probability_BV.cumsum(-1)
-    # scaled to the sum: rounding may leave that a little below 1, and the target must not lie behind it
-    target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
-    id_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    return id_B1[:, 0].clamp(max=probability_BV.shape[-1] - 1)
-
-
-# ---- the model, a token of each row at a time ----------------------------------------------------------
-
-
-class Drawer:
-    """Draws the next id of every row, with a cache that grows. num_ids: ids behind these are never drawn."""
-
-    def __init__(self, model: PreTrainedModel, num_ids: int) -> None:
-        self.model, self.num_ids = model, num_ids
-        self.cache: Any = None
-        self.uniform_BT = torch.empty(0, 0)
-
-    def begin(self, uniform_BT: Tensor) -> None:
-        """Begin rows anew; they are drawn by these numbers."""
-        self.cache, self.uniform_BT = None, uniform_BT
-
-    def draw(self, ids_B1: Tensor, position: int) -> list[int]:
-        """The ids after these, which are at `position`."""
-        output = self.model(input_ids=ids_B1.to(self.model.device), past_key_values=self.cache, use_cache=True)
-        self.cache = output.past_key_values
-        return self._drawn(output.logits, self.uniform_BT[:, position].to(self.model.device)).tolist()
-
-    def _drawn(self, logits_B1V: Tensor, uniform_B: Tensor) -> Tensor:
-        return _invert(logits_B1V[:, -1, : self.num_ids].double().softmax(-1), uniform_B)
-
-
-class FixedDrawer(Drawer):
-    """Draws with a cache and buffers that stay where they are, so that a step can be a CUDA graph.
-
-    A step of a small model is a thousand launches, which take a CPU longer than the GPU takes for them.
-    """
-
-    def __init__(self, model: PreTrainedModel, num_ids: int, num_rows: int, seq_len: int) -> None:
-        from transformers import StaticCache
-
-        super().__init__(model, num_ids)
-        # Masks of other lengths are copied to aligned ones at every step.
-        self.cache = StaticCache(config=model.config, max_cache_len=-(-seq_len // 8) * 8)
-        self.ids_B1 = torch.zeros(num_rows, 1, dtype=torch.int64, device=model.device)
-        self.uniform_B = torch.zeros(num_rows, dtype=torch.float64, device=model.device)
-        self.drawn_B = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.step()  # allocates the cache
-
-    @property
-    def has_fixed_layers(self) -> bool:
-        """Whether no layer of the cache counts tokens on the host, as sliding windows do, or holds something else."""
-        return all(type(layer).__name__ == "StaticLayer" for layer in self.cache.layers)
-
-    def step(self) -> Tensor:
-        """One more id of each row into `drawn_B`; the logits."""
-        logits: Tensor = self.model(input_ids=self.ids_B1, past_key_values=self.cache, use_cache=True).logits
-        self.drawn_B.copy_(self._drawn(logits, self.uniform_B))
-        return logits
-
-    def capture(self) -> None:
-        """Make the step a CUDA graph. RuntimeError where the model waits for the GPU inside it."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may be reading the first block, or compiling, and are not to be stopped by this.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.step()
-        self.graph = graph
-
-    def begin(self, uniform_BT: Tensor) -> None:
-        self.cache.reset()
-        self.uniform_BT = uniform_BT.to(self.model.device)
-
-    def draw(self, ids_B1: Tensor, position: int) -> list[int]:
-        self.ids_B1.copy_(ids_B1)
-        self.uniform_B.copy_(self.uniform_BT[:, position])
-        if self.graph is None:
-            self.step()
-        else:
-            self.graph.replay()
-        return self.drawn_B.tolist()
-
-
-# Positions at which the graph must draw what the model does without it, and the share of rows that may differ: an id
-# lies next to another where a uniform number falls within rounding of the bound between them.
-_PROOF_POSITIONS, _PROOF_SHARE = 12, 0.01
-
-
-def drawer_of(model: PreTrainedModel, num_ids: int, num_rows: int, seq_len: int, tell: Tell) -> Drawer:
-    """How rows are drawn on the model's device: on a GPU by a CUDA graph, where it is proven to draw the same."""
-    plain = Drawer(model, num_ids)
-    if model.device.type != "cuda" or seq_len <= _PROOF_POSITIONS:
-        return plain
-    reason = "its cache is not of whole sequences alone"
-    try:
-        fixed = FixedDrawer(model, num_ids, num_rows, seq_len)
-        if fixed.has_fixed_layers:
-            fixed.capture()
-            if draws_alike(fixed, plain, num_rows):
-                return fixed
-            reason = "it draws other tokens than the model without it"
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as e:
-        reason = str(e).strip().partition("\n")[0]
-    tell.say(f"sampling without a CUDA graph, which takes longer: {reason}")
-    return plain
-
-
-def draws_alike(fixed: Drawer, plain: Drawer, num_rows: int) -> bool:
-    """Whether two drawers draw the same from the same tokens, but for rounding."""
-    generator = torch.Generator().manual_seed(0)
-    uniform_BT = torch.rand(num_rows, _PROOF_POSITIONS, dtype=torch.float64, generator=generator)
-    ids_BT = torch.randint(0, plain.num_ids, uniform_BT.shape, generator=generator)
-    fixed.begin(uniform_BT)
-    plain.begin(uniform_BT)
-    differing = 0
-    for position in range(_PROOF_POSITIONS):
-        drawn = (drawer.draw(ids_BT[:, position : position + 1], position) for drawer in (fixed, plain))
-        differing += sum(one != other for one, other in zip(*drawn, strict=True))
-    return differing <= max(1, _PROOF_SHARE * num_rows * _PROOF_POSITIONS)

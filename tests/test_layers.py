@@ -48,6 +48,7 @@ ROOMS = """
     positions
     rows
     turns
+    drawing
     sampling
     skeleton
     model

@@ -34,39 +34,6 @@ def test_sample_depends_on_its_seed_and_on_no_batch(stories: tuple[Any, Any]) ->
     assert ids_NT[:, 0].eq(stories[1].bos_token_id).all()
 
 
-def test_a_cache_that_stays_where_it_is_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU captures, on the CPU: the same ids but where a number lies on a bound; also begun anew."""
-    model = sampling.load_model_float32(calibration_data.reference_model())
-    with torch.inference_mode():
-        fixed = sampling.FixedDrawer(model, len(TOKENIZER), 3, 20)
-        assert fixed.has_fixed_layers
-        for _ in range(2):
-            assert sampling.draws_alike(fixed, sampling.Drawer(model, len(TOKENIZER)), 3)
-    plain = sample(model, TOKENIZER, seq_len=20, batch_size=3)
-    monkeypatch.setattr(sampling, "drawer_of", lambda *_: fixed)
-    assert float((sample(model, TOKENIZER, seq_len=20, batch_size=3) == plain).float().mean()) > 0.8
-
-
-def test_a_drawer_that_is_a_token_behind_is_found_out() -> None:
-    class Behind(sampling.Drawer):
-        def draw(self, ids_B1: torch.Tensor, position: int) -> list[int]:
-            return super().draw(ids_B1, max(0, position - 1))
-
-    model = sampling.load_model_float32(calibration_data.reference_model())
-    with torch.inference_mode():
-        plain = sampling.Drawer(model, len(TOKENIZER))
-        assert not sampling.draws_alike(Behind(model, len(TOKENIZER)), plain, 3)
-
-
-def test_layers_that_count_on_the_host_are_told() -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = MistralConfig(**sizes, num_key_value_heads=1, vocab_size=64, sliding_window=8)
-    with torch.inference_mode():
-        assert not sampling.FixedDrawer(MistralForCausalLM(config).eval(), 64, 2, 20).has_fixed_layers
-
-
 def test_sampled_text_is_likelier_than_random_text(stories: tuple[Any, Any]) -> None:
     model, tokenizer = stories
     ids_NT = sample(model, tokenizer, num_samples=16, seq_len=64)
@@ -106,12 +73,6 @@ def test_a_new_text_begins_after_end_of_text_and_padding_is_never_drawn(stories:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     ids_NT = sample(Scripted([7, 2, 9, 8, 5]), tokenizer, num_samples=1, seq_len=6)
     assert ids_NT.tolist() == [[1, 7, 2, 1, 8, 5]]  # the 9 that was drawn after end-of-text gave way to BOS
-
-
-@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.9999999999, 2)])
-def test_invert_never_draws_what_has_no_probability(uniform: float, expected: int) -> None:
-    probability_BV = torch.tensor([[0.0, 0.25, 0.75, 0.0]], dtype=torch.float64)
-    assert sampling._invert(probability_BV, torch.tensor([uniform], dtype=torch.float64)).item() == expected
 
 
 def test_how_far_it_is_can_be_heard(stories: tuple[Any, Any]) -> None:

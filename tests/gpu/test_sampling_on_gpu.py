@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import calibration_data
-from compress import sampling, tokens
+from compress import drawing, sampling, tokens
 from compress.tell import Heard
 
 pytestmark = [
@@ -26,7 +26,7 @@ def test_a_graph_draws_what_the_model_does(monkeypatch: pytest.MonkeyPatch) -> N
     graphed = sample(32)
     assert not [event for event in heard.events if "without a CUDA graph" in str(event)], heard.events
     assert torch.equal(sample(32), graphed)
-    monkeypatch.setattr(sampling, "drawer_of", lambda model, num_ids, *_: sampling.Drawer(model, num_ids))
+    monkeypatch.setattr(sampling, "drawer_of", lambda model, num_ids, *_: drawing.Drawer(model, num_ids))
     plain = sample(32)
     # A row that once drew another token, by rounding, goes on with another text.
     assert float((plain[:, :8] == graphed[:, :8]).float().mean()) > 0.95

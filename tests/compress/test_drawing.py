@@ -1,0 +1,54 @@
+"""Next ids of many rows: with a cache that grows, and with one that stays where it is."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import calibration_data
+from compress import drawing, sampling, tokens
+
+TOKENIZER = tokens.load_tokenizer(calibration_data.reference_model())
+
+
+def sample(model: Any) -> torch.Tensor:
+    return sampling.sample_from_model(model, TOKENIZER, num_samples=6, seq_len=20, seed=3, batch_size=3)
+
+
+def test_a_cache_that_stays_where_it_is_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU captures, on the CPU: the same ids but where a number lies on a bound; also begun anew."""
+    model = sampling.load_model_float32(calibration_data.reference_model())
+    with torch.inference_mode():
+        fixed = drawing.FixedDrawer(model, len(TOKENIZER), 3, 20)
+        assert fixed.has_fixed_layers
+        for _ in range(2):
+            assert drawing.draws_alike(fixed, drawing.Drawer(model, len(TOKENIZER)), 3)
+    plain = sample(model)
+    monkeypatch.setattr(sampling, "drawer_of", lambda *_: fixed)
+    assert float((sample(model) == plain).float().mean()) > 0.8
+
+
+def test_a_drawer_that_is_a_token_behind_is_found_out() -> None:
+    class Behind(drawing.Drawer):
+        def draw(self, ids_B1: torch.Tensor, position: int) -> list[int]:
+            return super().draw(ids_B1, max(0, position - 1))
+
+    model = sampling.load_model_float32(calibration_data.reference_model())
+    with torch.inference_mode():
+        plain = drawing.Drawer(model, len(TOKENIZER))
+        assert not drawing.draws_alike(Behind(model, len(TOKENIZER)), plain, 3)
+
+
+def test_layers_that_count_on_the_host_are_told() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(**sizes, num_key_value_heads=1, vocab_size=64, sliding_window=8)
+    with torch.inference_mode():
+        assert not drawing.FixedDrawer(MistralForCausalLM(config).eval(), 64, 2, 20).has_fixed_layers
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.9999999999, 2)])
+def test_invert_never_draws_what_has_no_probability(uniform: float, expected: int) -> None:
+    probability_BV = torch.tensor([[0.0, 0.25, 0.75, 0.0]], dtype=torch.float64)
+    assert drawing.invert(probability_BV, torch.tensor([uniform], dtype=torch.float64)).item() == expected
