@@ -50,11 +50,13 @@ def test_products(bits: int, group: int, n: int, k: int) -> None:
         assert float((got - want).norm() / want.norm()) < 5e-4, m
 
 
-@pytest.mark.parametrize(("run", "warps", "rows"), [*itertools.product((1, 2), (4, 16), (1, 2))])
-def test_every_cut_gives_the_product(run: int, warps: int, rows: int) -> None:
-    packed, w = make(200, 1024, 4, 128)
-    x = torch.randn(3, 1024, device="cuda").half()
-    got = weight_only.matmul(x, packed, cut=weight_only.Tiling(run, 1, warps, rows)).double()
+@pytest.mark.parametrize(
+    ("run", "warps", "rows", "depth"), [*itertools.product((1, 2), (4, 16), (1, 2), (0, 1, 3))]
+)
+def test_every_cut_gives_the_product(run: int, warps: int, rows: int, depth: int) -> None:
+    packed, w = make(200, 1280, 4, 128)
+    x = torch.randn(3, 1280, device="cuda").half()
+    got = weight_only.matmul(x, packed, cut=weight_only.Tiling(run, 1, warps, rows, depth)).double()
     want = x.double() @ w.t()
     assert float((got - want).norm() / want.norm()) < 5e-4
 

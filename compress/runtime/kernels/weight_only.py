@@ -257,6 +257,13 @@ def _beside(normed: Normed | None, added: Added | None) -> tuple[Tensor | int | 
     return None, None, None, None, None, 0
 
 
+def compile_one(device: int) -> None:
+    """One of the kernels, as a launch would have it, for GPU `device`; UnsupportedError says why it cannot be."""
+    packed = Packed(codes=torch.empty(0), scales=None, zeros=None, num_bits=4, group_size=128, shape=(4096, 4096))
+    cut = tiling(packed, 1)
+    nvrtc.compiled(SOURCE, _defines(packed, cut, False), "linear", device, cut.ring_bytes(packed))
+
+
 def interleaved(gate_NK: Tensor, value_NK: Tensor) -> Tensor:
     """Rows of a gate and of its values (or their scales, zero points) as `matmul(gated=True)` takes them: eight of each
     in turn. Both of a multiple of 8 rows."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from compress import doctor
 from compress.activations import fake_quantize
 from compress.plan import ActivationScheme
 from compress.runtime.gpu_decoder import GpuDecoder, LayerWeights, Weights
@@ -94,6 +95,11 @@ def test_a_ring_holds_what_a_warp_has_left_and_no_more_than_it_may(monkeypatch: 
     assert weight_only.tiling(packed, 1).depth == 2  # nine runs, eight warps
     monkeypatch.setattr(weight_only, "RING", 1000)
     assert weight_only.tiling(packed, 1).depth == 1
+
+
+def test_the_doctor_compiles_a_kernel_that_is_launched() -> None:
+    """Every name in the source is set: its own list of them had fallen behind."""
+    assert doctor._compile_kernel() == "compiles the decode kernels"
 
 
 def test_weights_asked_for_ahead_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
