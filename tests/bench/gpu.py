@@ -46,6 +46,11 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
         "num_key_value_heads": 8, "vocab_size": 128256,
     },
+    # https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json; its output matrix is its embedding, here it is not
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152,
+    },
     "small": {
         "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": 4096,
@@ -247,7 +252,7 @@ def child(arguments: argparse.Namespace) -> None:
     imports = time.perf_counter() - begun
     stages: dict[str, float] = {}
     blocks: list[float] = []
-    state = {"stage": "opening and calibration text", "since": time.perf_counter(), "block": 0.0, "total": 0}
+    state: dict[str, Any] = {"stage": "opening and calibration text", "since": time.perf_counter(), "apart": False}
 
     def enter(name: str) -> None:
         now = time.perf_counter()
@@ -256,10 +261,16 @@ def child(arguments: argparse.Namespace) -> None:
 
     class Clock(Tell):
         def start(self, what: str, total: int) -> None:
+            state["apart"] = what in ("sampled position", "update through the whole model")
+            if state["apart"]:
+                enter(what)
+                return
             enter("embedding, first block's weights")
             state.update(block=time.perf_counter(), total=total)
 
         def step(self, done: int | None = None, doing: str = "", **_: Any) -> None:
+            if state["apart"]:
+                return
             if done is None:
                 enter("measuring which blocks can go" if doing.startswith("block ") else doing)
                 return
@@ -302,7 +313,8 @@ def child(arguments: argparse.Namespace) -> None:
         if arguments.stage == "prune":
             asked = Asked(depth=str(prune_depth(arguments.blocks)), intermediate="0.25")
             return prune(PruneRequest(asked=asked, **options), Clock())
-        return quantize_awq(AwqRequest(scheme=Scheme(), **options), Clock())
+        scheme = Scheme(group_size=arguments.group_size)
+        return quantize_awq(AwqRequest(scheme=scheme, **options), Clock())
 
     if arguments.profile:
         outcome = _profiled(work)
@@ -398,6 +410,7 @@ def measure(arguments: argparse.Namespace, model: Path, text: Path, out: Path, e
         "--blocks",
         str(arguments.blocks),
     ]
+    command += ["--group-size", str(arguments.group_size)]
     command += ["--effort", effort] if effort else []
     command += ["--profile"] if arguments.profile else []
     command += ["--inside"] if arguments.inside else []
@@ -418,6 +431,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="decoder blocks to make [all]")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--effort", nargs="*", default=[], help="efforts to run, one after the other [the default one]")
+    parser.add_argument("--group-size", type=int, default=128, help="of `awq` [128]; 64 for smollm2-135m")
     parser.add_argument("--passes", type=int, default=1, help="forward passes over the tokens, for the count")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16")
