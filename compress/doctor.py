@@ -122,10 +122,9 @@ def _torch() -> Iterator[Check]:
 
 
 def _compile_kernel() -> str:
-    from compress.runtime.kernels import nvrtc, weight_only
+    from compress.runtime.kernels import weight_only
 
-    defines = (("BITS", 4), ("GROUP", 128), ("RUN", 1), ("TILES", 1), ("WARPS", 4), ("ROWS", 1), ("GATED", 0))
-    nvrtc.compiled(weight_only.SOURCE, defines, "linear", 0)
+    weight_only.compile_one(0)
     return "compiles the decode kernels"
 
 

@@ -92,7 +92,6 @@ KERNELS = {f"compress.quantize.{name}_triton" for name in ("feedback", "refit", 
 # once, whatever they then need), and why.
 LAZY = {
     ("exporters.answer", "exporters.trt.graph.architecture"): "needs the extra onnx",
-    ("compress.doctor", "compress.runtime.kernels.nvrtc"): "looks whether it can be loaded",
     ("compress.doctor", "compress.runtime.kernels.weight_only"): "looks whether it can be loaded",
     ("compress.quantize.feedback_step", "compress.quantize.feedback_triton"): "Triton is there only with a GPU",
     ("compress.quantize.refit", "compress.quantize.refit_triton"): "Triton is there only with a GPU",

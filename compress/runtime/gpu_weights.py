@@ -45,7 +45,7 @@ def open_decoder(
     model = StreamedModel.open(folder)
     _refuse(model, capacity)
     weights = read_weights(model, torch.device(device), capacity)
-    _prove(model, weights)
+    _prove(model, weights, min(batch, 2))
     return GpuDecoder(weights, capacity=capacity, batch=batch, graphs=graphs)
 
 
@@ -201,8 +201,10 @@ def _tables(model: StreamedModel, capacity: int, size: int, device: torch.device
     return both[0], both[1]
 
 
-def _prove(model: StreamedModel, weights: Weights) -> None:
+def _prove(model: StreamedModel, weights: Weights, batch: int) -> None:
     """Run a few tokens through the streamed model and through the kernels, the second half token by token.
+
+    batch: 1 or 2, since one sequence goes through other kernels than several.
 
     Where inputs are INT8, the weights are proven without rounding any, then the rounding: float16 moves values over the
     middle between two codes, so that the two may differ by as much as rounding itself changes (`OF_NOISE`).
@@ -211,14 +213,14 @@ def _prove(model: StreamedModel, weights: Weights) -> None:
     ids = torch.arange(length)[None] * 7919 % model.vocab_size
     wanted = _streamed(model, ids, plain=False)
     if not any(layer.rounded for layer in weights.layers):
-        _compare(model, _decoded(weights, ids), wanted, TOLERANCE)
+        _compare(model, _decoded(weights, ids, batch), wanted, TOLERANCE)
         return
     plain = _streamed(model, ids, plain=True)
     whole = replace(weights, layers=[replace(layer, rounded={}) for layer in weights.layers])
-    _compare(model, _decoded(whole, ids), plain, TOLERANCE)
+    _compare(model, _decoded(whole, ids, batch), plain, TOLERANCE)
     noise = float((wanted - plain).norm() / plain.norm())
     try:
-        _compare(model, _decoded(weights, ids), wanted, max(TOLERANCE, OF_NOISE * noise))
+        _compare(model, _decoded(weights, ids, batch), wanted, max(TOLERANCE, OF_NOISE * noise))
     except ArtifactError as e:  # the weights are right: transformers' forward runs them
         raise UnsupportedError(str(e)) from e
 
@@ -236,11 +238,11 @@ def _streamed(model: StreamedModel, ids: Tensor, *, plain: bool) -> Tensor:
     return model.head(hidden[:, -1:])[0, 0].float()
 
 
-def _decoded(weights: Weights, ids: Tensor) -> Tensor:
-    """The kernels' last logits `[V]`: half of the ids at once, then one by one."""
+def _decoded(weights: Weights, ids: Tensor, batch: int) -> Tensor:
+    """The kernels' last logits `[V]`: half of the ids at once, then one by one; all sequences alike."""
     length = ids.shape[1]
-    decoder = GpuDecoder(weights, capacity=length, graphs=False)
-    ids = ids.to(weights.embedding.device)
+    decoder = GpuDecoder(weights, capacity=length, batch=batch, graphs=False)
+    ids = ids.to(weights.embedding.device).expand(batch, -1)
     decoder.prefill(ids[:, : length // 2])
     for t in range(length // 2, length):
         found = decoder.step(ids[:, t])[0].float().cpu()

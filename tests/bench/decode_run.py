@@ -1,6 +1,6 @@
-"""Decoding on one GPU, all of it in one run: our steps with and without graphs, ways to overlap kernels, and rivals.
+"""Decoding on one GPU, all of it in one run: our steps with and without graphs, products, and rivals.
 
-    python tests/bench/decode_run.py --work DIR [--jobs graphs fused ...] [--gpus 1] [--deadline 540]
+    python tests/bench/decode_run.py --work DIR [--jobs graphs step ...] [--gpus 1] [--deadline 540]
         [--sites DIR] [--ort DIR --graphs DIR] [--model AWQ_FOLDER]
 
 Each job is a process of its own, so that none can break another; what it measured is in DIR/JOB.json as it comes, and
@@ -35,19 +35,16 @@ Row = dict[str, Any]
 STEP, RIVALS = "decode_step.py", "decode_rivals.py"
 JOBS: dict[str, list[str]] = {
     "check": ["decode.py", "check"],
-    "fused": [STEP, "fused", "--bits", "4,16", "--batch", "1"],
-    "sweep": ["decode_sweep.py", "--seconds", "85"],
     "gemv": ["decode.py", "gemv"],
     "graphs": [STEP, "graphs", "--bits", "4,16"],
     "step": [STEP, "step"],
     "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
     "where": [STEP, "where", "--bits", "4,16", "--batch", "1"],
-    "small": [STEP, "fused", "--shape", "llama-1b,smollm2-135m", "--bits", "4", "--batch", "1"],
     "torch": [RIVALS, "torch"],
     "transformers": [RIVALS, "transformers"],
 }
 # Seconds that a job gets at most, so that those after it have a turn: a whole step compiled twice; Marlin's kernels.
-LIMITS = {"torch": 140.0, "transformers": 200.0, "onnxruntime": 90.0, "sweep": 110.0}
+LIMITS = {"torch": 140.0, "transformers": 200.0, "onnxruntime": 90.0}
 STEADY = 1.05  # the longest of a row's times over the shortest, on a card that nothing else uses
 CLAIM = 0.25  # of latency, which graphs are said to save
 
@@ -135,16 +132,13 @@ def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
 
 def tables(files: Sequence[Path]) -> str:
     rows: list[Row] = []
-    cuts: list[str] = []
     for file in files:
         found = json.loads(file.read_text())
         rows += [{"device": found.get("device", ""), **row} for row in found.get("rows", [])]
         rows += [{"device": found["device"], "what": "gemv", **row} for row in found.get("gemv", [])]
-        cuts += [found[key] for key in ("table",) if key in found]
     parts = [f"On {', '.join(sorted({row['device'] for row in rows}))}; milliseconds a token."]
     for what, make in (
         ("graphs", _graphs),
-        ("fused", _variants),
         ("step", _steps),
         ("where", _where),
         ("gemv", _gemv),
@@ -152,12 +146,11 @@ def tables(files: Sequence[Path]) -> str:
         mine = [row for row in rows if row["what"] == what]
         if mine:
             parts.append(make(mine))
-    parts += cuts + _disturbed(rows)
+    parts += _disturbed(rows)
     rivals = [row for row in rows if row["what"] == "rival"]
     if rivals:
-        steps = [row for row in rows if row["what"] in ("graphs", "fused", "step") and row["batch"] == 1]
-        best = [row for row in steps if row.get("equal_ids") == row["new"] or row.get("error", 1.0) < 2e-3]
-        parts.append(_rivals(rivals, best))
+        steps = [row for row in rows if row["what"] in ("graphs", "step") and row["batch"] == 1]
+        parts.append(_rivals(rivals, steps))
     return "\n\n".join(parts)
 
 
@@ -188,16 +181,6 @@ def _graphs(rows: Sequence[Row]) -> str:
         said = "confirmed" if saved >= CLAIM else "refuted"
         lines.append([row["shape"], row["bits"], f"{row['ms_without']:.3f}", f"{row['ms']:.3f}", f"{saved:.0%}",
                       row["launches"], row["replays"], f"{row['equal_ids']} of {row['new']}", said])  # fmt: skip
-    return table(head, lines)
-
-
-def _variants(rows: Sequence[Row]) -> str:
-    head = ["shape", "bits", "kernels", "ms", "share", "launches", "ids equal to the first's", "logits off by"]
-    lines = []
-    for row in rows:
-        equal, off = f"{row['equal_ids']} of {row['new']}", f"{row['error']:.1e}" if "error" in row else ""
-        figures = [f"{row['ms']:.3f}", f"{row['share']:.1%}", row["launches"]]
-        lines.append([row["shape"], row["bits"], row["variant"], *figures, equal, off])
     return table(head, lines)
 
 

@@ -1,8 +1,7 @@
-"""A whole decode step on one GPU: share of the bandwidth, graphs on and off, kernels overlapped, where time goes.
+"""A whole decode step on one GPU: share of the bandwidth, graphs on and off, where time goes.
 
     python tests/bench/decode_step.py step --shape llama-3-8b --bits 4,8,16 --batch 1,8,16,64
     python tests/bench/decode_step.py graphs      four shapes at batch 1, launches and replays counted
-    python tests/bench/decode_step.py fused       fewer kernels, and ways to overlap the one before; equal ids?
     python tests/bench/decode_step.py where       the time of each kernel of a step, in the graph
 
 Weights are random in the shape of the named model. A share is (bytes of weights and cache that a step must read) / time
@@ -27,46 +26,9 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from compress.runtime.gpu_decoder import GpuDecoder, Weights
-from compress.runtime.kernels import nvrtc, weight_only
 
 Row = dict[str, Any]
 REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Variant:
-    """overlap: programmatic dependent launch; ahead, early: see `weight_only.cu`; ring: see `weight_only.RING`;
-    fused: see `GpuDecoder`."""
-
-    overlap: bool = True
-    ahead: int = 0
-    early: bool = False
-    fused: bool = False
-    ring: int = 0
-
-    def set(self) -> None:
-        overlaps = self.overlap and torch.cuda.get_device_capability() >= (9, 0)
-        nvrtc._overlaps = lambda device: overlaps  # type: ignore[assignment]
-        weight_only.AHEAD, weight_only.EARLY, weight_only.RING = self.ahead, self.early, self.ring
-
-    def label(self) -> str:
-        if not self.overlap:
-            return "one after the other"
-        begin = "overlapped, fused" if self.fused else "overlapped"
-        return ", ".join([begin, *[f"{self.ahead >> 10} KiB ahead"] * bool(self.ahead), *["early"] * self.early,
-                          *[f"ring of {self.ring >> 10} KiB"] * bool(self.ring)])  # fmt: skip
-
-
-PLAIN = Variant()
-VARIANTS = (
-    PLAIN,
-    Variant(fused=True),
-    *(Variant(ring=kib << 10) for kib in (32, 64)),
-    *(Variant(ring=kib << 10, fused=True) for kib in (16, 32, 64, 96)),
-    *(Variant(ring=kib << 10, fused=True, early=True) for kib in (0, 32, 64)),
-    Variant(ahead=4 << 10, fused=True),
-    Variant(overlap=False, fused=True),
-)
 
 
 @dataclass(frozen=True)
@@ -79,9 +41,9 @@ class Timed:
     decoder: GpuDecoder
 
 
-def timed(weights: Weights, prompts: Tensor, new: int, *, graphs: bool, fused: bool = False) -> Timed:
+def timed(weights: Weights, prompts: Tensor, new: int, *, graphs: bool) -> Timed:
     capacity = prompts.shape[1] + new + 8
-    decoder = GpuDecoder(weights, capacity=capacity, batch=len(prompts), graphs=graphs, fused=fused)
+    decoder = GpuDecoder(weights, capacity=capacity, batch=len(prompts), graphs=graphs)
     decoder.prefill(prompts)
     decoder.greedy(4)
     times = []
@@ -102,10 +64,8 @@ def prompts_of(shape: str, batch: int, length: int) -> Tensor:
     return ids.cuda()
 
 
-def in_graph(
-    weights: Weights, prompts: Tensor, new: int, bandwidth: float, *, fused: bool = False
-) -> tuple[Row, Tensor]:
-    found = timed(weights, prompts, new, graphs=True, fused=fused)
+def in_graph(weights: Weights, prompts: Tensor, new: int, bandwidth: float) -> tuple[Row, Tensor]:
+    found = timed(weights, prompts, new, graphs=True)
     cache = 2 * found.decoder.keys[..., : prompts.shape[1] + new // 2, :].numel() * 2
     size = weights.bytes_a_token() + cache
     graph = found.decoder.graph
@@ -120,19 +80,6 @@ def leading_equal(a: Tensor, b: Tensor) -> int:
     return int(differs.int().argmax()) if bool(differs.any()) else a.shape[1]
 
 
-def difference(weights: Weights, prompts: Tensor, steps: int = 16) -> float:
-    """Of the fused kernels' logits from the plain ones', relative, at most over steps that are fed the same ids."""
-    capacity = prompts.shape[1] + steps
-    pair = [GpuDecoder(weights, capacity=capacity, batch=len(prompts), fused=fused) for fused in (False, True)]
-    logits = [decoder.prefill(prompts).float() for decoder in pair]
-    worst = 0.0
-    for _ in range(steps):
-        ids = logits[0].argmax(-1)
-        logits = [decoder.step(ids).float() for decoder in pair]
-        worst = max(worst, float((logits[1] - logits[0]).norm() / logits[0].norm()))
-    return worst
-
-
 def step(weights: Weights, head: Row, batches: list[int], asked: argparse.Namespace, bandwidth: float) -> None:
     """Replayed; `graphs`: beside the same launched one by one."""
     for batch in batches:
@@ -143,21 +90,6 @@ def step(weights: Weights, head: Row, batches: list[int], asked: argparse.Namesp
             plain = timed(weights, prompts, asked.new, graphs=False)
             row |= {"ms_without": plain.ms, "equal_ids": leading_equal(ids, plain.ids)}
         asked.keep(head | {"batch": batch} | row)
-
-
-def variants(weights: Weights, head: Row, batches: list[int], asked: argparse.Namespace, bandwidth: float) -> None:
-    for batch in batches:
-        prompts = prompts_of(head["shape"], batch, asked.prompt)
-        first: Tensor | None = None
-        for variant in VARIANTS:
-            variant.set()
-            row, ids = in_graph(weights, prompts, asked.new, bandwidth, fused=variant.fused)
-            first = ids if first is None else first
-            row |= {"variant": variant.label(), "equal_ids": leading_equal(first, ids), "new": asked.new}
-            if variant.fused:
-                row["error"] = difference(weights, prompts)
-            asked.keep(head | {"batch": batch} | row)
-    PLAIN.set()
 
 
 def where(weights: Weights, head: Row, batches: list[int], asked: argparse.Namespace, bandwidth: float) -> None:
@@ -187,7 +119,7 @@ def where(weights: Weights, head: Row, batches: list[int], asked: argparse.Names
             asked.keep(head | {"batch": batch, "kernel": name} | us)
 
 
-KINDS = {"step": step, "graphs": step, "fused": variants, "where": where}
+KINDS = {"step": step, "graphs": step, "where": where}
 
 
 def main() -> None:

@@ -115,35 +115,35 @@ def small(bits: int, size: int, query: int, key: int, norms: bool) -> Weights:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     ("bits", "size", "query", "key", "norms"), [(4, 64, 9, 3, False), (8, 128, 4, 1, True), (16, 256, 4, 2, False)]
 )
 def test_steps_continue_what_a_prompt_began(
-    bits: int, size: int, query: int, key: int, norms: bool, fused: bool
+    bits: int, size: int, query: int, key: int, norms: bool, batch: int
 ) -> None:
     """Token by token through the kernels, or at once through torch's attention: the same logits."""
     weights = small(bits, size, query, key, norms)
-    ids = torch.randint(0, 1000, (2, 200), device="cuda")
-    whole = GpuDecoder(weights, capacity=256, batch=2, graphs=False)
-    steps = GpuDecoder(weights, capacity=256, batch=2, graphs=True, fused=fused)
+    ids = torch.randint(0, 1000, (batch, 200), device="cuda")
+    whole = GpuDecoder(weights, capacity=256, batch=batch, graphs=False)
+    steps = GpuDecoder(weights, capacity=256, batch=batch, graphs=True)
     steps.prefill(ids[:, :150])
     for t in range(150, 200):
         got = steps.step(ids[:, t]).float()
     want = whole.prefill(ids).float()
     assert float((got - want).norm() / want.norm()) < 5e-3
     assert steps.graph is not None and steps.graph.replays == 50
-    assert steps.graph.launches == (5 + 3 * 5 if fused else 5 + 3 * 9)
+    assert steps.graph.launches == (5 + 3 * 5 if batch == 1 else 5 + 3 * 9)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("prompt", [3, 40, 130])
-def test_graphs_change_no_id(prompt: int, fused: bool) -> None:
+def test_graphs_change_no_id(prompt: int, batch: int) -> None:
     weights = small(4, 64, 8, 2, False)
-    ids = torch.randint(0, 1000, (3, prompt), device="cuda")
+    ids = torch.randint(0, 1000, (batch, prompt), device="cuda")
     seen = []
     for graphs in (False, True):
-        decoder = GpuDecoder(weights, capacity=256, batch=3, graphs=graphs, fused=fused)
+        decoder = GpuDecoder(weights, capacity=256, batch=batch, graphs=graphs)
         decoder.prefill(ids)
         seen.append(decoder.greedy(80))
     assert torch.equal(seen[0], seen[1])

@@ -25,7 +25,6 @@ class Kernel:
 
     function: int
     name: str
-    shared_bytes: int = 0
 
     def launch(
         self, blocks: int, threads: int, args: Sequence[torch.Tensor | int | None], *, blocks_y: int = 1
@@ -39,7 +38,6 @@ class Kernel:
         config = _Launch(
             grid=(blocks, blocks_y, 1),
             block=(threads, 1, 1),
-            shared_bytes=self.shared_bytes,
             stream=torch.cuda.current_stream().cuda_stream,
             attributes=ctypes.pointer(_OVERLAP),
             num_attributes=1 if _overlaps(torch.cuda.current_device()) else 0,
@@ -77,23 +75,14 @@ class _Launch(ctypes.Structure):
 _OVERLAP = _Attribute(id=6, value=1)
 
 
-# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES; CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT (in percent).
-_MOST_SHARED, _CARVEOUT = 8, 9
-
-
 @functools.cache
 def _overlaps(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
-def compiled(
-    source: Path, defines: tuple[tuple[str, int], ...], name: str, device: int, shared_bytes: int = 0
-) -> Kernel:
-    """Function `name` (extern "C") of a source file, for the GPU `device`; UnsupportedError with the compiler's log.
-
-    shared_bytes: of shared memory whose size the source leaves open.
-    """
+def compiled(source: Path, defines: tuple[tuple[str, int], ...], name: str, device: int) -> Kernel:
+    """Function `name` (extern "C") of a source file, for the GPU `device`; UnsupportedError with the compiler's log."""
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines)]
     image = _cubin(source, options)
@@ -102,11 +91,7 @@ def compiled(
     _check(_driver().cuModuleLoadData(ctypes.byref(module), image), f"loading {source.name}")
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
     assert function.value is not None
-    if shared_bytes:
-        for attribute, value in ((_MOST_SHARED, shared_bytes), (_CARVEOUT, 100)):
-            code = _driver().cuFuncSetAttribute(function, attribute, value)
-            _check(code, f"{name}: {shared_bytes} bytes of shared memory")
-    return Kernel(function=function.value, name=name, shared_bytes=shared_bytes)
+    return Kernel(function=function.value, name=name)
 
 
 def _cubin(source: Path, options: Sequence[str]) -> bytes:

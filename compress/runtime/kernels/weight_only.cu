@@ -12,12 +12,9 @@
 // Set by the compiler's command line: BITS (4, 8, 16), GROUP (columns that share a scale, a multiple of 32; 0: the whole row), RUN
 // (groups, or with GROUP 0 runs of 64 columns, that a warp takes at once; RUN * GROUP is a multiple of 64), TILES (1, 2, 4 or
 // 8), WARPS, ROWS (tiles of 16 rows of W that a block takes), GATED (1: of each 16 rows the first eight are a gate's and the others
-// their values; what is written is silu(gate) * value), AHEAD (bytes of each tile of 16 rows that are asked for into the L2 cache
-// while the kernel before still runs, 0: none but what registers take), EARLY (1: the next kernel may start, and ask for its
-// weights, while this one still waits), NORMED (1: x is a residual stream times a norm's weight and some factor of each row; y is of
-// the row over its root mean square, which is known from `squares` when the sums are done), ADDED (1: y is added to a residual
-// stream, and what is written beside it is the next norm's x and squares, so that no kernel is needed between the two), DEPTH (runs
-// of each warp that are on their way into shared memory at any time, which the registers then need not hold; 0: one, into registers).
+// their values; what is written is silu(gate) * value), NORMED (1: x is a residual stream times a norm's weight and some factor of
+// each row; y is of the row over its root mean square, which is known from `squares` when the sums are done), ADDED (1: y is added to
+// a residual stream, and what is written beside it is the next norm's x and squares, so that no kernel is needed between the two).
 //
 // Layouts (`weight_only.pack`), with K padded to a multiple of 64 and N to one of 16:
 //   codes   uint4 [N / 16][K / 64][BITS / 4][32]     lane's codes of a 16 x 64 tile
@@ -158,101 +155,6 @@ __device__ __forceinline__ void fetch(Run& run, const uint4* mine, const half_bi
 #endif
 }
 
-// The first AHEAD bytes of codes of each of the block's row tiles, and all their scales and zero points, into the L2 cache.
-__device__ __forceinline__ void ask_for(const void* from, int bytes) {
-    for (int at = threadIdx.x * 128; at < bytes; at += 32 * WARPS * 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
-}
-
-__device__ __forceinline__ void ask_ahead(const uint4* codes, const half_bits* scales, const unsigned char* zeros, long long block,
-                                          int rows_here, int column_tiles, int groups) {
-    for (int i = 0; i < rows_here; ++i)
-        ask_for(codes + (block + i) * column_tiles * QUARTERS * 32, min(AHEAD, column_tiles * QUARTERS * 512));
-#if BITS != 16
-    ask_for(scales + block * groups * 16, rows_here * groups * 32);
-    ask_for(zeros + block * groups * 16, rows_here * groups * 16);
-#endif
-}
-
-#if DEPTH
-// The same run of all the block's row tiles, in shared memory; 16 bytes a copy.
-struct Slot {
-    uint4 codes[ROWS][RUN * UNITS / 2][QUARTERS][32];
-    uint4 scales[ROWS][RUN][2];
-    uint4 zeros[ROWS][RUN];
-};
-
-#ifdef __CUDACC_RTC__
-extern __shared__ uint4 shared_ring[];
-#else
-__shared__ uint4 shared_ring[WARPS * DEPTH * sizeof(Slot) / 16];  // where a CPU stands in for the GPU
-#endif
-
-__device__ __forceinline__ void copy_16(uint4* to, const void* from, bool there) {
-    const u32 at = static_cast<u32>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
-// What a thread has asked for up to here is one batch; wait until all but its last DEPTH - 1 batches are there.
-__device__ __forceinline__ void end_batch() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-__device__ __forceinline__ void wait_for_batch() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
-    __syncwarp();
-}
-
-// codes, scales, zeros: of the block, not of the lane. What is past the end becomes zeros.
-__device__ __forceinline__ void begin_copy(Slot& slot, const uint4* codes, const half_bits* scales, const unsigned char* zeros,
-                                           int first, int rows_here, int column_tiles, int groups) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-#pragma unroll
-        for (int t = 0; t < RUN * UNITS / 2; ++t)
-#pragma unroll
-            for (int q = 0; q < QUARTERS; ++q) {
-                const bool there = i < rows_here && first + t < column_tiles;
-                const long long at = (((long long)i * column_tiles + first + t) * QUARTERS + q) * 32 + lane;
-                copy_16(&slot.codes[i][t][q][lane], codes + (there ? at : 0), there);
-            }
-#if BITS != 16
-    if (lane < ROWS * RUN * 3) {
-        const int piece = lane % 3, r = lane / 3 % RUN, i = lane / (3 * RUN);
-        const int group = GROUP ? first * 2 / UNITS + r : 0;
-        const bool there = i < rows_here && group < groups;
-        const long long at = there ? ((long long)i * groups + group) * 16 : 0;
-        if (piece < 2)
-            copy_16(&slot.scales[i][r][piece], scales + at + piece * 8, there);
-        else
-            copy_16(&slot.zeros[i][r], zeros + at, there);
-    }
-#endif
-    end_batch();
-}
-
-// The lane's share of a slot.
-__device__ __forceinline__ void take(Run& run, const Slot& slot, int i, int row) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int t = 0; t < RUN * UNITS / 2; ++t)
-#pragma unroll
-        for (int q = 0; q < QUARTERS; ++q) run.codes[t][q] = slot.codes[i][t][q][lane];
-#if BITS != 16
-#pragma unroll
-    for (int r = 0; r < RUN; ++r) {
-        const half_bits* scales = reinterpret_cast<const half_bits*>(slot.scales[i][r]) + row;
-        const unsigned char* zeros = reinterpret_cast<const unsigned char*>(&slot.zeros[i][r]) + row;
-        run.scales[r][0] = scales[0];
-        run.scales[r][1] = scales[8];
-        run.zeros[r][0] = zeros[0];
-        run.zeros[r][1] = zeros[8];
-    }
-#endif
-}
-#endif
-
 // Past the first cache, which may hold what lay there before this kernel waited.
 __device__ __forceinline__ float fresh(const float* at) {
     float out;
@@ -286,30 +188,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
     Run now[ROWS];
     int first = warp * TILES_A_RUN;
-#if DEPTH
-    Slot* const ring = reinterpret_cast<Slot*>(shared_ring) + warp * DEPTH;
-    const uint4* block_codes = codes + block * column_tiles * QUARTERS * 32;
-    const half_bits* block_scales = scales + block * groups * 16;
-    const unsigned char* block_zeros = zeros + block * groups * 16;
-    int slot = 0;
-    for (int d = 0; d < DEPTH; ++d)
-        begin_copy(ring[d], block_codes, block_scales, block_zeros, first + d * WARPS * TILES_A_RUN, rows_here, column_tiles, groups);
-#else
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
         if (i < rows_here && first < column_tiles)
             fetch(now[i], mine + (long long)i * column_tiles * QUARTERS * 32, my_scales + i * groups * 16,
                   my_zeros + i * groups * 16, first, column_tiles, groups);
-#endif
-#if AHEAD
-    ask_ahead(codes, scales, zeros, block, rows_here, column_tiles, groups);
-#endif
-    // The weights above do not depend on what ran before; x does. With EARLY this block may have begun while a kernel two before still
-    // read an older x on the same multiprocessor; that its lines are gone from the first cache is what the wait promises, and
-    // equal ids on a GPU are all that was seen of it.
-    if (EARLY) let_later_kernels_start();
+    // The weights above do not depend on what ran before; x does.
     wait_for_earlier_kernels();
-    if (!EARLY) let_later_kernels_start();
+    let_later_kernels_start();
 
     // What the end needs of the first row of x is asked for now.
 #if NORMED
@@ -331,15 +217,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     float sum[ROWS][TILES][4] = {};
     while (first < column_tiles) {
         const int after = first + WARPS * TILES_A_RUN;
-#if DEPTH
-        wait_for_batch();
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i) take(now[i], ring[slot], i, row);
-        __syncwarp();  // every lane has its share: the slot is free
-        begin_copy(ring[slot], block_codes, block_scales, block_zeros, first + DEPTH * WARPS * TILES_A_RUN, rows_here, column_tiles,
-                   groups);
-        slot = slot + 1 < DEPTH ? slot + 1 : 0;
-#elif !MANY
+#if !MANY
         Run next[ROWS];
 #pragma unroll
         for (int i = 0; i < ROWS; ++i)
@@ -402,8 +280,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         }
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
-#if DEPTH
-#elif !MANY
+#if !MANY
             now[i] = next[i];
 #else
             if (i < rows_here && after < column_tiles)

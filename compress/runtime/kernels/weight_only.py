@@ -8,7 +8,7 @@ Shapes: N out_features, K in_features, G groups along K, M rows of x
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,11 +21,6 @@ TILE_N, TILE_K = 16, 64
 # Rows of x above which the weight is decoded to float16 and multiplied by the library; see tests/bench/decode.py.
 MOST_ROWS = 64
 _PACKED_AT_ONCE = 1 << 24
-# How a launch overlaps the one before: see `weight_only.cu`; tests/bench/decode_step.py variants measures them.
-AHEAD = 0
-EARLY = False
-# Bytes of weights that a block has on their way into shared memory; 0: a run of each warp, into registers.
-RING = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,25 +137,9 @@ class Tiling:
     tiles: int
     warps: int
     rows: int
-    depth: int = 0
-
-    def ring_bytes(self, packed: Packed) -> int:
-        """Shared memory that the runs on their way take."""
-        tiles = self.run * (packed.group_size or 64) // 64
-        return self.depth * self.warps * self.rows * (tiles * packed.num_bits // 4 * 512 + self.run * 48)
 
 
 def tiling(packed: Packed, num_rows: int) -> Tiling:
-    """See `_cut`; as many runs on their way as a warp has and `RING` bytes hold."""
-    cut = _cut(packed, num_rows)
-    if not RING:
-        return cut
-    one = replace(cut, depth=1)
-    runs = -(-packed.column_tiles // (cut.warps * cut.run * (packed.group_size or 64) // 64))
-    return replace(cut, depth=max(1, min(runs, RING // one.ring_bytes(packed))))
-
-
-def _cut(packed: Packed, num_rows: int) -> Tiling:
     """For `num_rows` of x. As measured on an H100 (tests/bench/decode.py tune)."""
     tiles = 1 << max(0, (num_rows - 1) // 8).bit_length()
     run = 2 if packed.group_size == 32 else 1
@@ -226,8 +205,7 @@ def matmul(
     cut = cut or tiling(packed, m)
     y = torch.empty(m, n // 2 if gated else n, dtype=torch.float16, device=x_MK.device) if out is None else out
     both = {"NORMED": int(normed is not None), "ADDED": int(added is not None)}
-    shared = cut.ring_bytes(packed)
-    kernel = nvrtc.compiled(SOURCE, _defines(packed, cut, gated, **both), "linear", x_MK.device.index, shared)
+    kernel = nvrtc.compiled(SOURCE, _defines(packed, cut, gated, **both), "linear", x_MK.device.index)
     row_tiles = -(-n // TILE_N)
     args = (
         packed.codes,
@@ -257,6 +235,12 @@ def _beside(normed: Normed | None, added: Added | None) -> tuple[Tensor | int | 
     return None, None, None, None, None, 0
 
 
+def compile_one(device: int) -> None:
+    """One of the kernels, as a launch would have it, for GPU `device`; UnsupportedError says why it cannot be."""
+    packed = Packed(codes=torch.empty(0), scales=None, zeros=None, num_bits=4, group_size=128, shape=(4096, 4096))
+    nvrtc.compiled(SOURCE, _defines(packed, tiling(packed, 1), False), "linear", device)
+
+
 def interleaved(gate_NK: Tensor, value_NK: Tensor) -> Tensor:
     """Rows of a gate and of its values (or their scales, zero points) as `matmul(gated=True)` takes them: eight of each
     in turn. Both of a multiple of 8 rows."""
@@ -278,7 +262,6 @@ def dense(packed: Packed) -> Tensor:
 def _defines(packed: Packed, cut: Tiling, gated: bool, **both: int) -> tuple[tuple[str, int], ...]:
     values = {
         "BITS": packed.num_bits, "GROUP": packed.group_size, "RUN": cut.run, "TILES": cut.tiles, "WARPS": cut.warps,
-        "ROWS": cut.rows, "GATED": int(gated), "AHEAD": AHEAD, "EARLY": int(EARLY), "DEPTH": cut.depth,
-        "NORMED": 0, "ADDED": 0, **both,
+        "ROWS": cut.rows, "GATED": int(gated), "NORMED": 0, "ADDED": 0, **both,
     }  # fmt: skip
     return tuple(values.items())

@@ -42,17 +42,38 @@ def pack_dense(w_NK: Tensor) -> Packed:
     return Packed(codes=w_NK.half(), scales=None, zeros=None, num_bits=16, group_size=0, shape=shape)
 
 
-def matmul(x: Tensor, w: Packed, bias: Tensor | None = None, *, gated: bool = False, out: Any = None) -> Tensor:
+def matmul(
+    x: Tensor,
+    w: Packed,
+    bias: Tensor | None = None,
+    *,
+    gated: bool = False,
+    out: Any = None,
+    normed: weight_only.Normed | None = None,
+    added: weight_only.Added | None = None,
+) -> Tensor:
     y = F.linear(x.float(), w.codes.float(), None if bias is None else bias.float())
+    if normed is not None:
+        normed.factor.copy_(torch.rsqrt(normed.squares.sum(-1) / x.shape[-1] + normed.eps))
+        y *= (normed.factor / normed.before)[:, None]
+    if added is not None:
+        added.stream.add_(y)
+        added.squares.copy_(added.stream.square().unflatten(-1, (-1, 16)).sum(-1))
+        y = added.stream * added.weight * added.before[:, None]
     if gated:
         both = y.unflatten(-1, (-1, 2, 8))
         y = (F.silu(both[..., 0, :]) * both[..., 1, :]).flatten(-2)
     return y.half() if out is None else out.copy_(y.half())
 
 
-def add_norm(hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+def add_norm(
+    hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float, out: Tensor, factor: Tensor | None = None
+) -> None:
     hidden.add_(0 if added is None else added.float())
-    out.copy_((hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * weight).half())
+    one_over = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
+    out.copy_((hidden * one_over * weight).half())
+    if factor is not None:
+        factor.copy_(one_over[:, 0])
 
 
 def rotate(
@@ -76,6 +97,15 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, at: Tensor, partial: Tensor,
         out[b] = torch.einsum("as,asd->ad", share, v).flatten()
 
 
+def attend_at_once(
+    qkv: Tensor, keys: Tensor, values: Tensor, tables: Any, norms: Any, at: Tensor, partial: Tensor, arrived: Tensor,
+    out: Tensor, heads: Any, eps: float,
+) -> None:  # fmt: skip
+    q = qkv.new_empty(len(qkv), heads.query, heads.size)
+    rotate(qkv, q, keys, values, tables, norms, at, heads, eps)
+    attend(q, keys, values, at, partial, out, heads)
+
+
 def advance(logits: Tensor, best: Tensor, ids: Tensor, position: Tensor) -> None:
     ids.copy_(logits.argmax(-1))
     position.add_(1)
@@ -91,7 +121,8 @@ def definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(weight_only, name, function)
     for name, function in (
-        ("add_norm", add_norm), ("rotate", rotate), ("attend", attend), ("advance_greedily", advance),
+        ("add_norm", add_norm), ("rotate", rotate), ("attend", attend),
+        ("attend_at_once", attend_at_once), ("advance_greedily", advance),
         ("embed", lambda table, ids, hidden: hidden.copy_(table[ids])),
         ("round_rows", lambda x, scheme: x.copy_(fake_quantize(x, scheme))),
     ):  # fmt: skip
@@ -114,14 +145,14 @@ def opened(folder: Path, **options: Any) -> GpuDecoder:
     return gpu_weights.open_decoder(folder, capacity=32, device="cpu", graphs=False, **options)
 
 
-@pytest.mark.parametrize("rounded", [False, True])
-def test_the_decoder_is_the_model(rounded: bool, artifact: Path, reference_model: Path) -> None:
+@pytest.mark.parametrize(("rounded", "batch"), [(False, 1), (False, 2), (True, 2)])
+def test_the_decoder_is_the_model(rounded: bool, batch: int, artifact: Path, reference_model: Path) -> None:
     """Prompt and steps; with INT8 inputs as far as two roundings are apart."""
     folder = artifact if rounded else reference_model
-    decoder, wanted = opened(folder, batch=2), TorchDecoder.open(folder, capacity=32, batch=2)
+    decoder, wanted = opened(folder, batch=batch), TorchDecoder.open(folder, capacity=32, batch=batch)
     parts = ("qkv", "o", "gate_up", "down") if rounded else ()
     assert decoder.weights.layers[0].rounded == dict.fromkeys(parts, ActivationScheme(symmetric=False))
-    prompt = torch.arange(14).reshape(2, 7) * 211 % 4000
+    prompt = torch.arange(14).reshape(2, 7)[:batch] * 211 % 4000
     found, want = decoder.prefill(prompt).float(), wanted.prefill(prompt)
     for _ in range(5):
         error = float((found - want).norm() / want.norm())

@@ -19,8 +19,8 @@ from compress.runtime.kernels import nvrtc
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 # Functions of the kernels that hold instructions of a GPU: those in the header take their place.
-INSTRUCTIONS = ("and_or", "sub2", "fma2", "mul2", "to_float", "to_half", "multiply", "stream_in", "ask_for", "fresh",
-                "from_others", "copy_16", "end_batch", "wait_for_batch")  # fmt: skip
+INSTRUCTIONS = ("and_or", "sub2", "fma2", "mul2", "to_float", "to_half", "multiply", "stream_in", "fresh",
+                "from_others")  # fmt: skip
 
 
 @dataclass
@@ -31,9 +31,7 @@ class Emulator:
     launches: Counter[str] = field(default_factory=Counter)
     _kernels: dict[Any, Kernel] = field(default_factory=dict)
 
-    def compiled(
-        self, source: Path, defines: tuple[tuple[str, int], ...], name: str, device: int | None, shared_bytes: int = 0
-    ) -> Kernel:
+    def compiled(self, source: Path, defines: tuple[tuple[str, int], ...], name: str, device: int | None) -> Kernel:
         key = (source, defines, name)
         if key not in self._kernels:
             library = self.folder / f"{len(self._kernels)}.so"

@@ -198,14 +198,3 @@ static void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigne
 static uint4 stream_in(const uint4* from) { return *from; }
 static float fresh(const float* at) { return *at; }
 static float2 from_others(const float* at) { return {at[0], at[1]}; }
-static void __syncwarp() { among(0xffffffff); }
-static void copy_16(uint4* to, const void* from, bool there) {
-    memset(to, 0, 16);
-    if (there) memcpy(to, from, 16);
-}
-static void end_batch() {}
-static void wait_for_batch() { __syncwarp(); }
-static void ask_for(const void* from, int bytes) {
-    for (int at = threadIdx.x * 128; at < bytes; at += blockDim.x * 128)  // a read, so that a wrong address is found
-        *const_cast<volatile char*>(static_cast<const volatile char*>(from) + at);
-}

@@ -14,16 +14,12 @@ DECODE = [{"SIZE": size, "HEADS": heads, "CHUNK": chunk} for size, heads, chunk 
 LINEAR = [
     {
         "BITS": bits, "GROUP": group, "RUN": run, "TILES": tiles, "WARPS": warps, "ROWS": rows, "GATED": gated,
-        "AHEAD": ahead, "EARLY": int(ahead > 0), "NORMED": int(fused == "normed"), "ADDED": int(fused == "added"),
-        "DEPTH": depth,
+        "NORMED": int(fused == "normed"), "ADDED": int(fused == "added"),
     }
-    for bits, group, run, tiles, warps, rows, gated, ahead, fused, depth in (
-        (4, 128, 1, 1, 8, 1, 0, 0, "", 0), (4, 128, 1, 1, 4, 1, 1, 16384, "normed", 0),
-        (4, 32, 2, 8, 4, 2, 1, 0, "", 0),
-        (8, 0, 2, 1, 16, 1, 0, 0, "added", 0), (8, 128, 1, 2, 8, 1, 1, 8192, "", 0),
-        (16, 0, 1, 1, 16, 2, 0, 0, "normed", 0), (4, 128, 1, 8, 8, 2, 0, 0, "added", 0),
-        (4, 64, 1, 4, 8, 2, 1, 0, "normed", 0), (4, 128, 1, 1, 8, 1, 0, 0, "added", 4),
-        (4, 32, 2, 8, 4, 2, 1, 0, "", 2), (16, 0, 1, 1, 16, 2, 0, 0, "normed", 3),
+    for bits, group, run, tiles, warps, rows, gated, fused in (
+        (4, 128, 1, 1, 8, 1, 0, ""), (4, 128, 1, 1, 4, 1, 1, "normed"), (4, 32, 2, 8, 4, 2, 1, ""),
+        (8, 0, 2, 1, 16, 1, 0, "added"), (8, 128, 1, 2, 8, 1, 1, ""), (16, 0, 1, 1, 16, 2, 0, "normed"),
+        (4, 128, 1, 8, 8, 2, 0, "added"), (4, 64, 1, 4, 8, 2, 1, "normed"),
     )
 ]  # fmt: skip
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from compress import doctor
 from compress.activations import fake_quantize
 from compress.plan import ActivationScheme
 from compress.runtime.gpu_decoder import GpuDecoder, LayerWeights, Weights
@@ -69,41 +69,9 @@ def test_a_norm_and_a_sum_inside_products(rows: int, tokens: int) -> None:
     assert off(factor, (wanted.square().mean(1) + 1e-5).rsqrt()) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("bits", "group", "run", "rows", "depth", "tokens"),
-    [(4, 32, 2, 1, 2, 1), (4, 64, 1, 2, 1, 3), (4, 64, 1, 1, 5, 11), (8, -1, 2, 2, 3, 1), (16, -1, 1, 1, 2, 9),
-     (4, 64, 1, 2, 2, 27)],
-)  # fmt: skip
-def test_weights_on_their_way_through_shared_memory_give_the_same_bits(
-    bits: int, group: int, run: int, rows: int, depth: int, tokens: int
-) -> None:
-    """Rows and columns that no tile divides; more runs than the ring holds, and fewer."""
-    torch.manual_seed(2)
-    packed, w = make(88, 448, bits, group)
-    x = torch.randn(tokens, 448).half()
-    tiles = {1: 1, 3: 1, 9: 2, 11: 2, 27: 4}[tokens]
-    cut = weight_only.Tiling(run, tiles, 2, rows)
-    found = weight_only.matmul(x, packed, cut=replace(cut, depth=depth))
-    assert torch.equal(found, weight_only.matmul(x, packed, cut=cut))
-    assert off(found, x.double() @ w.t()) < 1e-3
-
-
-def test_a_ring_holds_what_a_warp_has_left_and_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, _ = make(72, 576, 4, 64)
-    monkeypatch.setattr(weight_only, "RING", 32 << 10)
-    assert weight_only.tiling(packed, 1).depth == 2  # nine runs, eight warps
-    monkeypatch.setattr(weight_only, "RING", 1000)
-    assert weight_only.tiling(packed, 1).depth == 1
-
-
-def test_weights_asked_for_ahead_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(2)
-    packed, _ = make(72, 192, 4, 64)
-    x = torch.randn(1, 192).half()
-    plain = weight_only.matmul(x, packed)
-    monkeypatch.setattr(weight_only, "AHEAD", 4096)
-    monkeypatch.setattr(weight_only, "EARLY", True)
-    assert torch.equal(weight_only.matmul(x, packed), plain)
+def test_the_doctor_compiles_a_kernel_that_is_launched() -> None:
+    """Every name in the source is set: its own list of them had fallen behind."""
+    assert doctor._compile_kernel() == "compiles the decode kernels"
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -152,21 +120,21 @@ def small(bits: int, size: int, query: int, key: int, norms: bool) -> Weights:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(("bits", "size", "query", "key", "norms"), [(4, 64, 4, 2, True), (16, 128, 3, 1, False)])
 def test_steps_continue_what_a_prompt_began(
-    launches: Counter[str], bits: int, size: int, query: int, key: int, norms: bool, fused: bool
+    launches: Counter[str], bits: int, size: int, query: int, key: int, norms: bool, batch: int
 ) -> None:
     """Token by token through the kernels over a boundary of chunks, or at once through torch's attention."""
     torch.manual_seed(4)
     weights = small(bits, size, query, key, norms)
-    ids = torch.randint(0, 200, (2, 34))
-    whole, steps = (GpuDecoder(weights, capacity=64, batch=2, graphs=False, fused=f) for f in (False, fused))
+    ids = torch.randint(0, 200, (batch, 34))
+    whole, steps = (GpuDecoder(weights, capacity=64, batch=batch, graphs=False) for _ in range(2))
     steps.prefill(ids[:, :31])
     launches.clear()
     for t in range(31, 34):
         found = steps.step(ids[:, t]).float()
-    assert sum(launches.values()) == 3 * (5 + 2 * (5 if fused else 9))
+    assert sum(launches.values()) == 3 * (5 + 2 * (5 if batch == 1 else 9))
     wanted = whole.prefill(ids).float()
     assert off(found, wanted) < 3e-3
-    assert steps.ids_B.tolist() == found.argmax(-1).tolist() and steps.position_B.tolist() == [34, 34]
+    assert steps.ids_B.tolist() == found.argmax(-1).tolist() and steps.position_B.tolist() == [34] * batch
