@@ -155,7 +155,7 @@ def tables(files: Sequence[Path]) -> str:
 
 
 def _disturbed(rows: Sequence[Row]) -> list[str]:
-    timed = [row["spread"] for row in rows if "spread" in row]
+    timed = [row["spread"] for row in rows if "spread" in row and row["what"] != "rival"]  # theirs wait for the host
     many = sum(spread > STEADY for spread in timed)
     if not many:
         return []
