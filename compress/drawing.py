@@ -53,8 +53,9 @@ class FixedDrawer(Drawer):
         from transformers import StaticCache
 
         super().__init__(model, num_ids)
-        # Masks of other lengths are copied to aligned ones at every step.
-        self.cache = StaticCache(config=model.config, max_cache_len=-(-seq_len // 8) * 8)
+        length = -(-seq_len // 8) * 8  # masks of other lengths are copied to aligned ones at every step
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.cache.layers = [_without_window(layer, length) for layer in self.cache.layers]
         self.ids_B1 = torch.zeros(num_rows, 1, dtype=torch.int64, device=model.device)
         self.uniform_B = torch.zeros(num_rows, dtype=torch.float64, device=model.device)
         self.drawn_B = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
@@ -63,7 +64,7 @@ class FixedDrawer(Drawer):
 
     @property
     def has_fixed_layers(self) -> bool:
-        """Whether no layer of the cache counts tokens on the host, as sliding windows do, or holds something else."""
+        """Whether no layer counts tokens on the host, as windows that slide do, or holds something else."""
         return all(type(layer).__name__ == "StaticLayer" for layer in self.cache.layers)
 
     def step(self) -> Tensor:
@@ -100,12 +101,20 @@ class FixedDrawer(Drawer):
         return self.drawn_B.tolist()
 
 
+def _without_window(layer: Any, length: int) -> Any:
+    """A cache layer whose window holds so many tokens never slides, so it is one without: no count on the host."""
+    from transformers.cache_utils import StaticLayer
+
+    never_slides = type(layer).__name__ == "StaticSlidingWindowLayer" and layer.max_cache_len == length
+    return StaticLayer(max_cache_len=length) if never_slides else layer
+
+
 def drawer_of(model: PreTrainedModel, num_ids: int, num_rows: int, seq_len: int, tell: Tell) -> Drawer:
     """How rows are drawn on the model's device: on a GPU by a CUDA graph, where it is proven to draw the same."""
     plain = Drawer(model, num_ids)
     if model.device.type != "cuda" or seq_len <= _PROOF_POSITIONS:
         return plain
-    reason = "its cache is not of whole sequences alone"
+    reason = "its cache does not hold whole sequences alone"
     try:
         fixed = FixedDrawer(model, num_ids, num_rows, seq_len)
         if fixed.has_fixed_layers:

@@ -39,13 +39,38 @@ def test_a_drawer_that_is_a_token_behind_is_found_out() -> None:
         assert not drawing.draws_alike(Behind(model, len(TOKENIZER)), plain, 3)
 
 
-def test_layers_that_count_on_the_host_are_told() -> None:
-    from transformers import MistralConfig, MistralForCausalLM
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = MistralConfig(**sizes, num_key_value_heads=1, vocab_size=64, sliding_window=8)
+
+def gemma(window: int) -> Any:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=16, sliding_window=window, layer_types=kinds)
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("seq_len", [20, 24])
+def test_a_window_that_holds_the_whole_row_slides_nowhere(seq_len: int) -> None:
+    """As the model draws without, to the last position."""
+    model = gemma(window=24)
     with torch.inference_mode():
-        assert not drawing.FixedDrawer(MistralForCausalLM(config).eval(), 64, 2, 20).has_fixed_layers
+        fixed, plain = drawing.FixedDrawer(model, 64, 3, seq_len), drawing.Drawer(model, 64)
+        assert fixed.has_fixed_layers
+        assert drawing.draws_alike(fixed, plain, 3)
+        uniform_BT = torch.rand(3, seq_len, dtype=torch.float64)
+        fixed.begin(uniform_BT)
+        plain.begin(uniform_BT)
+        ids_BT = torch.randint(0, 64, (3, seq_len))
+        both = [(fixed.draw(ids_BT[:, t : t + 1], t), plain.draw(ids_BT[:, t : t + 1], t)) for t in range(seq_len)]
+    assert sum(one != other for one, other in both) <= 1  # a number may lie on a bound
+
+
+@pytest.mark.parametrize("window", [8, 23])
+def test_layers_that_count_on_the_host_are_told(window: int) -> None:
+    with torch.inference_mode():
+        assert not drawing.FixedDrawer(gemma(window), 64, 2, 20).has_fixed_layers
 
 
 @pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (0.2499, 1), (0.25, 2), (0.9999999999, 2)])

@@ -31,3 +31,29 @@ def test_a_graph_draws_what_the_model_does(monkeypatch: pytest.MonkeyPatch) -> N
     # A row that once drew another token, by rounding, goes on with another text.
     assert float((plain[:, :8] == graphed[:, :8]).float().mean()) > 0.95
     assert float((plain == graphed).float().mean()) > 0.5
+
+
+def test_windows_that_hold_the_whole_row_are_captured_too() -> None:
+    """Gemma 3, whose windows hold 512 tokens: every position as the model draws it, but for rounding."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=256, sliding_window=64, layer_types=kinds,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, heard = Gemma3ForCausalLM(config).eval().cuda(), Heard()
+    with torch.inference_mode():
+        graphed = drawing.drawer_of(model, 256, 8, 64, heard)
+        assert isinstance(graphed, drawing.FixedDrawer), heard.events
+        plain = drawing.Drawer(model, 256)
+        uniform_BT, ids_BT = torch.rand(8, 64, dtype=torch.float64), torch.randint(0, 256, (8, 64))
+        graphed.begin(uniform_BT)
+        plain.begin(uniform_BT)
+        same = [
+            one == other
+            for t in range(64)
+            for one, other in zip(*(d.draw(ids_BT[:, t : t + 1], t) for d in (graphed, plain)), strict=True)
+        ]
+    assert sum(same) > 0.98 * len(same)
