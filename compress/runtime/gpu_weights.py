@@ -97,14 +97,14 @@ def read_weights(model: StreamedModel, device: torch.device, capacity: int) -> W
     whole: Any = model.model
     names = {id(module): name for name, module in whole.named_modules()}
     embedding = _dense(model, f"{names[id(base.get_input_embeddings())]}.weight", device)
-    head = _dense(model, f"{names[id(whole.get_output_embeddings())]}.weight", device)
+    head = _packed(model, [names[id(whole.get_output_embeddings())]], device)  # in integers where `auto` chose them
     norm = _dense(model, f"{model.blocks_name.rsplit('.', 1)[0]}.norm.weight", device).float()
     cosines, sines = _tables(model, capacity, heads.size, device)
     return Weights(
         embedding=embedding,
         layers=layers,
         norm=norm,
-        head=weight_only.pack_dense(head),
+        head=head,
         cosines=cosines,
         sines=sines,
         heads=heads,

@@ -216,7 +216,8 @@ def tinygemm(n: int, k: int, group: int, bandwidth: float) -> list[dict[str, Any
     return out
 
 
-def random_weights(shape: str, bits: int, group_size: int, positions: int) -> Weights:
+def random_weights(shape: str, bits: int, group_size: int, positions: int, head_bits: int = 16) -> Weights:
+    """head_bits: of the output matrix; 8: one scale a row."""
     hidden, intermediate, depth, query, key, size, vocabulary = SHAPES[shape]
 
     def norm() -> Tensor:
@@ -243,7 +244,7 @@ def random_weights(shape: str, bits: int, group_size: int, positions: int) -> We
         embedding=embedding,
         layers=layers,
         norm=norm(),
-        head=weight_only.pack_dense(embedding),
+        head=weight_only.pack_dense(embedding) if head_bits == 16 else random_packed(vocabulary, hidden, head_bits, -1),
         cosines=angle.cos(),
         sines=angle.sin(),
         heads=Heads(query=query, key=key, size=size, scale=size**-0.5),

@@ -38,6 +38,7 @@ JOBS: dict[str, list[str]] = {
     "gemv": ["decode.py", "gemv"],
     "graphs": [STEP, "graphs", "--bits", "4,16"],
     "step": [STEP, "step"],
+    "head": [STEP, "step", "--bits", "4", "--batch", "1", "--head-bits", "8"],
     "onnxruntime": [RIVALS, "onnxruntime", "--shape", "llama-3-8b,llama-1b,smollm2-135m"],
     "where": [STEP, "where", "--bits", "4,16", "--batch", "1"],
     "torch": [RIVALS, "torch"],
@@ -150,6 +151,7 @@ def tables(files: Sequence[Path]) -> str:
     rivals = [row for row in rows if row["what"] == "rival"]
     if rivals:
         steps = [row for row in rows if row["what"] in ("graphs", "step") and row["batch"] == 1]
+        steps = [row for row in steps if row.get("head_bits", 16) == 16]  # as the rivals have it
         parts.append(_rivals(rivals, steps))
     return "\n\n".join(parts)
 
@@ -189,7 +191,8 @@ def _steps(rows: Sequence[Row]) -> str:
     for row in rows:
         dense = next((r for r in rows if (r["shape"], r["batch"], r["bits"]) == (row["shape"], row["batch"], 16)), None)
         ratio = f"{dense['ms'] / row['ms']:.2f}" if dense else ""
-        lines.append([row["shape"], row["bits"], row["batch"], f"{row['ms']:.3f}", f"{row['share']:.1%}", ratio])
+        bits = f"{row['bits']}, head {row.get('head_bits', 16)}"
+        lines.append([row["shape"], bits, row["batch"], f"{row['ms']:.3f}", f"{row['share']:.1%}", ratio])
     return table(["shape", "bits", "batch", "ms", "share", "over 16 bits"], lines)
 
 

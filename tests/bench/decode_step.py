@@ -1,6 +1,7 @@
 """A whole decode step on one GPU: share of the bandwidth, graphs on and off, where time goes.
 
     python tests/bench/decode_step.py step --shape llama-3-8b --bits 4,8,16 --batch 1,8,16,64
+    python tests/bench/decode_step.py step --bits 4 --batch 1 --head-bits 8     output matrix in integers too
     python tests/bench/decode_step.py graphs      four shapes at batch 1, launches and replays counted
     python tests/bench/decode_step.py where       the time of each kernel of a step, in the graph
 
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3-8b", help=", ".join(SHAPES))
     parser.add_argument("--bits", default="4,8,16")
     parser.add_argument("--batch", default="1,8,16,64")
+    parser.add_argument("--head-bits", type=int, default=16, choices=[8, 16], help="of the output matrix [16]")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--json", type=Path)
@@ -155,10 +157,10 @@ def main() -> None:
         for shape in shapes:
             for bits in map(int, asked.bits.split(",")):
                 torch.manual_seed(0)
-                weights = random_weights(
-                    shape, bits, group_size(shape) if bits == 4 else -1, asked.prompt + asked.new + 8
-                )
-                KINDS[what](weights, {"what": what, "shape": shape, "bits": bits}, batches, asked, bandwidth)
+                size, positions = group_size(shape) if bits == 4 else -1, asked.prompt + asked.new + 8
+                weights = random_weights(shape, bits, size, positions, asked.head_bits)
+                row = {"what": what, "shape": shape, "bits": bits, "head_bits": asked.head_bits}
+                KINDS[what](weights, row, batches, asked, bandwidth)
                 del weights
                 torch.cuda.empty_cache()
 

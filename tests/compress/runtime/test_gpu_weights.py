@@ -17,12 +17,15 @@ from torch.nn import functional as F
 from compress.activations import fake_quantize
 from compress.errors import ArtifactError, UnsupportedError
 from compress.plan import ActivationScheme
+from compress.quantize.auto_stage import AutoRequest
 from compress.quantize.int8_stage import Int8Request, quantize_int8
+from compress.quantize.menu import Menu
 from compress.runtime import gpu_weights
 from compress.runtime.gpu_decoder import GpuDecoder
 from compress.runtime.kernels import decode, weight_only
 from compress.runtime.kernels.weight_only import Packed
 from compress.runtime.resident import TorchDecoder
+from compress.search import Goal, search
 from compress.workspace import resolve
 
 TEXT = "the old house stood by the river and nobody had lived there for many years since the war " * 60
@@ -173,6 +176,28 @@ def test_wrong_weights_are_seen(artifact: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(weight_only, "interleaved", lambda gate, value: right(value, gate))
     with pytest.raises(ArtifactError, match="the GPU decoder's logits differ"):
         opened(artifact)
+
+
+def test_an_output_matrix_in_integers_stays_in_integers(
+    build_model: Any, calib_text: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As `auto --lm-head` writes it: its codes are packed, not what they decode to, and the model is the same."""
+    source = resolve(str(build_model("Llama", head_dim=64, intermediate_size=256)))
+    menu = Menu(int4=(32,), int8=False, dense=False, lm_head=True)
+    request = AutoRequest(source=source, out=tmp_path / "auto", calib=str(calib_text), samples=4, seq_len=64, menu=menu)
+    folder = search(request, Goal(gate=None, most=10_000_000), None).out
+    packed = []
+
+    def noted(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, num_bits: int) -> Packed:
+        packed.append((codes_NK.shape[0], num_bits))
+        return pack(codes_NK, scale_NG, zero_NG, num_bits)
+
+    monkeypatch.setattr(weight_only, "pack", noted)
+    decoder, wanted = opened(folder), TorchDecoder.open(folder, capacity=32, batch=1)
+    assert packed[-1] == (decoder.vocab_size, 4)
+    prompt = torch.arange(7)[None] * 211 % 4000
+    found, want = decoder.prefill(prompt).float(), wanted.prefill(prompt)
+    assert float((found - want).norm() / want.norm()) < 3e-3
 
 
 def test_input_quantizers_that_the_kernels_lack(build_model: Any, tmp_path: Path) -> None:
