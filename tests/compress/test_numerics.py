@@ -111,7 +111,7 @@ HARMLESS = {
     "prune.importance": "booleans",
     "prune.prune_block": "on the CPU",
     "losses.in_blocks": "of training, as all of distill",
-    "sampling": "of whole rows, each by one block of threads",
+    "drawing": "of whole rows, each by one block of threads",
     "runtime.generate": "nothing that it finds is an artifact",
 }
 
