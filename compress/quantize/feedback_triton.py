@@ -16,7 +16,7 @@ from compress import numerics
 from compress.scheme import Scheme
 
 # Weights that one program holds in its registers, and its warps; the best of those tried on an H100.
-_TILE, _WARPS = 4096, 4
+_TILE, WARPS = 4096, 4
 # Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to an integer, halves to even.
 _ROUNDER = tl.constexpr(12582912.0)
 
@@ -38,7 +38,7 @@ def _tile_of(w_ptr, num_rows, w_stride, COLUMNS: tl.constexpr, SIZE: tl.constexp
 
 
 @triton.jit
-def _rounded(x):  # type: ignore[no-untyped-def]
+def rounded(x):  # type: ignore[no-untyped-def]
     return (x + _ROUNDER) - _ROUNDER
 
 
@@ -72,7 +72,7 @@ def _feedback(  # type: ignore[no-untyped-def]
         u_jj = tl.sum(tl.where(here, u, 0.0), axis=0)
         w_j = tl.sum(tl.where(here[None, :], w, 0.0), axis=1)
         step = tl.minimum(tl.maximum(tl.div_rn(w_j, scale), lowest), highest)
-        step = _rounded(step)
+        step = rounded(step)
         e = tl.div_rn(w_j - step * scale, u_jj)
         # Column j itself becomes its error, the columns after it take their share.
         w = tl.where(here[None, :], e[:, None], w - e[:, None] * u[None, :])
@@ -90,7 +90,7 @@ def round_group(
     error_Og = torch.empty(w_Og.shape, dtype=torch.float32, device=w_Og.device)
     w_Og, upper_gg = _rows_together(w_Og), _rows_together(upper_gg)
     with torch.cuda.device(w_Og.device):
-        grid, sizes = _tiles(w_Og)
+        grid, sizes = tiles(w_Og)
         _feedback[grid](
             w_Og,
             upper_gg,
@@ -103,7 +103,7 @@ def round_group(
             upper_gg.stride(0),
             float(max_code),
             **sizes,
-            num_warps=_WARPS,
+            num_warps=WARPS,
             # A fused multiply-add would round once where the CPU rounds twice.
             enable_fp_fusion=False,
         )
@@ -151,10 +151,10 @@ def _range(  # type: ignore[no-untyped-def]
         if SYMMETRIC:
             zero = tl.full((ROWS,), 1.0, dtype=tl.float32) * middle
         else:
-            zero = _rounded(tl.div_rn(-low, scale))
+            zero = rounded(tl.div_rn(-low, scale))
             zero = tl.minimum(tl.maximum(zero, 0.0), max_code)
         steps = tl.minimum(tl.maximum(tl.div_rn(w, scale[:, None]), -zero[:, None]), (max_code - zero)[:, None])
-        steps = _rounded(steps)
+        steps = rounded(steps)
         delta = steps * scale[:, None] - w
         error = tl.sum(delta * delta * importance[None, :], axis=1)
         better = error < best_error
@@ -172,7 +172,7 @@ def fit_range(w_Og: Tensor, importance_g: Tensor, factors_C: Tensor, scheme: Sch
     scale_O, zero_O, factor_O = (torch.empty(len(w_Og), device=w_Og.device) for _ in range(3))
     w_Og = _rows_together(w_Og)
     with torch.cuda.device(w_Og.device):
-        grid, sizes = _tiles(w_Og)
+        grid, sizes = tiles(w_Og)
         _range[grid](
             w_Og,
             importance_g.contiguous(),
@@ -189,7 +189,7 @@ def fit_range(w_Og: Tensor, importance_g: Tensor, factors_C: Tensor, scheme: Sch
             NUM_FACTORS=len(factors_C),
             SYMMETRIC=scheme.symmetric,
             **sizes,
-            num_warps=_WARPS,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
     return scale_O, zero_O, factor_O
@@ -199,7 +199,7 @@ def _rows_together(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _tiles(w_Og: Tensor) -> tuple[tuple[int], dict[str, int]]:
+def tiles(w_Og: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """How many programs, and the sizes that each is compiled for."""
     num_rows, size = w_Og.shape
     padded = triton.next_power_of_2(size)

@@ -15,10 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Weights that one program takes, and its warps.
-_TILE, _WARPS = 4096, 4
-# Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to an integer, halves to even.
-_ROUNDER = tl.constexpr(12582912.0)
+from compress.quantize.feedback_triton import WARPS, rounded, tiles
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile_of(num_groups, COLUMNS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's group numbers, which of them are there, where their weights lie, and which of those are there.
+
+    COLUMNS: g; SIZE: g rounded up to a power of two; ROWS: groups of a tile.
+    """
+    group = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, SIZE)
+    inside = group < num_groups
+    used = inside[:, None] & (column < COLUMNS)[None, :]
+    at = group.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    return group, inside, at, used
 
 
 @triton.jit(do_not_specialize=["num_groups"])  # type: ignore[untyped-decorator]
@@ -32,19 +43,14 @@ def _weight(  # type: ignore[no-untyped-def]
     max_code,
     COLUMNS: tl.constexpr,
     SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One tile of groups. SIZE: g rounded up to a power of two."""
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    column = tl.arange(0, SIZE)
-    inside = group < num_groups
-    used = inside[:, None] & (column < COLUMNS)[None, :]
-    at = group.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    """One tile of groups."""
+    group, inside, at, used = _tile_of(num_groups, COLUMNS, SIZE, ROWS)
     scale = tl.load(scale_ptr + group, mask=inside, other=1.0)
     zero = tl.load(zero_ptr + group, mask=inside, other=0.0)
     code = tl.load(start_ptr + at, mask=used, other=0.0) + tl.load(offset_ptr + at, mask=used, other=0.0)
-    code = (code + _ROUNDER) - _ROUNDER
-    code = tl.minimum(tl.maximum(code, 0.0), max_code)
+    code = tl.minimum(tl.maximum(rounded(code), 0.0), max_code)
     tl.store(weight_ptr + at, (code - zero[:, None]) * scale[:, None], mask=used)
 
 
@@ -58,14 +64,10 @@ def _step(  # type: ignore[no-untyped-def]
     rate,
     COLUMNS: tl.constexpr,
     SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """One tile of groups; a sign of 0 moves nothing."""
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    column = tl.arange(0, SIZE)
-    inside = group < num_groups
-    used = inside[:, None] & (column < COLUMNS)[None, :]
-    at = group.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    group, inside, at, used = _tile_of(num_groups, COLUMNS, SIZE, ROWS)
     gradient = tl.load(gradient_ptr + at, mask=used, other=0.0)
     weight = tl.load(weight_ptr + at, mask=used, other=0.0)
     along = tl.sum(gradient * weight, axis=1)
@@ -85,7 +87,7 @@ def weight(start: Tensor, offset: Tensor, scale: Tensor, zero: Tensor, max_code:
     assert all(x.is_contiguous() for x in (start, offset, scale, zero))
     out = torch.empty_like(start)
     with torch.cuda.device_of(start):
-        grid, sizes = _tiles(start)
+        grid, sizes = tiles(start.flatten(0, -2))
         _weight[grid](start, offset, scale, zero, out, scale.numel(), float(max_code), **sizes, **_OPTIONS)
     return out
 
@@ -97,17 +99,9 @@ def step(gradient: Tensor, weight: Tensor, offset: Tensor, log: Tensor, rate: fl
     """
     assert all(x.is_contiguous() for x in (gradient, weight, offset, log))
     with torch.cuda.device_of(offset):
-        grid, sizes = _tiles(offset)
+        grid, sizes = tiles(offset.flatten(0, -2))
         _step[grid](gradient, weight, offset, log, log.numel(), rate, **sizes, **_OPTIONS)
 
 
 # A fused multiply-add would round once where torch rounds twice.
-_OPTIONS: dict[str, Any] = {"num_warps": _WARPS, "enable_fp_fusion": False}
-
-
-def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """How many programs, and the sizes that each is compiled for."""
-    columns = x.shape[-1]
-    size = triton.next_power_of_2(columns)
-    groups = max(1, _TILE // size)
-    return (triton.cdiv(x.numel() // columns, groups),), {"COLUMNS": columns, "SIZE": size, "GROUPS": groups}
+_OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}

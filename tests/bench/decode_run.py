@@ -66,18 +66,7 @@ def quantized(asked: argparse.Namespace, variables: dict[str, str]) -> Path:
         shutil.rmtree(dense, ignore_errors=True)
         in_own_process(make_model, dense)
         command = [sys.executable, "-m", "compress", "awq", str(dense), "-o", str(packed), "--effort", "fast"]
-        command += [
-            "--group-size",
-            "128",
-            "--samples",
-            "4",
-            "--seq-len",
-            "128",
-            "--self-samples",
-            "0",
-            "--device",
-            "cuda",
-        ]
+        command += "--group-size 128 --samples 4 --seq-len 128 --self-samples 0 --device cuda".split()
         run_child(command, cwd=ROOT, environment=variables, until=asked.until)
     return packed
 
