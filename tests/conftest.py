@@ -123,6 +123,48 @@ def build_model(tmp_path: Path, save_model: Build) -> Build:
 
 
 @pytest.fixture(scope="session")
+def rounded_student() -> Callable[..., Any]:
+    """A model's folder as `end_to_end` trains it, each linear rounded to nearest, and lessons on rows of random ids."""
+    import torch
+
+    from compress import numerics
+    from compress.linear import linears
+    from compress.losses.heads import proven_head
+    from compress.model import StreamedModel
+    from compress.quantize.end_to_end import Student, lessons
+    from compress.quantize.end_to_end_stage import is_norm
+    from compress.quantized import QuantizedWeight
+    from compress.scheme import Scheme
+
+    scheme = Scheme(group_size=32)
+
+    def rounded(w_OI: torch.Tensor) -> QuantizedWeight:
+        w_OGg = numerics.to_groups(w_OI, scheme)
+        scale, zero = numerics.scale_and_zero(*numerics.range_of(w_OGg), scheme)
+        return QuantizedWeight.from_parts(numerics.quantize(w_OGg, scale, zero, scheme), scale, zero, scheme)
+
+    def make(folder: Path, device: str = "cpu", rows: int = 10, seq_len: int = 24, dtype: Any = torch.float32) -> Any:
+        opened = StreamedModel.open(folder, dtype=torch.float32, device=torch.device(device))
+        opened.load_whole()
+        head = proven_head(opened.model, opened.base, folder)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, len(head.weight_VH), (rows, seq_len), generator=generator)
+        taught = lessons(opened.base, head, ids, 2, dtype)
+        layers = {
+            f"{opened.blocks_name}.{i}.{name}": rounded(module.weight.data.cpu())
+            for i, block in enumerate(opened.blocks)
+            for name, module in linears(block).items()
+        }
+        norms = {n: m.weight.data.half().cpu() for n, m in opened.model.named_modules() if is_norm(m)}
+        student = Student(
+            base=opened.base, head=head, blocks=opened.blocks, model=opened.model, layers=layers, norms=norms
+        )
+        return student, taught
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def save_text() -> Callable[[Path], Path]:
     """Writes calibration text of a few thousand tokens to a file; returns it."""
 

@@ -31,6 +31,7 @@ from compress.losses import at_once
 from compress.losses.at_once import Weights
 from compress.losses.heads import DenseTeacher, Head
 from compress.losses.in_blocks import Objective
+from compress.quantize import captured_update
 from compress.quantize.tune import RowOrder
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
@@ -283,7 +284,6 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
     learning = _learn(student, options)
     held = held_out(len(taught.ids_NT))
     kept = torch.tensor([i for i in range(len(taught.ids_NT)) if i not in set(held)])
-    adam = torch.optim.Adam(learning.of_rate(options), lr=options.rate)
     order = RowOrder(len(kept), options.seed)
     device = student.head.weight_VH.device
     divergence = partial(_divergence, student, taught, options)
@@ -294,20 +294,19 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
             parts = [torch.tensor(held[i : i + options.rows]) for i in range(0, len(held), options.rows)]
             return sum(float(divergence(part)) * len(part) for part in parts) / len(held)
 
-    with numerics.repeatable(device):
+    with numerics.repeatable(device), captured_update.side_stream(device):
         before = judged()
+        update = _Update(student, taught, options, learning, min(options.rows, len(kept)))
         with _checkpointed(student.blocks if options.checkpointing else ()):
             tell.start("update through the whole model", options.updates)
+            run = captured_update.Repeated(update, update.adam, [update.losses], student.blocks, tell)
             for step in range(options.updates):
-                for group in adam.param_groups:
-                    group["lr"] = group["begins"] * (1 - step / options.updates)
-                with torch.enable_grad():
-                    passed_on = learning.place()
-                    divergence(kept[order.take(min(options.rows, len(kept)))]).backward()
-                    passed_on()
-                adam.step()
-                adam.zero_grad()
+                update.take(kept[order.take(len(update.ids_BT))], 1 - step / options.updates)
+                run()
                 tell.step(step + 1)
+        if not bool(update.losses.isfinite()):
+            tell.note("a loss of learning through the whole model was not a number; held-out rows decide what is kept")
+        del run, update  # and with them the graph's memory
         after = judged()
     for module in learning.modules.values():
         placed: Tensor = module.__dict__.pop("weight")
@@ -320,13 +319,63 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
     )
 
 
+class _Update:
+    """An update of all that is learned, from rows and at rates that are in the same place each time.
+
+    losses: their sum over all updates.
+    """
+
+    def __init__(
+        self, student: Student, taught: Lessons, options: EndToEndOptions, learning: _Learning, num_rows: int
+    ) -> None:
+        self.learning = learning
+        self.loss = partial(_loss, student, taught.head, options)
+        self.device = student.head.weight_VH.device
+        self.ids_NT, self.hidden_NTH = taught.ids_NT.to(self.device), taught.hidden_NTH
+        self.ids_BT = torch.empty_like(self.ids_NT[:num_rows])
+        self.hidden_BTH = torch.empty_like(self.hidden_NTH[:num_rows])
+        self.losses = torch.zeros((), device=self.device)
+        groups, on_gpu = learning.of_rate(options), self.device.type == "cuda"
+        if on_gpu:  # a rate that is a number would be part of a graph
+            groups = [{**group, "lr": torch.tensor(group["begins"], device=self.device)} for group in groups]
+        self.adam = torch.optim.Adam(groups, lr=options.rate, capturable=on_gpu, foreach=True if on_gpu else None)
+
+    def take(self, rows: Tensor, share: float) -> None:
+        """The rows of the next update, by number, and its share of the rates that it began with. Waits for nothing."""
+        if self.device.type == "cuda":
+            rows = rows.pin_memory().to(self.device, non_blocking=True)
+        torch.index_select(self.ids_NT, 0, rows, out=self.ids_BT)
+        torch.index_select(self.hidden_NTH, 0, rows, out=self.hidden_BTH)
+        for group in self.adam.param_groups:
+            rate = group["begins"] * share
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def __call__(self) -> None:
+        with torch.enable_grad():
+            passed_on = self.learning.place()
+            loss = self.loss(self.ids_BT, self.hidden_BTH)
+            loss.backward()
+            passed_on()
+        self.adam.step()
+        self.adam.zero_grad()
+        self.losses += loss.detach()
+
+
 def _divergence(student: Student, taught: Lessons, options: EndToEndOptions, rows: Tensor) -> Tensor:
     """Mean KL divergence of the student's predictions from the original's on these rows, in nats a token."""
     device = student.head.weight_VH.device
-    ids_BT = taught.ids_NT[rows].to(device)
+    return _loss(student, taught.head, options, taught.ids_NT[rows].to(device), taught.hidden_NTH[rows.to(device)])
+
+
+def _loss(student: Student, head: Head, options: EndToEndOptions, ids_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
+    """The same on rows of ids, beside what the original has behind its last norm there, and its head."""
+    device = ids_BT.device
     with torch.autocast(device.type, options.dtype, enabled=options.dtype != torch.float32):
         hidden_PH = _hidden(student.base, ids_BT).flatten(0, 1)
-        teacher = DenseTeacher(hidden_PH=taught.hidden_NTH[rows.to(device)].flatten(0, 1), head=taught.head)
+        teacher = DenseTeacher(hidden_PH=hidden_BTH.flatten(0, 1), head=head)
         share_P = torch.full((len(hidden_PH),), 1 / len(hidden_PH), device=device)
         total, _, _ = at_once.total(
             hidden_PH,

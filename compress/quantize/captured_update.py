@@ -1,0 +1,174 @@
+"""An update that is repeated: on a GPU a CUDA graph of it, once it has run a few times.
+
+An update of a small model is thousands of launches, which take a CPU longer than the GPU takes for them. So after the
+first ones it is captured, with inputs that stay where they are, and replayed. What is replayed is not believed but
+proven: from one state it must take the step that the update takes without. Copies of that state, three numbers for each
+one learned, are held on the CPU meanwhile.
+
+Nothing that is captured may ask the GPU. A transformers model under capture does not look whether its rows are whole
+texts, as it does otherwise, but makes its attention a mask; so blocks get the masks there that they had without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.tell import Tell
+
+# Updates before the capture, which choose kernels and make what the optimizer holds; all of them count.
+EAGER = 3
+# Updates that the CPU may be ahead of the GPU: enough for that never to wait, and progress stays true.
+AHEAD = 2
+# Learned numbers beyond which nothing is captured: there the GPU is the slower one, and copies of the state are large.
+MOST = 1 << 29
+# How far from the update's own step a replay may end, as a share of the step (norms, of each parameter).
+TOLERANCE = 1e-2
+
+
+class Repeated:
+    """Runs `update` once a call; from the fourth call on a GPU as a graph, if that is proven. replays: of the graph.
+
+    update: reads buffers that stay where they are, and changes the optimizer's parameters and state and `others`, in
+    place; it leaves no gradients. blocks: modules whose keyword `attention_mask` depends on shapes alone. On a GPU all
+    calls must be made inside `side_stream`, with an optimizer that is `capturable`.
+    """
+
+    def __init__(
+        self,
+        update: Callable[[], None],
+        optimizer: torch.optim.Optimizer,
+        others: Sequence[Tensor],
+        blocks: Sequence[nn.Module],
+        tell: Tell,
+    ) -> None:
+        self.update, self.optimizer, self.others, self.blocks, self.tell = update, optimizer, others, blocks, tell
+        self.parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.on_gpu = self.parameters[0].is_cuda
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.calls = self.replays = 0
+        self.running: list[Any] = []
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self._replay(self.graph)
+        elif self.on_gpu and self.calls == EAGER and sum(p.numel() for p in self.parameters) <= MOST:
+            self._first_captured()
+        else:
+            self.update()
+        self.calls += 1
+        if self.on_gpu:
+            event = torch.cuda.Event()
+            event.record()
+            self.running.append(event)
+            if len(self.running) > AHEAD:
+                self.running.pop(0).synchronize()
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        graph.replay()
+        self.replays += 1
+
+    def _first_captured(self) -> None:
+        """This call's update by a graph, or, where that cannot be or differs, as those before it."""
+        before: list[Tensor] = []
+        try:
+            before = [_copy(tensor) for tensor in self._changed()]
+            with _Masks(self.blocks) as masks:
+                self.update()
+                alone = [_copy(p) for p in self.parameters]
+                self._restore(before)
+                masks.stay = True
+                graph = self._captured()
+            self._replay(graph)
+            apart = max(_apart(*three) for three in zip(self.parameters, alone, before, strict=False))
+            if apart <= TOLERANCE:
+                self.graph = graph
+                return
+            reason = f"it ends {apart:.1e} of a step from where it does without"
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as e:
+            reason = _first_cause(e)
+        self.tell.say(f"updating without a CUDA graph, which takes longer: {reason}")
+        self.replays = 0
+        self.optimizer.zero_grad(set_to_none=True)
+        self._restore(before)
+        self.update()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """A graph of the update. RuntimeError where it waits for the GPU inside it."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        # Other threads may be compiling or writing, and are not to be stopped by this.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self.update()
+        return graph
+
+    def _changed(self) -> list[Tensor]:
+        """All that an update changes, parameters first."""
+        held = [tensor for p in self.parameters for tensor in self.optimizer.state[p].values()]
+        return [*self.parameters, *held, *self.others]
+
+    @torch.no_grad()
+    def _restore(self, values: Sequence[Tensor]) -> None:
+        for tensor, value in zip(self._changed(), values, strict=False):  # none where copying failed
+            tensor.copy_(value)
+
+
+def _first_cause(error: BaseException) -> str:
+    """In one line: what broke a capture, and not that it was broken when it was ended."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+@torch.no_grad()
+def _apart(found: Tensor, expected: Tensor, before: Tensor) -> float:
+    """The distance of two ends of a step, as a share of the step."""
+    found = _copy(found)
+    distance, step = float((found - expected).norm()), float((expected - before).norm())
+    return distance / step if step else (0.0 if distance == 0 else float("inf"))
+
+
+class _Masks:
+    """As a context: the attention masks that blocks are given. stay: they are given the last ones before this again."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.blocks, self.stay = blocks, False
+        self.last: dict[nn.Module, Any] = {}
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> _Masks:
+        self.hooks = [block.register_forward_pre_hook(self._give, with_kwargs=True) for block in self.blocks]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _give(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if self.stay and block in self.last:
+            return args, {**kwargs, "attention_mask": self.last[block]}
+        if "attention_mask" in kwargs:
+            self.last[block] = kwargs["attention_mask"]
+        return args, kwargs
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, what is done inside is done on a stream of its own, in order with what lies before and behind."""
+    if device.type != "cuda":
+        yield
+        return
+    before, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(before)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        before.wait_stream(side)
