@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from compress.one_query import one_query
 from compress.tell import Tell
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class FixedDrawer(Drawer):
 
     def step(self) -> Tensor:
         """One more id of each row into `drawn_B`; the logits."""
-        logits: Tensor = self.model(input_ids=self.ids_B1, past_key_values=self.cache, use_cache=True).logits
+        with one_query(self.model):
+            logits: Tensor = self.model(input_ids=self.ids_B1, past_key_values=self.cache, use_cache=True).logits
         self.drawn_B.copy_(self._drawn(logits, self.uniform_B))
         return logits
 

@@ -48,6 +48,7 @@ ROOMS = """
     positions
     rows
     turns
+    one_query
     drawing
     sampling
     skeleton

@@ -62,16 +62,25 @@ def test_every_cut_gives_the_product(run: int, warps: int, rows: int) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("size", [8, 384, 576, 4096, 14336])
 def test_rows_are_rounded_as_the_artifact_says(size: int, symmetric: bool) -> None:
-    """To the bit but for values at the middle of two codes, where torch divides by its own reciprocal. Not run yet."""
+    """To the bit but for values at the middle of two codes: torch multiplies by reciprocals of its own, rounded twice.
+
+    Such values are many where the largest of a row is a multiple of 127 in its last bits, as one row's is here.
+    """
+    torch.manual_seed(0)
     x = torch.randn(5, size, device="cuda").half() * torch.tensor([1, 1e-3, 40, 1, 1], device="cuda").half()[:, None]
+    x[0] = (x[0] * 32).round() / 32
+    x[0, 0] = 127 / 16
     x[3] = 0
     x[4, 1:] = 0
     scheme = ActivationScheme(symmetric=symmetric)
     wanted = fake_quantize(x, scheme)
+    of = x.double()
+    low, high = of.amin(1, keepdim=True), of.amax(1, keepdim=True)
+    step = (of.abs().amax(1, keepdim=True) / 127 if symmetric else (high - low) / 255).clamp(min=1e-12)
+    at_middle = (of / step % 1 - 0.5).abs() < 1e-4
     decode.round_rows(x, scheme)
-    step = wanted.float().abs().amax(1, keepdim=True) / 127  # the step without zero points, at least that with
-    assert float((x != wanted).float().mean()) < 1e-3
-    assert bool(((x.float() - wanted.float()).abs() <= 1.01 * step).all()) and not x[3].any()
+    assert float((x != wanted)[~at_middle].float().mean()) < 1e-3
+    assert bool(((x.double() - wanted.double()).abs() <= 1.01 * step + 1e-3 * of.abs()).all()) and not x[3].any()
 
 
 def test_gate_in_the_product() -> None:

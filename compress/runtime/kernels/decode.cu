@@ -104,7 +104,7 @@ extern "C" __global__ void round_rows_with_zeros(half_bits* __restrict__ x, int 
 
 // hidden += added (if any); out = hidden / rms(hidden) * weight. One block a row; size is a multiple of 4. The parameters' eps comes
 // as the bits of a float. kept (if any): 1 / rms.
-extern "C" __global__ void add_norm(float* __restrict__ hidden, const half_bits* __restrict__ added,
+extern "C" __global__ void add_norm(float* __restrict__ hidden, const half_bits* added,
                                     const float* __restrict__ weight, half_bits* __restrict__ out, float* __restrict__ kept,
                                     int size, int eps_bits) {
     wait_for_earlier_kernels();
@@ -139,7 +139,7 @@ extern "C" __global__ void add_norm(float* __restrict__ hidden, const half_bits*
 
 // The largest logit of each sequence: best[b] becomes the largest of (ordered bits of the logit) << 32 | ~index, so that the
 // first of equal ones wins. logits: half [B, size].
-extern "C" __global__ void largest(const half_bits* __restrict__ logits, unsigned long long* __restrict__ best, int size) {
+extern "C" __global__ void largest(const half_bits* logits, unsigned long long* __restrict__ best, int size) {
     wait_for_earlier_kernels();
     const int sequence = blockIdx.y;
     unsigned long long mine = 0;
@@ -169,7 +169,7 @@ extern "C" __global__ void advance(unsigned long long* __restrict__ best, long l
 }
 
 // hidden[b] = embedding[ids[b]], float32 from half. One block a sequence.
-extern "C" __global__ void embed(const half_bits* __restrict__ embedding, const long long* __restrict__ ids,
+extern "C" __global__ void embed(const half_bits* __restrict__ embedding, const long long* ids,
                                  float* __restrict__ hidden, int size) {
     wait_for_earlier_kernels();
     const half_bits* from = embedding + ids[blockIdx.x] * size;
@@ -179,10 +179,10 @@ extern "C" __global__ void embed(const half_bits* __restrict__ embedding, const 
 // One head of q, k or v of one sequence: norm (if there is a weight), rotation, and for k and v a place in the cache.
 // qkv: half [B, (q_heads + 2 kv_heads) SIZE]; q: half [B, q_heads, SIZE]; caches: half [B, kv_heads, capacity, SIZE];
 // cosines, sines: float [positions, SIZE / 2]; position: int [B].
-extern "C" __global__ void rotate(const half_bits* __restrict__ qkv, half_bits* __restrict__ q, half_bits* __restrict__ keys,
+extern "C" __global__ void rotate(const half_bits* qkv, half_bits* __restrict__ q, half_bits* __restrict__ keys,
                                   half_bits* __restrict__ values, const float* __restrict__ cosines,
                                   const float* __restrict__ sines, const float* __restrict__ q_norm,
-                                  const float* __restrict__ k_norm, const int* __restrict__ position, int q_heads,
+                                  const float* __restrict__ k_norm, const int* position, int q_heads,
                                   int kv_heads, int capacity, int eps_bits) {
     wait_for_earlier_kernels();
     const int head = blockIdx.x % (q_heads + 2 * kv_heads), sequence = blockIdx.x / (q_heads + 2 * kv_heads);
@@ -277,8 +277,8 @@ __device__ __forceinline__ void attend_chunk(const float (&query)[HEADS][OWN], c
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    attend(const half_bits* __restrict__ q, const half_bits* __restrict__ keys, const half_bits* __restrict__ values,
-           const int* __restrict__ position, float* __restrict__ partial, int q_heads, int kv_heads, int capacity, int chunks,
+    attend(const half_bits* q, const half_bits* keys, const half_bits* values,
+           const int* position, float* __restrict__ partial, int q_heads, int kv_heads, int capacity, int chunks,
            int scale_bits) {
     wait_for_earlier_kernels();
     const int chunk = blockIdx.x % chunks;
@@ -307,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 // out: half [B, q_heads SIZE], from the chunks that hold positions. One block a head, SIZE threads.
-extern "C" __global__ void join(const float* __restrict__ partial, const int* __restrict__ position, half_bits* __restrict__ out,
+extern "C" __global__ void join(const float* partial, const int* position, half_bits* __restrict__ out,
                                 int q_heads, int chunks) {
     wait_for_earlier_kernels();
     const int sequence = blockIdx.x / q_heads;
@@ -402,9 +402,9 @@ __device__ __forceinline__ void rotated(float (&query)[OWN], const half_bits* he
 // puts key and value into the caches first; the block of a sequence's heads that ends last joins the chunks.
 // arrived: int [B, q_heads / HEADS], zeros, and zeros again afterwards.
 extern "C" __global__ void __launch_bounds__(128)
-    attend_at_once(const half_bits* __restrict__ qkv, half_bits* keys, half_bits* values, const float* __restrict__ cosines,
+    attend_at_once(const half_bits* qkv, half_bits* keys, half_bits* values, const float* __restrict__ cosines,
                    const float* __restrict__ sines, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
-                   const int* __restrict__ position, float* partial, int* arrived, half_bits* __restrict__ out, int q_heads,
+                   const int* position, float* partial, int* arrived, half_bits* __restrict__ out, int q_heads,
                    int kv_heads, int capacity, int chunks, int scale_bits, int eps_bits) {
     wait_for_earlier_kernels();
     const int chunk = blockIdx.x % chunks, group = blockIdx.x / chunks;

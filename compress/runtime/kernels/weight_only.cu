@@ -168,13 +168,14 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-// x: half [M, K]; y: half [M, N], or with GATED half [M, N / 2]. column_tiles: of 64 columns in a row of W; row_tiles: of 16 rows.
+// x: half [M, K], not __restrict__: the kernel before may still write it when this one starts, and what is const and __restrict__ may be
+// read at any time; y: half [M, N], or with GATED half [M, N / 2]. column_tiles: of 64 columns in a row of W; row_tiles: of 16 rows.
 // NORMED: squares float [M, K / 16], sums of 16 squares of the stream; `before` float [M]: the factor that x has; `factor` float [M]:
 // one over the root mean square, written here. ADDED: stream float [M, N]; weight float [N]: the next norm's; y half [M, N]: stream
-// * weight * before; squares float [M, N / 16], written here.
+// * weight * before; squares float [M, N / 16], written here. `before` and squares are read by `fresh` alone.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     linear(const uint4* __restrict__ codes, const half_bits* __restrict__ scales, const unsigned char* __restrict__ zeros,
-           const half_bits* __restrict__ x, const half_bits* __restrict__ bias, half_bits* __restrict__ y, int M, int N, int K,
+           const half_bits* x, const half_bits* __restrict__ bias, half_bits* __restrict__ y, int M, int N, int K,
            int row_tiles, int column_tiles, int groups, float* __restrict__ squares, const float* __restrict__ before,
            float* __restrict__ factor, float* __restrict__ stream, const float* __restrict__ weight, int eps_bits) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
