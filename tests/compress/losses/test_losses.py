@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compress.losses import at_once, in_blocks
+from compress.losses.arithmetic import GRADIENTS
 from compress.losses.at_once import Weights
 from compress.losses.heads import DenseTeacher, Head, SparseTeacher
 from compress.losses.in_blocks import IGNORED, KINDS, Objective
@@ -172,6 +173,22 @@ def test_at_once_compiles_and_gives_its_gradient_once() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="asked for already"):
         total.backward()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_fewer_passes_are_the_same_to_the_bit(temperature: float) -> None:
+    """The forward divergence and its gradient, beside the formula that blocks of logits use, written out."""
+    z, t, count = torch.randn(9, 1003) * 8, torch.randn(9, 1003) * 8, torch.rand(9)
+    kept = z.clone(), t.clone()
+    value, _, part, grad = at_once.whole_rows(
+        z, t, torch.zeros(9, dtype=torch.int64), count, None, "forward-kl", temperature, 0.5, 1.0, None, torch.float32
+    )
+    student, other = (z / temperature).logsumexp(-1), (t / temperature).logsumexp(-1)
+    log_q, log_p = z / temperature - student[:, None], t / temperature - other[:, None]
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert torch.equal(value, expected * temperature**2) and torch.equal(part, (value * count).sum())
+    assert torch.equal(grad, GRADIENTS["forward-kl"](z, t, student, other, expected, count, temperature, 0.5))
+    assert torch.equal(z, kept[0]) and torch.equal(t, kept[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
