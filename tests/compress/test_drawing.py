@@ -28,15 +28,75 @@ def test_a_cache_that_stays_where_it_is_draws_the_same(monkeypatch: pytest.Monke
     assert float((sample(model) == plain).float().mean()) > 0.8
 
 
-def test_a_drawer_that_is_a_token_behind_is_found_out() -> None:
-    class Behind(drawing.Drawer):
-        def draw(self, ids_B1: torch.Tensor, position: int) -> list[int]:
-            return super().draw(ids_B1, max(0, position - 1))
+class Behind(drawing.Drawer):
+    def draw(self, ids_B1: torch.Tensor, position: int) -> list[int]:
+        return super().draw(ids_B1, max(0, position - 1))
 
+
+class Disturbed(drawing.Drawer):
+    """Moves the bounds between many ids by about the part of one."""
+
+    def _drawn(self, logits_B1V: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        noise_B1V = torch.randn(logits_B1V.shape, generator=generator)
+        return super()._drawn(logits_B1V + 0.01 * noise_B1V, uniform_B)
+
+
+class NotANumber(drawing.Drawer):
+    def _logits(self, ids_B1: torch.Tensor) -> torch.Tensor:
+        return super()._logits(ids_B1) * float("nan")
+
+
+def test_a_drawer_that_is_a_token_behind_is_found_out() -> None:
     model = sampling.load_model_float32(calibration_data.reference_model())
     with torch.inference_mode():
         plain = drawing.Drawer(model, len(TOKENIZER))
         assert not drawing.draws_alike(Behind(model, len(TOKENIZER)), plain, 3)
+
+
+def flat(num_ids: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": num_ids, "num_hidden_layers": 1})).eval()
+
+
+def test_ids_next_to_the_right_ones_are_right_and_others_are_not() -> None:
+    """Among many ids with about the same probability, rounding draws many neighbours."""
+    num_rows, num_ids = 16, 50_000
+    model = flat(num_ids)
+    uniform_BT = torch.rand(num_rows, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ids_B1 = torch.arange(num_rows)[:, None]
+    with torch.inference_mode():
+        plain, disturbed = drawing.Drawer(model, num_ids), Disturbed(model, num_ids)
+        plain.begin(uniform_BT)
+        disturbed.begin(uniform_BT)
+        pairs = zip(plain.draw(ids_B1, 0), disturbed.draw(ids_B1, 0), strict=True)
+        assert sum(one != other for one, other in pairs) > 1
+        assert drawing.draws_alike(disturbed, plain, num_rows)
+        assert plain.cache is None
+        assert not drawing.draws_alike(Behind(model, num_ids), plain, num_rows)
+        broken = NotANumber(model, num_ids)
+        assert not drawing.draws_alike(plain, broken, num_rows)
+
+
+def test_off_is_the_distance_to_the_part_of_the_id() -> None:
+    model = flat(64)
+    uniform_BT = torch.tensor([[0.0], [0.5], [0.999]], dtype=torch.float64)
+    ids_B1 = torch.tensor([[1], [2], [3]])
+    with torch.inference_mode():
+        plain = drawing.Drawer(model, 64)
+        plain.begin(uniform_BT)
+        drawn = plain.draw(ids_B1, 0)
+        plain.begin(uniform_BT)
+        assert plain.off(ids_B1, 0, drawn).tolist() == [0, 0, 0]
+        assert plain.cache.get_seq_length() == 1
+        plain.begin(uniform_BT)
+        off_B = plain.off(ids_B1, 0, [63, 63, 0])
+        cumulative_BV = model(ids_B1).logits[:, -1].double().softmax(-1).cumsum(-1)
+    expected = [cumulative_BV[0, 62], cumulative_BV[1, 62] - 0.5, 0.999 - cumulative_BV[2, 0]]
+    assert off_B.dtype == torch.float64
+    assert off_B.tolist() == pytest.approx([float(distance) for distance in expected], abs=1e-6)
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
