@@ -19,7 +19,7 @@ TIMEOUT_SECONDS = 60.0
 
 def models(url: str, timeout: float = TIMEOUT_SECONDS) -> list[str]:
     """Names of the models that the server offers. ConfigError when it cannot be reached or says something else."""
-    found = _get(f"{url.rstrip('/')}/v1/models", None, timeout)
+    found = _get(f"{_base(url)}/models", None, timeout)
     try:
         return [str(m["id"]) for m in json.loads(b"".join(found))["data"]]
     except (ValueError, KeyError, TypeError) as e:
@@ -42,7 +42,7 @@ def once(
     }
     start = time.perf_counter()
     marks: list[float] = []
-    for line in _get(f"{url.rstrip('/')}/v1/completions", json.dumps(body).encode(), timeout):
+    for line in _get(f"{_base(url)}/completions", json.dumps(body).encode(), timeout):
         if time.perf_counter() - (marks[-1] if marks else start) > timeout:  # it may be pinged for ever
             raise ConfigError(f"{url}: no text for {timeout:g} seconds, though the stream goes on; ask a smaller model")
         if not line.startswith(b"data:") or line.strip() == b"data: [DONE]":
@@ -56,6 +56,11 @@ def once(
     if len(marks) < 2:
         raise ConfigError(f"{url}: the stream held {len(marks)} pieces of text, and timing needs at least 2")
     return marks[0] - start, [b - a for a, b in zip(marks, marks[1:], strict=False)]
+
+
+def _base(url: str) -> str:
+    """The address that paths follow, given with or without the /v1 that OpenAI's clients want in it."""
+    return url.rstrip("/").removesuffix("/v1") + "/v1"
 
 
 def _get(url: str, body: bytes | None, timeout: float) -> Iterator[bytes]:

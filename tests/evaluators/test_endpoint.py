@@ -83,6 +83,12 @@ def test_what_goes_wrong_is_one_sentence(url: str, model: str, message: str) -> 
         endpoint.once(url, model, "a prompt", 4, timeout=0.5)
 
 
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_an_address_may_hold_the_version_as_clients_give_it(url: str, end: str) -> None:
+    assert endpoint.models(url + end) == ["small"]
+    assert len(endpoint.once(url + end, "small", "a prompt", 2)[1]) == 1
+
+
 def test_no_server_and_no_address() -> None:
     with pytest.raises(ConfigError, match="is the server running"):
         endpoint.models("http://127.0.0.1:9", timeout=2)
