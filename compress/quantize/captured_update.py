@@ -84,11 +84,12 @@ class Repeated:
                 masks.stay = True
                 graph = self._captured()
             self._replay(graph)
-            apart = max(_apart(*three) for three in zip(self.parameters, alone, before, strict=False))
-            if apart <= TOLERANCE:
+            apart = [_apart(*three) for three in zip(self.parameters, alone, before, strict=False)]
+            wrong = [one for one in apart if not one <= TOLERANCE]  # also what is not a number
+            if not wrong:
                 self.graph = graph
                 return
-            reason = f"it ends {apart:.1e} of a step from where it does without"
+            reason = f"it ends {wrong[0]:.1e} of a step from where it does without"
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as e:
             reason = _first_cause(e)
         self.tell.say(f"updating without a CUDA graph, which takes longer: {reason}")
