@@ -2,12 +2,12 @@
 
 A text must not be cut wherever it is convenient: tokenizers join line feeds, put a space before a text, take digits
 by threes, so the parts' tokens are not the whole's. Here the text is tokenized in windows that overlap, and two
-windows are joined at a token in the middle of the overlap where both give the same tokens at the same places. What
-splits a text into words reads from left to right, so from a shared beginning of a word on both read the same, and words
-are tokenized each by itself. Byte pair encodings may be joined within a word as well: one is right if every two
-neighbouring tokens are, and every pair of the joined sequence stands in one of the windows. Where the windows do not
-agree (a run of one character, whose tokens depend on where it began) they grow until they do, if need be to the whole
-text.
+windows are joined at a token in the middle of the overlap where both give the same tokens at the same places, and begin
+words at the same ones. What splits a text into words reads from left to right, so from a shared beginning of a word on
+both read the same, and words are tokenized each by itself. Byte pair encodings may be joined within a word as well: one
+is right if every two neighbouring tokens are, and every pair of the joined sequence stands in one of the windows. Where
+the windows do not agree (a run of one character, whose tokens depend on where it began; digits by threes, whose words
+do so where their tokens show nothing of it) they grow until they do, if need be to the whole text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WINDOW = 1 << 16
 OVERLAP = 1 << 11
 
 Token = tuple[int, int, int, bool]
-"""Id, first character, character behind the last, and whether the text may be joined before it."""
+"""Id, first character, character behind the last, and whether it begins a word."""
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
@@ -57,11 +57,12 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] |
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens of the characters `start` to `stop`, with their places in the text."""
+    """Tokens of the characters `start` to `stop`, with their places in the text. within: may be joined inside words."""
 
     start: int
     stop: int
     tokens: list[Token]
+    within: bool
 
 
 def _joined(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
@@ -93,10 +94,13 @@ def _read(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int) 
     read = tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     words = read.word_ids()
     begins = [i == 0 or word is None or word != words[i - 1] for i, word in enumerate(words)]
-    if type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
-        begins = [True] * len(words)
     places = zip(read.input_ids, read.offset_mapping, begins, strict=True)
-    return _Window(start, min(stop, len(text)), [(i, start + a, start + b, begin) for i, (a, b), begin in places])
+    return _Window(
+        start,
+        min(stop, len(text)),
+        [(i, start + a, start + b, begin) for i, (a, b), begin in places],
+        within=type(tokenizer.backend_tokenizer.model).__name__ == "BPE",
+    )
 
 
 def _seam(left: _Window, right: _Window) -> tuple[int, int] | None:
@@ -112,6 +116,6 @@ def _seam(left: _Window, right: _Window) -> tuple[int, int] | None:
         return None
     if left.tokens[mine[0] : mine[-1] + 1] != right.tokens[theirs[0] : theirs[-1] + 1]:
         return None
-    places = [n for n in range(1, len(mine)) if left.tokens[mine[n]][3]]
+    places = [n for n in range(1, len(mine)) if left.within or left.tokens[mine[n]][3]]
     middle = min(places, key=lambda n: abs(2 * n - len(mine)), default=None)
     return None if middle is None else (mine[middle], theirs[middle])

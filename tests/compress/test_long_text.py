@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import calibration_data
@@ -80,6 +80,7 @@ pieces = st.one_of(
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.lists(pieces, min_size=1, max_size=20).map("".join), window=st.integers(60, 300), special=st.booleans())
+@example(text="0000000In the year 1871 the ship sailed.\n\n0" + "7" * 76 + "00", window=60, special=False)
 def test_windows_leave_no_trace(tokenizers: dict[str, Any], text: str, window: int, special: bool) -> None:
     held = long_text.WINDOW, long_text.OVERLAP
     long_text.WINDOW, long_text.OVERLAP = window, 8
