@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.one_query import one_query
+from compress.side_stream import side_stream
 from compress.tell import Tell
 
 if TYPE_CHECKING:
@@ -98,12 +99,9 @@ class FixedDrawer(Drawer):
 
     def capture(self) -> None:
         """Make the step a CUDA graph. RuntimeError where the model waits for the GPU inside it."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with side_stream(self.model.device):
             for _ in range(2):
                 self.step()
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may be reading the first block, or compiling, and are not to be stopped by this.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -49,6 +49,7 @@ ROOMS = """
     rows
     turns
     one_query
+    side_stream
     drawing
     sampling
     skeleton

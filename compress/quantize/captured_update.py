@@ -11,8 +11,7 @@ texts, as it does otherwise, but makes its attention a mask; so blocks get the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -158,18 +157,3 @@ class _Masks:
         if "attention_mask" in kwargs:
             self.last[block] = kwargs["attention_mask"]
         return args, kwargs
-
-
-@contextmanager
-def side_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, what is done inside is done on a stream of its own, in order with what lies before and behind."""
-    if device.type != "cuda":
-        yield
-        return
-    before, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(before)
-    try:
-        with torch.cuda.stream(side):
-            yield
-    finally:
-        before.wait_stream(side)

@@ -35,6 +35,7 @@ from compress.quantize import captured_update
 from compress.quantize.tune import RowOrder
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
+from compress.side_stream import side_stream
 from compress.tell import SILENT, Tell
 
 RATE = 3e-4  # of Adam, in logarithms: relative steps
@@ -294,7 +295,7 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
             parts = [torch.tensor(held[i : i + options.rows]) for i in range(0, len(held), options.rows)]
             return sum(float(divergence(part)) * len(part) for part in parts) / len(held)
 
-    with numerics.repeatable(device), captured_update.side_stream(device):
+    with numerics.repeatable(device), side_stream(device):
         before = judged()
         update = _Update(student, taught, options, learning, min(options.rows, len(kept)))
         with _checkpointed(student.blocks if options.checkpointing else ()):

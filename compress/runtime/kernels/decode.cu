@@ -22,6 +22,7 @@ __device__ __forceinline__ half_bits to_half(float f) {
 }
 
 // Programmatic dependent launch: a kernel starts while the one before it ends, and waits where it needs that one's results.
+// What an earlier kernel writes is no const __restrict__ here: that may be read at any time, before the wait too.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
