@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,14 +11,22 @@ import torch
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, what is done inside is done on a stream of its own, in order with what lies before and behind."""
+    """On a GPU, what is done inside is done on a stream of its own, in order with what lies before and behind.
+
+    It is one stream for all: memory that is freed there is kept for that stream, and of no use to another.
+    """
     if device.type != "cuda":
         yield
         return
-    before, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    before, side = torch.cuda.current_stream(device), _stream(device)
     side.wait_stream(before)
     try:
         with torch.cuda.stream(side):
             yield
     finally:
         before.wait_stream(side)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

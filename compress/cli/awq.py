@@ -152,6 +152,9 @@ def _print_summary(outcome: Any, seconds: float) -> None:
             f"tuning lowered the blocks' held-out output error to {gain:.2f} of what it was; kept in "
             f"{sum(t['kept'] for t in tuned)} of {len(tuned)} blocks"
         )
+        slower = [t for t in tuned if "slower" in t]
+        if slower:
+            out.print(f"in {len(slower)} blocks: {slower[0]['slower']}")
     whole = record.get("end_to_end", {})
     if "kept" in whole:
         out.print(

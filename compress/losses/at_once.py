@@ -127,12 +127,29 @@ def _part(hidden_PH: Tensor, rows: slice, head: Head, job: _Job) -> tuple[Tensor
     if job.teacher is not None:
         t_pV = job.teacher.head.logits(job.teacher.hidden_PH[rows], slice(0, job.vocabulary))
     of = [None if w is None else w[rows] for w in (weights.divergence_P, weights.cross_entropy_P)]
+    if t_pV is not None and of[0] is not None and of[1] is None and _has_kernel(z_pV, job):
+        return _by_kernel(z_pV, t_pV, of[0], head, objective.temperature, hidden_PH.dtype)
     step = compiled(whole_rows) if job.fuse else whole_rows
     found: tuple[Tensor, Tensor, Tensor, Tensor] = step(
         z_pV, t_pV, job.labels_P[rows], of[0], of[1], objective.kind, objective.temperature, objective.beta,
         head.scale, head.cap, hidden_PH.dtype,
     )  # fmt: skip
     return found
+
+
+def _has_kernel(z_pV: Tensor, job: _Job) -> bool:
+    """Whether a kernel does what `whole_rows` would with the divergence alone, where no compiler is asked for."""
+    return z_pV.is_cuda and z_pV.dtype == torch.float32 and job.objective.kind == "forward-kl" and not job.fuse
+
+
+def _by_kernel(
+    z_pV: Tensor, t_pV: Tensor, count_p: Tensor, head: Head, temperature: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from compress.losses.forward_kl_triton import forward_kl
+
+    value_p, grad_pV = forward_kl(z_pV, t_pV, count_p, temperature, head.scale, head.cap, dtype)
+    divergence_p = value_p * temperature**2
+    return divergence_p, torch.zeros_like(divergence_p), (divergence_p * count_p).sum(), grad_pV
 
 
 def whole_rows(

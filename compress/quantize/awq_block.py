@@ -447,7 +447,9 @@ def _tuned(
     for name, value in tuned.norms.items():
         norms[name].copy_(value)
     before, after = (float(f"{e:.6g}") for e in tuned.errors)
-    said = {"held_out_error": before, "held_out_error_tuned": after, "kept": tuned.kept}
+    said: dict[str, Any] = {"held_out_error": before, "held_out_error_tuned": after, "kept": tuned.kept}
+    if tuned.said:
+        said["slower"] = "; ".join(tuned.said)
     return {names[full]: r for full, r in tuned.layers.items()}, {"tuning": said}
 
 

@@ -1,9 +1,9 @@
 """An update that is repeated: on a GPU a CUDA graph of it, once it has run a few times.
 
-An update of a small model is thousands of launches, which take a CPU longer than the GPU takes for them. So after the
-first ones it is captured, with inputs that stay where they are, and replayed. What is replayed is not believed but
-proven: from one state it must take the step that the update takes without. Copies of that state, three numbers for each
-one learned, are held on the CPU meanwhile.
+An update of a small model or block is hundreds or thousands of launches, which take a CPU longer than the GPU takes for
+them. So after the first ones it is captured, with inputs that stay where they are, and replayed. What is replayed is
+not believed but proven: from one state it must take the step that the update takes without. Copies of that state, up
+to three numbers for each one learned, are held meanwhile, on the CPU where they are many.
 
 Nothing that is captured may ask the GPU. A transformers model under capture does not look whether its rows are whole
 texts, as it does otherwise, but makes its attention a mask; so blocks get the masks there that they had without.
@@ -12,6 +12,7 @@ texts, as it does otherwise, but makes its attention a mask; so blocks get the m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,28 +26,53 @@ EAGER = 3
 AHEAD = 2
 # Learned numbers beyond which nothing is captured: there the GPU is the slower one, and copies of the state are large.
 MOST = 1 << 29
+# Learned numbers up to which the copies are held on the GPU.
+FEW = 1 << 26
 # How far from the update's own step a replay may end, as a share of the step (norms, of each parameter).
 TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Changed:
+    """What an update changes, in place: what is learned, and all else, such as moments, which may not be there before
+    the first one."""
+
+    learned: Sequence[Tensor]
+    others: Callable[[], Sequence[Tensor]]
+
+    @classmethod
+    def by(cls, optimizer: torch.optim.Optimizer, *others: Tensor) -> Changed:
+        """Its parameters and state, and these."""
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        return cls(learned=learned, others=lambda: [*state_of(optimizer), *others])
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What it holds of its parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [tensor for p in parameters for tensor in optimizer.state[p].values()]
 
 
 class Repeated:
     """Runs `update` once a call; from the fourth call on a GPU as a graph, if that is proven. replays: of the graph.
 
-    update: reads buffers that stay where they are, and changes the optimizer's parameters and state and `others`, in
-    place; it leaves no gradients. blocks: modules whose keyword `attention_mask` depends on shapes alone. On a GPU all
-    calls must be made inside `side_stream`, with an optimizer that is `capturable`.
+    update: reads buffers that stay where they are, and leaves no gradients. blocks: modules whose keyword
+    `attention_mask` depends on shapes alone. most: learned numbers beyond which nothing is captured. On a GPU all calls
+    must be made inside `side_stream`, with an optimizer that is `capturable`.
     """
 
     def __init__(
         self,
         update: Callable[[], None],
-        optimizer: torch.optim.Optimizer,
-        others: Sequence[Tensor],
-        blocks: Sequence[nn.Module],
+        changed: Changed,
         tell: Tell,
+        *,
+        blocks: Sequence[nn.Module] = (),
+        most: int = MOST,
     ) -> None:
-        self.update, self.optimizer, self.others, self.blocks, self.tell = update, optimizer, others, blocks, tell
-        self.parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.update, self.changed, self.blocks, self.tell, self.most = update, changed, blocks, tell, most
+        self.parameters = changed.learned
+        self.size = sum(p.numel() for p in self.parameters)
         self.on_gpu = self.parameters[0].is_cuda
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = self.replays = 0
@@ -55,7 +81,7 @@ class Repeated:
     def __call__(self) -> None:
         if self.graph is not None:
             self._replay(self.graph)
-        elif self.on_gpu and self.calls == EAGER and sum(p.numel() for p in self.parameters) <= MOST:
+        elif self.on_gpu and self.calls == EAGER and self.size <= self.most:
             self._first_captured()
         else:
             self.update()
@@ -75,10 +101,10 @@ class Repeated:
         """This call's update by a graph, or, where that cannot be or differs, as those before it."""
         before: list[Tensor] = []
         try:
-            before = [_copy(tensor) for tensor in self._changed()]
+            before = [self._copy(tensor) for tensor in self._changed()]
             with _Masks(self.blocks) as masks:
                 self.update()
-                alone = [_copy(p) for p in self.parameters]
+                alone = [self._copy(p) for p in self.parameters]
                 self._restore(before)
                 masks.stay = True
                 graph = self._captured()
@@ -93,22 +119,33 @@ class Repeated:
             reason = _first_cause(e)
         self.tell.say(f"updating without a CUDA graph, which takes longer: {reason}")
         self.replays = 0
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            p.grad = None
         self._restore(before)
         self.update()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         """A graph of the update. RuntimeError where it waits for the GPU inside it."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        # A graph's memory is its own, and cannot be had of what is cached. `torch.cuda.graph` drops that always, which
+        # is most of the time of a capture of a small update.
+        if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
+            torch.cuda.empty_cache()
         # Other threads may be compiling or writing, and are not to be stopped by this.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
             self.update()
+        finally:
+            graph.capture_end()
         return graph
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(tensor.device if self.size <= FEW else "cpu", copy=True)
 
     def _changed(self) -> list[Tensor]:
         """All that an update changes, parameters first."""
-        held = [tensor for p in self.parameters for tensor in self.optimizer.state[p].values()]
-        return [*self.parameters, *held, *self.others]
+        return [*self.parameters, *self.changed.others()]
 
     @torch.no_grad()
     def _restore(self, values: Sequence[Tensor]) -> None:
@@ -123,14 +160,10 @@ def _first_cause(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
 @torch.no_grad()
 def _apart(found: Tensor, expected: Tensor, before: Tensor) -> float:
     """The distance of two ends of a step, as a share of the step."""
-    found = _copy(found)
+    found = found.to(expected.device)
     distance, step = float((found - expected).norm()), float((expected - before).norm())
     return distance / step if step else (0.0 if distance == 0 else float("inf"))
 

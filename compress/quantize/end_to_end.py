@@ -32,6 +32,7 @@ from compress.losses.at_once import Weights
 from compress.losses.heads import DenseTeacher, Head
 from compress.losses.in_blocks import Objective
 from compress.quantize import captured_update
+from compress.quantize.captured_update import Changed
 from compress.quantize.tune import RowOrder
 from compress.quantized import QuantizedWeight
 from compress.scheme import Scheme
@@ -300,7 +301,8 @@ def train(student: Student, taught: Lessons, options: EndToEndOptions, tell: Tel
         update = _Update(student, taught, options, learning, min(options.rows, len(kept)))
         with _checkpointed(student.blocks if options.checkpointing else ()):
             tell.start("update through the whole model", options.updates)
-            run = captured_update.Repeated(update, update.adam, [update.losses], student.blocks, tell)
+            changed = Changed.by(update.adam, update.losses)
+            run = captured_update.Repeated(update, changed, tell, blocks=student.blocks)
             for step in range(options.updates):
                 update.take(kept[order.take(len(update.ids_BT))], 1 - step / options.updates)
                 run()

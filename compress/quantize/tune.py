@@ -13,7 +13,7 @@ block also learns to make up for the blocks before it. Here, and not in the pape
 
 The gradient needs no fake-quantizer in the graph. The weight is `(code - zero_point) * scale`, so the gradient with
 respect to v (through the rounding) has the sign of that with respect to the weight, and the one with respect to
-log(scale) is the sum of gradient times weight over the group.
+log(scale) is the sum of gradient times weight over the group. On a GPU, updates are replays of a CUDA graph of one.
 
 Shapes: N rows, T tokens, H hidden size, O out_features, I in_features, G groups along I, g group size
 """
@@ -22,21 +22,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress import numerics
+from compress.quantize.captured_update import Changed, Repeated, state_of
 from compress.quantize.feedback import Rounded
 from compress.scheme import Scheme
+from compress.side_stream import side_stream
+from compress.tell import Heard
 
 RATE = 0.005  # of offsets (in steps of the grid) and of log-scales; the paper's, for 200 steps
 NORM_RATE = 1e-3
 # Wider groups do not fit a tile of the kernels'.
 _KERNEL_COLUMNS = 4096
 HELD_OUT = 16  # one row in so many, at least one, is never trained on
+# Learned numbers beyond which updates are launched one by one: there the GPU is the slower one.
+MOST = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +56,13 @@ class TuneOptions:
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
     """layers: the rounded weights, by name. norms: parameters tuned beside them. errors: mean squared distance of the
-    block's output from its target on the held-out rows, before and after; when it did not fall, nothing was changed."""
+    block's output from its target on the held-out rows, before and after; when it did not fall, nothing was changed.
+    said: why it took longer than it might."""
 
     layers: dict[str, Rounded]
     norms: dict[str, Tensor]
     errors: tuple[float, float]
+    said: list[str] = field(default_factory=list)
 
     @property
     def kept(self) -> bool:
@@ -91,16 +98,17 @@ class _Layer:
             return made.flatten(1)
         return ((self.codes() - self.zero_OG1) * self.scale()).flatten(1)
 
-    def step(self, weight_OI: Tensor, rate: float) -> None:
-        """Move against the gradient held by `weight_OI`, a leaf made by `weight()`."""
+    def step(self, weight_OI: Tensor, rate: float | Tensor) -> None:
+        """Move against the gradient held by `weight_OI`, a leaf made by `weight()`. On a GPU the rate is there, too."""
         assert weight_OI.grad is not None
         if self.kernel:
+            assert isinstance(rate, Tensor)
             gradient_OI = weight_OI.grad.contiguous()
             kernels().step(gradient_OI, weight_OI.detach(), self.offset_OGg, self.log_OG1, rate)
             return
         gradient = numerics.to_groups(weight_OI.grad, self.scheme)
         self.log_OG1 -= rate * (gradient * numerics.to_groups(weight_OI.detach(), self.scheme)).sum(-1, True).sign_()
-        self.offset_OGg.sub_(gradient.sign_(), alpha=rate).clamp_(-0.5, 0.5)
+        self.offset_OGg.sub_(gradient.sign_().mul_(rate)).clamp_(-0.5, 0.5)
 
     def rounded(self, old: Rounded) -> Rounded:
         return Rounded(
@@ -127,8 +135,7 @@ def tune_block(
     block, differentiable with respect to the parameters. inputs_NTH, targets_NTH: what enters it, and what should leave
     it, on the same device. Deterministic on the CPU; on a GPU inside `numerics.repeatable`, as far as PyTorch can be.
     """
-    held = max(1, len(inputs_NTH) // HELD_OUT)
-    train = len(inputs_NTH) - held
+    train = num_trained(len(inputs_NTH))
     start = {name: r.dequantize(scheme) for name, r in layers.items()}
 
     def held_out_error(parameters: Mapping[str, Tensor]) -> float:
@@ -137,35 +144,100 @@ def tune_block(
             for i in range(train, len(inputs_NTH)):
                 out = forward(inputs_NTH[i : i + 1], parameters)
                 total += numerics.mean_of((out.float() - targets_NTH[i : i + 1].float()).square())
-        return total / held
+        return total / (len(inputs_NTH) - train)
 
     before = held_out_error({**start, **norms})
     if train < 1:
         return Tuned(layers=dict(layers), norms=dict(norms), errors=(before, before))
-    learned = {name: _Layer(r, scheme) for name, r in layers.items()}
-    free = {name: value.clone().requires_grad_() for name, value in norms.items()}
-    adam = torch.optim.Adam(list(free.values()), lr=NORM_RATE) if free else None
-    order = RowOrder(train, options.seed)
-    rate_sum = RATE * 200 / options.steps  # fewer steps go further each: an offset can always cross half a step
-    for step in range(options.steps):
-        share = 1 - step / options.steps
-        rows = order.take(min(options.rows, train)).to(inputs_NTH.device)
-        weights = {name: layer.weight().requires_grad_() for name, layer in learned.items()}
-        with torch.enable_grad():
-            out = forward(inputs_NTH[rows], {**weights, **free})
-            (out.float() - targets_NTH[rows].float()).square().mean().backward()
-        for name, layer in learned.items():
-            layer.step(weights[name], rate_sum * share)
-        if adam is not None:
-            adam.param_groups[0]["lr"] = NORM_RATE * share
-            adam.step()
-            adam.zero_grad()
-    tuned = {name: layer.rounded(layers[name]) for name, layer in learned.items()}
-    stored = {name: value.detach().half().float() for name, value in free.items()}
+    update = _Update(layers, norms, forward, inputs_NTH, targets_NTH, scheme, options)
+    heard = Heard()
+    with side_stream(inputs_NTH.device):
+        run = Repeated(update, update.changed, heard, most=MOST)
+        order = RowOrder(train, options.seed)
+        rows_SR = torch.stack([order.take(update.num_rows) for _ in range(options.steps)]).to(inputs_NTH.device)
+        for step, rows_R in enumerate(rows_SR):
+            update.take(rows_R, 1 - step / options.steps)
+            run()
+        del run  # and with it the graph's memory
+    tuned = {name: layer.rounded(layers[name]) for name, layer in update.learned.items()}
+    stored = {name: value.detach().half().float() for name, value in update.free.items()}
     after = held_out_error({**{name: r.dequantize(scheme) for name, r in tuned.items()}, **stored})
     if not after < before:
-        return Tuned(layers=dict(layers), norms=dict(norms), errors=(before, after))
-    return Tuned(layers=tuned, norms=stored, errors=(before, after))
+        return Tuned(layers=dict(layers), norms=dict(norms), errors=(before, after), said=heard.said)
+    return Tuned(layers=tuned, norms=stored, errors=(before, after), said=heard.said)
+
+
+class _Update:
+    """An update of all that is learned, from rows and at rates that are in the same place each time.
+
+    learned: weights by parameter name. free: norms, by theirs.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Rounded],
+        norms: Mapping[str, Tensor],
+        forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+        inputs_NTH: Tensor,
+        targets_NTH: Tensor,
+        scheme: Scheme,
+        options: TuneOptions,
+    ) -> None:
+        self.forward, self.inputs_NTH, self.targets_NTH = forward, inputs_NTH, targets_NTH
+        self.learned = {name: _Layer(r, scheme) for name, r in layers.items()}
+        self.free = {name: value.clone().requires_grad_() for name, value in norms.items()}
+        self.num_rows = min(options.rows, num_trained(len(inputs_NTH)))
+        self.in_RTH, self.out_RTH = (torch.empty_like(rows[: self.num_rows]) for rows in (inputs_NTH, targets_NTH))
+        # Fewer steps go further each: an offset can always cross half a step.
+        self.begins = RATE * 200 / options.steps
+        self.rate, self.norm_rate = (self._at(rate) for rate in (self.begins, NORM_RATE))
+        self.adam = self._adam() if self.free else None
+
+    def _adam(self) -> torch.optim.Adam:
+        on_gpu = self.inputs_NTH.is_cuda
+        groups = [{"params": list(self.free.values()), "lr": self.norm_rate}]
+        return torch.optim.Adam(groups, lr=NORM_RATE, capturable=on_gpu, foreach=True if on_gpu else None)
+
+    def _at(self, rate: float) -> float | Tensor:
+        """A rate that can change: one that is a number would be part of a graph."""
+        return torch.tensor(rate, device=self.inputs_NTH.device) if self.inputs_NTH.is_cuda else rate
+
+    @property
+    def changed(self) -> Changed:
+        of_layers = [tensor for layer in self.learned.values() for tensor in (layer.offset_OGg, layer.log_OG1)]
+        return Changed(
+            learned=[*of_layers, *self.free.values()],
+            others=lambda: [] if self.adam is None else state_of(self.adam),
+        )
+
+    def take(self, rows_R: Tensor, share: float) -> None:
+        """The rows of the next update, by number, and its share of the rates that it began with. Waits for nothing."""
+        torch.index_select(self.inputs_NTH, 0, rows_R, out=self.in_RTH)
+        torch.index_select(self.targets_NTH, 0, rows_R, out=self.out_RTH)
+        self.rate = _set(self.rate, self.begins * share)
+        self.norm_rate = _set(self.norm_rate, NORM_RATE * share)
+        if self.adam is not None:
+            self.adam.param_groups[0]["lr"] = self.norm_rate
+
+    def __call__(self) -> None:
+        weights = {name: layer.weight().requires_grad_() for name, layer in self.learned.items()}
+        with torch.enable_grad():
+            out = self.forward(self.in_RTH, {**weights, **self.free})
+            (out.float() - self.out_RTH.float()).square().mean().backward()
+        for name, layer in self.learned.items():
+            layer.step(weights[name], self.rate)
+        if self.adam is not None:
+            self.adam.step()
+            self.adam.zero_grad()
+
+
+def _set(rate: float | Tensor, value: float) -> float | Tensor:
+    return rate.fill_(value) if isinstance(rate, Tensor) else value
+
+
+def num_trained(num_rows: int) -> int:
+    """How many of so many rows are trained on; those behind them are held out."""
+    return num_rows - max(1, num_rows // HELD_OUT)
 
 
 @functools.cache

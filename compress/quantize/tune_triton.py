@@ -54,20 +54,21 @@ def _weight(  # type: ignore[no-untyped-def]
     tl.store(weight_ptr + at, (code - zero[:, None]) * scale[:, None], mask=used)
 
 
-@triton.jit(do_not_specialize=["num_groups", "rate"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_groups"])  # type: ignore[untyped-decorator]
 def _step(  # type: ignore[no-untyped-def]
     gradient_ptr,
     weight_ptr,
     offset_ptr,
     log_ptr,
     num_groups,
-    rate,
+    rate_ptr,
     COLUMNS: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """One tile of groups; a sign of 0 moves nothing."""
     group, inside, at, used = _tile_of(num_groups, COLUMNS, SIZE, ROWS)
+    rate = tl.load(rate_ptr)
     gradient = tl.load(gradient_ptr + at, mask=used, other=0.0)
     weight = tl.load(weight_ptr + at, mask=used, other=0.0)
     along = tl.sum(gradient * weight, axis=1)
@@ -92,10 +93,11 @@ def weight(start: Tensor, offset: Tensor, scale: Tensor, zero: Tensor, max_code:
     return out
 
 
-def step(gradient: Tensor, weight: Tensor, offset: Tensor, log: Tensor, rate: float) -> None:
+def step(gradient: Tensor, weight: Tensor, offset: Tensor, log: Tensor, rate: Tensor) -> None:
     """Move `offset`, and `log` by what a group's gradient is along its weights, against the signs; in place.
 
-    gradient, weight: float32, as many as `offset` `[..., g]` holds, contiguous; log: float32, one a group.
+    gradient, weight: float32, as many as `offset` `[..., g]` holds, contiguous; log: float32, one a group;
+    rate: float32, one number.
     """
     assert all(x.is_contiguous() for x in (gradient, weight, offset, log))
     with torch.cuda.device_of(offset):

@@ -36,7 +36,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-SHAPES: dict[str, dict[str, int]] = {
+Shape = dict[str, Any]
+SHAPES: dict[str, Shape] = {
     # Llama 3 model cards' config.json
     "llama-3-8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -51,6 +52,12 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152,
     },
+    # google/gemma-3-270m, config.json (through unsloth's copy of it); as a GGUF file of it has them
+    "gemma3-270m": {
+        "model_type": "gemma3_text", "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
+        "sliding_window": 512,
+    },
     "small": {
         "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": 4096,
@@ -63,34 +70,31 @@ SHARD_BYTES = 5_000_000_000
 # ---- the model and the text --------------------------------------------------------------------------
 
 
-def build(folder: Path, shape: dict[str, int], device: str) -> None:
+def build(folder: Path, shape: Shape, device: str) -> None:
     """The model's folder: config, a tokenizer with a word for every id, shards of random bfloat16 weights."""
-    from transformers import LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir(parents=True)
-    config = LlamaConfig(**shape, rope_theta=500000.0, max_position_embeddings=8192, bos_token_id=0, eos_token_id=1)
-    config.architectures = ["LlamaForCausalLM"]
+    options = {"rope_theta": 500000.0, "max_position_embeddings": 8192, "bos_token_id": 0, "eos_token_id": 1}
+    config = AutoConfig.for_model(**{"model_type": "llama", **options, **shape})
     config.dtype = "bfloat16"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     _save_tokenizer(folder, shape["vocab_size"])
     generator = torch.Generator(device).manual_seed(0)
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    adds_one = shape.get("model_type") == "gemma3_text"  # its norms multiply by 1 + weight
 
-    def linear(o: int, i: int) -> Tensor:
-        return (torch.randn(o, i, generator=generator, device=device) * i**-0.5).bfloat16().cpu()
-
-    def norm() -> Tensor:
+    def made(parameter: Tensor) -> Tensor:
+        values = torch.randn(parameter.shape, generator=generator, device=device)
+        if parameter.ndim == 2:
+            return values.mul_(parameter.shape[1] ** -0.5).bfloat16().cpu()
         # A few large channels, as trained norms have, so that smoothing has something to find.
-        return torch.randn(hidden, generator=generator, device=device).mul_(0.5).exp_().bfloat16().cpu()
+        return values.mul_(0.5).exp_().sub_(float(adds_one)).bfloat16().cpu()
 
     weight_map: dict[str, str] = {}
-    shard: dict[str, Tensor] = {
-        "model.embed_tokens.weight": linear(shape["vocab_size"], hidden),
-        "lm_head.weight": linear(shape["vocab_size"], hidden),
-        "model.norm.weight": norm(),
-    }
-
+    shard: dict[str, Tensor] = {}
     pool = ThreadPoolExecutor(2)
     written = []
 
@@ -100,15 +104,8 @@ def build(folder: Path, shape: dict[str, int], device: str) -> None:
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 
-    for i in range(shape["num_hidden_layers"]):
-        p = f"model.layers.{i}."
-        shard[p + "input_layernorm.weight"] = norm()
-        shard[p + "post_attention_layernorm.weight"] = norm()
-        for name, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
-            shard[f"{p}self_attn.{name}_proj.weight"] = linear(rows, hidden)
-        shard[f"{p}mlp.gate_proj.weight"] = linear(inner, hidden)
-        shard[f"{p}mlp.up_proj.weight"] = linear(inner, hidden)
-        shard[f"{p}mlp.down_proj.weight"] = linear(hidden, inner)
+    for name, parameter in model.named_parameters():  # a tied output matrix is not among them
+        shard[name] = made(parameter)
         if sum(t.nbytes for t in shard.values()) > SHARD_BYTES:
             flush()
     if shard:
@@ -208,17 +205,20 @@ def _seconds(work: Callable[[], Any], repeats: int = 7) -> float:
 # ---- what the run cannot avoid -----------------------------------------------------------------------
 
 
-def counts(shape: dict[str, int], blocks: int, tokens: int, passes: int, stage: str) -> dict[str, float]:
+def counts(shape: Shape, blocks: int, tokens: int, passes: int, stage: str) -> dict[str, float]:
     """Operations and bytes: `passes` forward passes over the tokens, one Gram matrix an input, weights in and out."""
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    weights = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
-    attention = 2 * SEQ_LEN * hidden  # causal: half of q k^T and half of the product with v
-    outside = 2 * shape["vocab_size"] * hidden
+    head_dim = shape.get("head_dim", hidden // shape["num_attention_heads"])
+    queries, kv = (head_dim * shape[f"num_{of}_heads"] for of in ("attention", "key_value"))
+    weights = 2 * hidden * queries + 2 * hidden * kv + 3 * hidden * inner
+    attention = 2 * SEQ_LEN * queries  # causal: half of q k^T and half of the product with v
+    outside = (1 if shape.get("model_type") == "gemma3_text" else 2) * shape["vocab_size"] * hidden
     written = {"awq": weights * (0.5 + 2.5 / 128), "int8": weights, "prune": 2 * weights - 1.5 * hidden * inner}[stage]
     return {
         "forward_FLOP": passes * blocks * tokens * (2.0 * weights + attention),
-        "gram_FLOP": blocks * tokens * (3.0 * hidden**2 + inner**2),  # a symmetric product needs half of 2 n^2
+        "gram_FLOP": blocks
+        * tokens
+        * (2.0 * hidden**2 + queries**2 + inner**2),  # a symmetric product needs half of 2 n^2
         "read_bytes": 2.0 * (blocks * weights + outside),
         "written_bytes": (blocks if stage != "prune" else blocks - prune_depth(blocks)) * written + 2.0 * outside,
     }
@@ -431,7 +431,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="decoder blocks to make [all]")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--effort", nargs="*", default=[], help="efforts to run, one after the other [the default one]")
-    parser.add_argument("--group-size", type=int, default=128, help="of `awq` [128]; 64 for smollm2-135m")
+    parser.add_argument("--group-size", type=int, default=128, help="of `awq` [128]; 64 for the small real ones")
     parser.add_argument("--passes", type=int, default=1, help="forward passes over the tokens, for the count")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16")

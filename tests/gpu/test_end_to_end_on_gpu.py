@@ -30,10 +30,12 @@ def test_a_graph_learns_what_its_update_does(
 ) -> None:
     """again: blocks compute their inner values again in the backward pass."""
     runs: list[captured_update.Repeated] = []
+    most = captured_update.MOST
 
     class Watched(captured_update.Repeated):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.most = most
             runs.append(self)
 
     monkeypatch.setattr(captured_update, "Repeated", Watched)
@@ -48,7 +50,7 @@ def test_a_graph_learns_what_its_update_does(
         return trained
 
     graphed, repeated = train(), train()
-    monkeypatch.setattr(captured_update, "MOST", 0)
+    most = 0
     plain = train()
     assert [run.replays for run in runs] == [UPDATES - captured_update.EAGER] * 2 + [0]
     one, other, without = (tensors(trained) for trained in (graphed, repeated, plain))

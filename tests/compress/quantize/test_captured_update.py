@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.quantize import captured_update, end_to_end
-from compress.quantize.captured_update import Repeated
+from compress.quantize.captured_update import Changed, Repeated
 from compress.quantize.end_to_end import EndToEndOptions
 from compress.tell import SILENT, Heard
 
@@ -26,7 +26,9 @@ class Run:
         self.student, self.taught = made
         self.learning = end_to_end._learn(self.student, OPTIONS)
         self.update = end_to_end._Update(self.student, self.taught, OPTIONS, self.learning, 2)
-        self.repeated = Repeated(self.update, self.update.adam, [self.update.losses], self.student.blocks, tell)
+        self.repeated = Repeated(
+            self.update, Changed.by(self.update.adam, self.update.losses), tell, blocks=self.student.blocks
+        )
 
     def take(self, number: int) -> None:
         self.update.take(ROWS[number], 1 - number / len(ROWS))
@@ -103,11 +105,11 @@ def test_what_an_update_changes_is_put_back(start: Any) -> None:
         run.take(number)
         run.repeated()
     run.take(2)
-    before = [captured_update._copy(tensor) for tensor in run.repeated._changed()]
+    before = [run.repeated._copy(tensor) for tensor in run.repeated._changed()]
     ends = []
     for _ in range(2):
         run.update()
-        ends.append([captured_update._copy(tensor) for tensor in run.repeated._changed()])
+        ends.append([run.repeated._copy(tensor) for tensor in run.repeated._changed()])
         run.repeated._restore(before)
         assert same(run.repeated._changed(), before)
     assert same(*ends) and not any(torch.equal(a, b) for a, b in zip(ends[0][:2], before[:2], strict=True))
