@@ -89,6 +89,7 @@ ORDER = {name: row for row, line in enumerate(ROOMS.split("\n")) for name in lin
 
 MOST_LINES = 60
 KERNELS = {f"compress.quantize.{name}_triton" for name in ("feedback", "refit", "tune")}
+KERNELS.add("compress.losses.forward_kl_triton")
 
 # What a module of ours imports inside a function, outside the command line and the Python API (which must be there at
 # once, whatever they then need), and why.
@@ -98,6 +99,7 @@ LAZY = {
     ("compress.quantize.feedback_step", "compress.quantize.feedback_triton"): "Triton is there only with a GPU",
     ("compress.quantize.refit", "compress.quantize.refit_triton"): "Triton is there only with a GPU",
     ("compress.quantize.tune", "compress.quantize.tune_triton"): "Triton is there only with a GPU",
+    ("compress.losses.at_once", "compress.losses.forward_kl_triton"): "Triton is there only with a GPU",
     ("compress.runtime.open", "compress.runtime.resident"): "one runtime of several, each with needs of its own",
     ("compress.runtime.open", "compress.runtime.ort_decoder"): "one runtime of several",
     ("compress.runtime.open", "compress.runtime.gpu_weights"): "one runtime of several",
