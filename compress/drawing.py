@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.one_query import one_query
-from compress.side_stream import side_stream
+from compress.side_stream import first_cause, side_stream
 from compress.tell import Tell
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def drawer_of(model: PreTrainedModel, num_ids: int, num_rows: int, seq_len: int,
                 return fixed
             reason = "it draws other tokens than the model without it"
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as e:
-        reason = str(e).strip().partition("\n")[0]
+        reason = first_cause(e)
     tell.say(f"sampling without a CUDA graph, which takes longer: {reason}")
     return plain
 

@@ -1,4 +1,4 @@
-"""A stream of its own for work before a CUDA graph is captured, which must not be on the default one."""
+"""What captures of CUDA graphs share: a stream that is not the default one, and why a capture broke."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def side_stream(device: torch.device) -> Iterator[None]:
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def first_cause(error: BaseException) -> str:
+    """In one line: what broke a capture, and not that it was broken when it was ended."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -89,7 +89,6 @@ ORDER = {name: row for row, line in enumerate(ROOMS.split("\n")) for name in lin
 
 MOST_LINES = 60
 KERNELS = {f"compress.quantize.{name}_triton" for name in ("feedback", "refit", "tune")}
-KERNELS.add("compress.losses.forward_kl_triton")
 
 # What a module of ours imports inside a function, outside the command line and the Python API (which must be there at
 # once, whatever they then need), and why.

@@ -138,7 +138,10 @@ def _part(hidden_PH: Tensor, rows: slice, head: Head, job: _Job) -> tuple[Tensor
 
 
 def _has_kernel(z_pV: Tensor, job: _Job) -> bool:
-    """Whether a kernel does what `whole_rows` would with the divergence alone, where no compiler is asked for."""
+    """Whether a kernel does what `whole_rows` would with the divergence alone, where no compiler is asked for.
+
+    A GPU has Triton: what asks for no compiler, learning through a quantized model, came by way of `feedback_step`.
+    """
     return z_pV.is_cuda and z_pV.dtype == torch.float32 and job.objective.kind == "forward-kl" and not job.fuse
 
 

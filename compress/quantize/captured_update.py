@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.side_stream import first_cause
 from compress.tell import Tell
 
 # Updates before the capture, which choose kernels and make what the optimizer holds; all of them count.
@@ -116,7 +117,7 @@ class Repeated:
                 return
             reason = f"it ends {wrong[0]:.1e} of a step from where it does without"
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as e:
-            reason = _first_cause(e)
+            reason = first_cause(e)
         self.tell.say(f"updating without a CUDA graph, which takes longer: {reason}")
         self.replays = 0
         for p in self.parameters:
@@ -151,13 +152,6 @@ class Repeated:
     def _restore(self, values: Sequence[Tensor]) -> None:
         for tensor, value in zip(self._changed(), values, strict=False):  # none where copying failed
             tensor.copy_(value)
-
-
-def _first_cause(error: BaseException) -> str:
-    """In one line: what broke a capture, and not that it was broken when it was ended."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @torch.no_grad()

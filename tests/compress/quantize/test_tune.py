@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
+import pytest
 import torch
 from torch import Tensor
 
+from compress.quantize import captured_update, tune
 from compress.quantize.feedback import prepare, round_with_feedback
 from compress.quantize.tune import TuneOptions, _Layer, tune_block
 from compress.scheme import Scheme
@@ -79,6 +81,27 @@ def test_same_seed_same_codes_other_seed_other_order() -> None:
     ]
     first, again, other = (torch.cat([r.codes_OI.flatten() for r in run.layers.values()]) for run in runs)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a graph can be made where there is a CUDA DEVICE")
+def test_where_no_graph_can_be_made_it_is_said_and_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tried(captured_update.Repeated):
+        def __call__(self) -> None:
+            if self.calls != captured_update.EAGER:
+                super().__call__()
+                return
+            self._first_captured()
+            self.calls += 1
+
+    weights, x, y = problem(rows=20)
+    options = TuneOptions(steps=12)
+    plain = tune_block(rounded(weights), {"norm": weights["norm"]}, block, x, y, SCHEME, options)
+    monkeypatch.setattr(tune, "Repeated", Tried)
+    tried = tune_block(rounded(weights), {"norm": weights["norm"]}, block, x, y, SCHEME, options)
+    assert plain.said == [] and plain.errors == tried.errors
+    assert all(torch.equal(tried.layers[n].codes_OI, r.codes_OI) for n, r in plain.layers.items())
+    (said,) = tried.said
+    assert said.startswith("updating without a CUDA graph, which takes longer: ")
 
 
 def test_one_row_cannot_be_tuned_and_held_out() -> None:
