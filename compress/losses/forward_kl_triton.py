@@ -1,9 +1,8 @@
 """The forward divergence of whole rows of logits and its gradient, as one Triton kernel; imported only on a GPU.
 
-In torch each operation of `at_once.whole_rows` reads and writes all logits: thirty-five times of a vocabulary of
-262,144, where they take longer than the model. Here a program goes over its row twice: once for both sums of
-exponentials, with running maxima (Milakov and Gimelshein, arXiv:1805.02867), and once for the divergence and the
-gradient. A row is added up in one order, so the same comes out again.
+In torch each operation of `at_once.whole_rows` reads and writes all logits. Here a program goes over its row twice:
+once for both sums of exponentials, with running maxima (Milakov and Gimelshein, arXiv:1805.02867), and once for the
+divergence and the gradient. A row is added up in one order, so the same comes out again.
 
 Shapes: p tokens, V vocabulary
 """
@@ -85,15 +84,15 @@ def forward_kl(
     """`sum p log(p / q)` of each row in nats, float32 `[p]`, and the gradient of `sum T^2 count value` by `W h + b`.
 
     z_pV, t_pV: the student's and the teacher's logits, float32, their last dimension contiguous; z after `scale` and
-    `cap` (see `Head`). The gradient is `[p, V]` in `dtype`. T is the temperature.
+    `cap` (see `Head`). count_p: float32, contiguous. The gradient is `[p, V]` in `dtype`. T is the temperature.
     """
     assert z_pV.dtype == t_pV.dtype == torch.float32 and z_pV.shape == t_pV.shape
-    assert z_pV.stride(1) == t_pV.stride(1) == 1
+    assert z_pV.stride(1) == t_pV.stride(1) == 1 and count_p.dtype == torch.float32 and count_p.is_contiguous()
     value_p = torch.empty(len(z_pV), dtype=torch.float32, device=z_pV.device)
     grad_pV = torch.empty(z_pV.shape, dtype=dtype, device=z_pV.device)
     with torch.cuda.device_of(z_pV):
         _forward_kl[(len(z_pV),)](
-            z_pV, t_pV, count_p.float().contiguous(), value_p, grad_pV, z_pV.stride(0), t_pV.stride(0),
+            z_pV, t_pV, count_p, value_p, grad_pV, z_pV.stride(0), t_pV.stride(0),
             temperature, scale, 1.0 if cap is None else cap, VOCABULARY=z_pV.shape[1], IS_CAPPED=cap is not None,
             COLUMNS=_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip

@@ -33,6 +33,29 @@ FEW = 1 << 26
 TOLERANCE = 1e-2
 
 
+def rate_on(device: torch.device, value: float) -> float | Tensor:
+    """A rate that can change (`changed_rate`): on a GPU it lies there, as a number would be part of a graph."""
+    return torch.tensor(value, device=device) if device.type == "cuda" else value
+
+
+def changed_rate(rate: float | Tensor, value: float) -> float | Tensor:
+    """The rate with another value, in the same place if it has one. Waits for nothing."""
+    return rate.fill_(value) if isinstance(rate, Tensor) else value
+
+
+def adam_on(device: torch.device, groups: Sequence[dict[str, Any]]) -> torch.optim.Adam:
+    """Adam whose update a graph can hold on a GPU. Each group names the rate that it `begins` with."""
+    on_gpu = device.type == "cuda"
+    groups = [{**group, "lr": rate_on(device, group["begins"])} for group in groups]
+    return torch.optim.Adam(groups, capturable=on_gpu, foreach=True if on_gpu else None)
+
+
+def set_share(adam: torch.optim.Adam, share: float) -> None:
+    """Set every group's rate to this share of what it began with."""
+    for group in adam.param_groups:
+        group["lr"] = changed_rate(group["lr"], group["begins"] * share)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Changed:
     """What an update changes, in place: what is learned, and all else, such as moments, which may not be there before
@@ -129,8 +152,8 @@ class Repeated:
         """A graph of the update. RuntimeError where it waits for the GPU inside it."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        # A graph's memory is its own, and cannot be had of what is cached. `torch.cuda.graph` drops that always, which
-        # is most of the time of a capture of a small update.
+        # A graph's memory is its own, and cannot be had of what is cached. `torch.cuda.graph` drops that always, and it
+        # would have to be had anew for every block.
         if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
             torch.cuda.empty_cache()
         # Other threads may be compiling or writing, and are not to be stopped by this.

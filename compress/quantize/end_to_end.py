@@ -338,10 +338,7 @@ class _Update:
         self.ids_BT = torch.empty_like(self.ids_NT[:num_rows])
         self.hidden_BTH = torch.empty_like(self.hidden_NTH[:num_rows])
         self.losses = torch.zeros((), device=self.device)
-        groups, on_gpu = learning.of_rate(options), self.device.type == "cuda"
-        if on_gpu:  # a rate that is a number would be part of a graph
-            groups = [{**group, "lr": torch.tensor(group["begins"], device=self.device)} for group in groups]
-        self.adam = torch.optim.Adam(groups, lr=options.rate, capturable=on_gpu, foreach=True if on_gpu else None)
+        self.adam = captured_update.adam_on(self.device, learning.of_rate(options))
 
     def take(self, rows: Tensor, share: float) -> None:
         """The rows of the next update, by number, and its share of the rates that it began with. Waits for nothing."""
@@ -349,12 +346,7 @@ class _Update:
             rows = rows.pin_memory().to(self.device, non_blocking=True)
         torch.index_select(self.ids_NT, 0, rows, out=self.ids_BT)
         torch.index_select(self.hidden_NTH, 0, rows, out=self.hidden_BTH)
-        for group in self.adam.param_groups:
-            rate = group["begins"] * share
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        captured_update.set_share(self.adam, share)
 
     def __call__(self) -> None:
         with torch.enable_grad():

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from compress import numerics
-from compress.quantize.captured_update import Changed, Repeated, state_of
+from compress.quantize.captured_update import Changed, Repeated, adam_on, changed_rate, rate_on, set_share, state_of
 from compress.quantize.feedback import Rounded
 from compress.scheme import Scheme
 from compress.side_stream import side_stream
@@ -40,7 +40,7 @@ NORM_RATE = 1e-3
 # Wider groups do not fit a tile of the kernels'.
 _KERNEL_COLUMNS = 4096
 HELD_OUT = 16  # one row in so many, at least one, is never trained on
-# Learned numbers beyond which updates are launched one by one: there the GPU is the slower one.
+# Learned numbers beyond which updates are launched one by one: a GPU should be the slower one there (not measured).
 MOST = 1 << 26
 
 
@@ -135,7 +135,8 @@ def tune_block(
     block, differentiable with respect to the parameters. inputs_NTH, targets_NTH: what enters it, and what should leave
     it, on the same device. Deterministic on the CPU; on a GPU inside `numerics.repeatable`, as far as PyTorch can be.
     """
-    train = num_trained(len(inputs_NTH))
+    held = max(1, len(inputs_NTH) // HELD_OUT)
+    train = len(inputs_NTH) - held
     start = {name: r.dequantize(scheme) for name, r in layers.items()}
 
     def held_out_error(parameters: Mapping[str, Tensor]) -> float:
@@ -144,12 +145,14 @@ def tune_block(
             for i in range(train, len(inputs_NTH)):
                 out = forward(inputs_NTH[i : i + 1], parameters)
                 total += numerics.mean_of((out.float() - targets_NTH[i : i + 1].float()).square())
-        return total / (len(inputs_NTH) - train)
+        return total / held
 
     before = held_out_error({**start, **norms})
     if train < 1:
         return Tuned(layers=dict(layers), norms=dict(norms), errors=(before, before))
-    update = _Update(layers, norms, forward, inputs_NTH, targets_NTH, scheme, options)
+    learned = {name: _Layer(r, scheme) for name, r in layers.items()}
+    free = {name: value.clone().requires_grad_() for name, value in norms.items()}
+    update = _Update(learned, free, forward, (inputs_NTH[:train], targets_NTH[:train]), options)
     heard = Heard()
     with side_stream(inputs_NTH.device):
         run = Repeated(update, update.changed, heard, most=MOST)
@@ -159,8 +162,8 @@ def tune_block(
             update.take(rows_R, 1 - step / options.steps)
             run()
         del run  # and with it the graph's memory
-    tuned = {name: layer.rounded(layers[name]) for name, layer in update.learned.items()}
-    stored = {name: value.detach().half().float() for name, value in update.free.items()}
+    tuned = {name: layer.rounded(layers[name]) for name, layer in learned.items()}
+    stored = {name: value.detach().half().float() for name, value in free.items()}
     after = held_out_error({**{name: r.dequantize(scheme) for name, r in tuned.items()}, **stored})
     if not after < before:
         return Tuned(layers=dict(layers), norms=dict(norms), errors=(before, after), said=heard.said)
@@ -170,37 +173,26 @@ def tune_block(
 class _Update:
     """An update of all that is learned, from rows and at rates that are in the same place each time.
 
-    learned: weights by parameter name. free: norms, by theirs.
+    learned: weights by parameter name. free: norms, by theirs. rows: what enters the block and what should leave it.
     """
 
     def __init__(
         self,
-        layers: Mapping[str, Rounded],
-        norms: Mapping[str, Tensor],
+        learned: Mapping[str, _Layer],
+        free: Mapping[str, Tensor],
         forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
-        inputs_NTH: Tensor,
-        targets_NTH: Tensor,
-        scheme: Scheme,
+        rows: tuple[Tensor, Tensor],
         options: TuneOptions,
     ) -> None:
-        self.forward, self.inputs_NTH, self.targets_NTH = forward, inputs_NTH, targets_NTH
-        self.learned = {name: _Layer(r, scheme) for name, r in layers.items()}
-        self.free = {name: value.clone().requires_grad_() for name, value in norms.items()}
-        self.num_rows = min(options.rows, num_trained(len(inputs_NTH)))
-        self.in_RTH, self.out_RTH = (torch.empty_like(rows[: self.num_rows]) for rows in (inputs_NTH, targets_NTH))
+        self.learned, self.free, self.forward = learned, free, forward
+        self.inputs_NTH, self.targets_NTH = rows
+        self.num_rows = min(options.rows, len(self.inputs_NTH))
+        self.in_RTH, self.out_RTH = (torch.empty_like(part[: self.num_rows]) for part in rows)
+        device = self.inputs_NTH.device
         # Fewer steps go further each: an offset can always cross half a step.
         self.begins = RATE * 200 / options.steps
-        self.rate, self.norm_rate = (self._at(rate) for rate in (self.begins, NORM_RATE))
-        self.adam = self._adam() if self.free else None
-
-    def _adam(self) -> torch.optim.Adam:
-        on_gpu = self.inputs_NTH.is_cuda
-        groups = [{"params": list(self.free.values()), "lr": self.norm_rate}]
-        return torch.optim.Adam(groups, lr=NORM_RATE, capturable=on_gpu, foreach=True if on_gpu else None)
-
-    def _at(self, rate: float) -> float | Tensor:
-        """A rate that can change: one that is a number would be part of a graph."""
-        return torch.tensor(rate, device=self.inputs_NTH.device) if self.inputs_NTH.is_cuda else rate
+        self.rate = rate_on(device, self.begins)
+        self.adam = adam_on(device, [{"params": list(free.values()), "begins": NORM_RATE}]) if free else None
 
     @property
     def changed(self) -> Changed:
@@ -214,10 +206,9 @@ class _Update:
         """The rows of the next update, by number, and its share of the rates that it began with. Waits for nothing."""
         torch.index_select(self.inputs_NTH, 0, rows_R, out=self.in_RTH)
         torch.index_select(self.targets_NTH, 0, rows_R, out=self.out_RTH)
-        self.rate = _set(self.rate, self.begins * share)
-        self.norm_rate = _set(self.norm_rate, NORM_RATE * share)
+        self.rate = changed_rate(self.rate, self.begins * share)
         if self.adam is not None:
-            self.adam.param_groups[0]["lr"] = self.norm_rate
+            set_share(self.adam, share)
 
     def __call__(self) -> None:
         weights = {name: layer.weight().requires_grad_() for name, layer in self.learned.items()}
@@ -229,15 +220,6 @@ class _Update:
         if self.adam is not None:
             self.adam.step()
             self.adam.zero_grad()
-
-
-def _set(rate: float | Tensor, value: float) -> float | Tensor:
-    return rate.fill_(value) if isinstance(rate, Tensor) else value
-
-
-def num_trained(num_rows: int) -> int:
-    """How many of so many rows are trained on; those behind them are held out."""
-    return num_rows - max(1, num_rows // HELD_OUT)
 
 
 @functools.cache

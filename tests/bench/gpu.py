@@ -52,11 +52,11 @@ SHAPES: dict[str, Shape] = {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152,
     },
-    # google/gemma-3-270m, config.json (through unsloth's copy of it); as a GGUF file of it has them
+    # Gemma-3-270M, the config.json that transformers makes of its GGUF file
     "gemma3-270m": {
         "model_type": "gemma3_text", "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
-        "sliding_window": 512,
+        "sliding_window": 512, "tie_word_embeddings": True,
     },
     "small": {
         "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -212,13 +212,12 @@ def counts(shape: Shape, blocks: int, tokens: int, passes: int, stage: str) -> d
     queries, kv = (head_dim * shape[f"num_{of}_heads"] for of in ("attention", "key_value"))
     weights = 2 * hidden * queries + 2 * hidden * kv + 3 * hidden * inner
     attention = 2 * SEQ_LEN * queries  # causal: half of q k^T and half of the product with v
-    outside = (1 if shape.get("model_type") == "gemma3_text" else 2) * shape["vocab_size"] * hidden
+    outside = (1 if shape.get("tie_word_embeddings") else 2) * shape["vocab_size"] * hidden
     written = {"awq": weights * (0.5 + 2.5 / 128), "int8": weights, "prune": 2 * weights - 1.5 * hidden * inner}[stage]
     return {
         "forward_FLOP": passes * blocks * tokens * (2.0 * weights + attention),
-        "gram_FLOP": blocks
-        * tokens
-        * (2.0 * hidden**2 + queries**2 + inner**2),  # a symmetric product needs half of 2 n^2
+        # a symmetric product needs half of 2 n^2
+        "gram_FLOP": blocks * tokens * (2.0 * hidden**2 + queries**2 + inner**2),
         "read_bytes": 2.0 * (blocks * weights + outside),
         "written_bytes": (blocks if stage != "prune" else blocks - prune_depth(blocks)) * written + 2.0 * outside,
     }
