@@ -38,6 +38,10 @@ from compress.tell import SILENT, Tell
 # activations stay below its weights.
 BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 8192
+# A narrow block's products are done before the next is launched, so a GPU takes more tokens there: as many as have this
+# many hidden numbers (those of 8192 tokens of width 4096), up to a limit.
+_GPU_BATCH_NUMBERS = 2**25
+_GPU_BATCH_MOST = 32768
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 # Tokens that the folds are looked for with; enough for attention to mix.
 PROBE_TOKENS = 16
@@ -71,7 +75,7 @@ def stream(
     compressed so far and told the difference (three passes). wanted: of the statistics. blocks: those that go on,
     ascending; the others are bypassed on the only path, or on that of the compressed model. reshaping: with two paths,
     what else changes where blocks become smaller.
-    num_parts: how many runs of batches the statistics are summed in, in this process, before the sums are added.
+    num_parts: how many runs of rows the statistics are summed in, in this process, before the sums are added.
     behind: what is done behind the last block, told the original model's final hidden states batch by batch; kept in
     the store as one block more, whose tensors have their full names. Of
     several processes (`distributed`) each runs its part of the rows, and all must call this alike. Deterministic: the
@@ -99,8 +103,16 @@ def stream(
 
 
 def batch_rows(model: StreamedModel, seq_len: int) -> int:
-    """Rows of `seq_len` tokens that run through a block at once."""
+    """Rows of `seq_len` tokens that go on at once, also where every one of them has as many logits as there are ids."""
     return max(1, (GPU_BATCH_TOKENS if model.device.type == "cuda" else BATCH_TOKENS) // seq_len)
+
+
+def block_rows(model: StreamedModel, seq_len: int) -> int:
+    """Rows of `seq_len` tokens that run through a block at once, where nothing but blocks is run."""
+    if model.device.type != "cuda":
+        return batch_rows(model, seq_len)
+    width = int(model.embedding.weight.shape[1])
+    return max(1, min(_GPU_BATCH_MOST, max(GPU_BATCH_TOKENS, _GPU_BATCH_NUMBERS // width)) // seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,19 +144,21 @@ class _Walk:
         tell: Tell,
     ) -> None:
         self.model, self.method, self.plan, self.paths, self.wanted = model, method, plan, paths, wanted
-        self.num_parts, self.tell = num_parts, tell
-        batch = batch_rows(model, ids_NT.shape[1])
-        parts = distributed.parts(ids_NT.split(batch), distributed.num_processes())
-        mine = parts[distributed.rank()]
-        if not mine:
+        self.tell = tell
+        # Rows are shared, and not batches of them: parts are then the same whatever a batch is.
+        first, last = distributed.bounds(len(ids_NT), distributed.num_processes())[distributed.rank()]
+        if first == last:
             raise ConfigError(
-                f"{ids_NT.shape[0]} calibration rows make fewer batches of {batch} rows than there are processes "
-                f"({distributed.num_processes()}); start fewer, or pass more --samples"
+                f"{len(ids_NT)} calibration rows are fewer than there are processes ({distributed.num_processes()}); "
+                "start fewer, or pass more --samples"
             )
-        before = sum(rows.numel() for part in parts[: distributed.rank()] for rows in part)
         # Behind its own tokens a process finds no position, before them none of its count.
-        self.positions = wanted.positions(ids_NT.numel()) - before
-        self.original = model.embed_batches(torch.cat(mine), batch)
+        self.positions = wanted.positions(ids_NT.numel()) - ids_NT[:first].numel()
+        batch = block_rows(model, ids_NT.shape[1])
+        runs = [ids_NT[first:last][a:b].split(batch) for a, b in distributed.bounds(last - first, num_parts) if a < b]
+        # Numbers of the batches that end a part, but for the last.
+        self.ends = list(accumulate(len(run) for run in runs))[:-1]
+        self.original = model.embed_batches([rows for run in runs for rows in run])
         # One list while the two paths are equal, that is, up to the first block; then, with two paths, a list each.
         self.compressed = self.original
         self.probe = model.embed(ids_NT[:1, :PROBE_TOKENS])
@@ -272,7 +286,6 @@ class _Walk:
         check_input = compressed[0][: _check_rows(compressed)]
         check_output = check_input
         sources = list(original) if self.wanted.sources else []
-        ends = list(accumulate(len(part) for part in distributed.parts(original, self.num_parts)))[:-1]
         collected = groups if wanted else []
         with collecting(model.blocks[index], collected, model.device, self.wanted, self.positions) as collector:
             for i in range(len(original)):
@@ -284,7 +297,7 @@ class _Walk:
                     out = model.run_block(index, other)
                 if i == 0:
                     check_output = out[: len(check_input)]
-                if i + 1 in ends:
+                if i + 1 in self.ends:
                     for statistics in collector.statistics:
                         statistics.close_part()
         check_input, check_output = distributed.from_first(check_input), distributed.from_first(check_output)

@@ -1,8 +1,8 @@
-"""Several processes share the calibration set: each runs its part of the batches, and the sums are added up.
+"""Several processes share the calibration set: each runs its part of the rows, and the sums are added up.
 
 Every process loads each block and makes every choice from the same sums, so that weights never travel; what a layer
 becomes may be computed by one of them and sent to the others. Only the first one should write. The parts are contiguous
-runs of batches, and their sums are always added in the order of the parts: W processes give, bit for bit, what one
+runs of rows, and their sums are always added in the order of the parts: W processes give, bit for bit, what one
 process gives that adds the set up in W parts (`num_parts=W` of `blocks.stream`, with as many threads a process). One
 process that adds it up in one part takes float32 sums in another order and gets other last bits, because what was
 summed one by one cannot be had from sums of parts.
@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from typing import TypeVar, cast
 
 import torch
@@ -24,9 +25,9 @@ from torch import Tensor
 from compress.errors import CompressError
 
 T = TypeVar("T")
-# The others wait while the first process samples text, reads the model and writes the artifact.
 # What gloo and NCCL say in the processes that are left when one of them ends.
 _PEER_ENDED = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|remote worker crashing")
+# The others wait while the first process samples text, reads the model and writes the artifact.
 PATIENCE = timedelta(hours=12)
 
 
@@ -76,10 +77,11 @@ def num_processes() -> int:
     return dist.get_world_size() if running() else 1
 
 
-def parts(items: Sequence[T], count: int) -> list[list[T]]:
-    """`items` cut into `count` contiguous runs whose lengths differ by at most one; some are empty if items are few."""
-    bounds = [len(items) * i // count for i in range(count + 1)]
-    return [list(items[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+def bounds(num_items: int, count: int) -> list[tuple[int, int]]:
+    """Where `count` contiguous runs of the items begin and end, whose lengths differ by at most one; some are empty if
+    items are few."""
+    ends = [num_items * i // count for i in range(count + 1)]
+    return list(pairwise(ends))
 
 
 def owners(costs: Sequence[float], count: int) -> list[int]:

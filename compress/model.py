@@ -271,10 +271,10 @@ class StreamedModel:
 
     # ---- running ---------------------------------------------------------------------------------
 
-    def embed_batches(self, ids_NT: Tensor, batch: int) -> list[Tensor]:
-        """`embed` of every `batch` rows of `ids_NT`; the embedding is read from the checkpoint once for all of them."""
-        with self.embedding_kept(ids_NT):
-            return [self.embed(part) for part in ids_NT.split(batch)]
+    def embed_batches(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """`embed` of each of the batches; the embedding is read from the checkpoint once for all of them."""
+        with self.embedding_kept(torch.cat([ids_BT.flatten() for ids_BT in batches])):
+            return [self.embed(ids_BT) for ids_BT in batches]
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Hidden states `[B, T, H]` that enter block 0; records what every block is called with at this shape."""

@@ -23,6 +23,7 @@ from compress.files import (
     copy_durably,
     copy_piece,
     fsync_dir,
+    fsync_file,
     json_bytes,
     write_bytes_atomically,
 )
@@ -32,17 +33,17 @@ def save_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that appears whole or not at all."""
     tmp = path.with_name(f".{path.name}.tmp")
     save_file({k: v.contiguous() for k, v in sorted(tensors.items())}, tmp, metadata={"format": "pt"})
-    with open(tmp, "rb+") as f:
-        os.fsync(f.fileno())
+    fsync_file(tmp)
     os.replace(tmp, path)
     fsync_dir(path.parent)
 
 
-def merge_shards(parts: list[Path], out: Path, *, max_shard_bytes: int) -> dict[str, str]:
+def merge_shards(parts: list[Path], out: Path, *, max_shard_bytes: int, durable: bool = True) -> dict[str, str]:
     """Copy the tensors of `parts` (safetensors files) into Hugging Face shards in `out`; returns name -> file.
 
     Bytes are streamed, so memory does not depend on the shard's size. One shard is called
-    `model.safetensors`; several get an index. Tensors keep the order of `parts`, then of name.
+    `model.safetensors`; several get an index. Tensors keep the order of `parts`, then of name. durable: wait until they
+    are on the disk; else the caller does, with `fsync_file`, before anyone relies on them.
     """
     sources = [(part, name, info) for part in parts for name, info in sorted(read_header(part).items())]
     shards: list[list[tuple[Path, str, TensorInfo]]] = [[]]
@@ -56,7 +57,7 @@ def merge_shards(parts: list[Path], out: Path, *, max_shard_bytes: int) -> dict[
     weight_map: dict[str, str] = {}
     for number, members in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _stream_shard(out / file, members)
+        _stream_shard(out / file, members, durable)
         weight_map.update({name: file for _, name, _ in members})
     if len(shards) > 1:
         _write_index(out, weight_map, sum(info.num_bytes for _, _, info in sources))
@@ -89,7 +90,7 @@ def _write_index(out: Path, weight_map: Mapping[str, str], total_bytes: int) -> 
     write_bytes_atomically(out / INDEX, json_bytes(index))
 
 
-def _stream_shard(path: Path, members: list[tuple[Path, str, TensorInfo]]) -> None:
+def _stream_shard(path: Path, members: list[tuple[Path, str, TensorInfo]], durable: bool) -> None:
     head = safetensors_head([(name, info.dtype, info.shape, info.num_bytes) for _, name, info in members])
     tmp = path.with_name(f".{path.name}.tmp")
     with open(tmp, "wb") as f:
@@ -105,7 +106,8 @@ def _stream_shard(path: Path, members: list[tuple[Path, str, TensorInfo]]) -> No
         f.truncate(to)
         with ThreadPoolExecutor(IO_THREADS) as pool:
             list(pool.map(lambda piece: copy_piece(*piece), pieces))
-        os.fsync(f.fileno())
+        if durable:
+            os.fsync(f.fileno())
     os.replace(tmp, path)
     fsync_dir(path.parent)
 

@@ -43,7 +43,7 @@ class Channels:
 @torch.no_grad()
 def measure_channels(model: StreamedModel, ids_NT: Tensor, keep: Sequence[int], batch: int) -> Channels:
     """One pass of the original model over the rows, `batch` at once."""
-    hidden = model.embed_batches(ids_NT, batch)
+    hidden = model.embed_batches(ids_NT.split(batch))
     energy_H = _shares(hidden)
     for index in range(model.num_blocks):
         model.load_block(index)

@@ -139,7 +139,7 @@ def measure_depth(
     batch: rows run at once. Runs of neighbours are measured for every length from two to `remove`. Deterministic.
     """
     everything = list(range(model.num_blocks))
-    entering = model.embed_batches(ids_NT, batch)
+    entering = model.embed_batches(ids_NT.split(batch))
     turned = SpanInfluence(range(2, remove + 1) if spans else ())
     whole = sweep(model, entering, everything, [], seen=turned.see, tell=tell)
     influence = whole.influence[()]

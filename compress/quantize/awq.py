@@ -9,13 +9,14 @@ with no forward pass and no stored activations.
 The paper's own loss is the error of the *parent's* output (attention, MLP); the caller therefore confirms the chosen
 scale against the identity with one true forward, or by what error feedback loses with each.
 
-Shapes: O out_features, I in_features, G groups along I, g group size
+Shapes: O out_features, I in_features, G groups along I, g group size, S candidates
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from compress.scheme import Scheme
 SEARCH_ROWS = 512
 COARSE_RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 FINE_STEPS = (-0.15, -0.10, -0.05, 0.05, 0.10, 0.15)
+# Weights that a GPU tries scales on at once: for small layers a launch costs more than its work. A CPU tries one scale
+# after the other, whose rows stay in its cache.
+_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,30 +64,42 @@ def search_scale(
     x_I = _pooled(magnitude_I, shared)
     w_I = _pooled(_relative_magnitude(w_OI, scheme), shared)
 
-    def loss(s_I: Tensor) -> float:
-        delta = (numerics.round_to_nearest(rows * s_I, scheme) / s_I).sub_(rows)
-        return output_error(delta, gram_II)
+    def tried(candidates: Sequence[tuple[float, bool]]) -> list[ScaleChoice]:
+        scales_SI = scales_of(x_I, w_I, candidates)
+        return [
+            ScaleChoice(s_I=s_I, ratio=ratio, duo=duo, error=error, identity_error=identity_error)
+            for s_I, (ratio, duo), error in zip(scales_SI, candidates, errors_of(scales_SI), strict=True)
+        ]
 
+    at_once = max(1, _AT_ONCE // rows.numel()) if rows.is_cuda else 1
+    errors_of = partial(rounding_errors, rows, gram_II=gram_II, scheme=scheme, at_once=at_once)
     ones = torch.ones_like(x_I)
-    identity_error = loss(ones)
-    best = ScaleChoice(s_I=ones, ratio=0.0, duo=False, error=identity_error, identity_error=identity_error)
+    (identity_error,) = errors_of(ones.unsqueeze(0))
+    identity = ScaleChoice(s_I=ones, ratio=0.0, duo=False, error=identity_error, identity_error=identity_error)
+    coarse = [(ratio, duo) for duo in (False, True) for ratio in COARSE_RATIOS if duo or ratio]
+    best = min([identity, *tried(coarse)], key=_error)  # of equals the first
+    around = [(round(best.ratio + step, 2), best.duo) for step in FINE_STEPS]
+    fine = [(ratio, duo) for ratio, duo in around if 0 <= ratio <= 1 and (duo or ratio)]
+    return min([best, *tried(fine)], key=_error)
 
-    def consider(ratio: float, duo: bool) -> None:
-        nonlocal best
-        if ratio < 0 or ratio > 1 or (ratio == 0 and not duo):
-            return
-        s_I = scale_of(x_I, w_I if duo else None, ratio)
-        error = loss(s_I)
-        if error < best.error:
-            best = ScaleChoice(s_I=s_I, ratio=ratio, duo=duo, error=error, identity_error=identity_error)
 
-    for duo in (False, True):
-        for ratio in COARSE_RATIOS:
-            consider(ratio, duo)
-    centre, duo = best.ratio, best.duo
-    for offset in FINE_STEPS:
-        consider(round(centre + offset, 2), duo)
-    return best
+def _error(choice: ScaleChoice) -> float:
+    return choice.error
+
+
+def rounding_errors(
+    rows_OI: Tensor, scales_SI: Tensor, gram_II: Tensor, scheme: Scheme, *, at_once: int = 1
+) -> list[float]:
+    """`output_error` of the rows rounded to nearest under each of the scales, so many of them at once."""
+    found = []
+    for s_SI in scales_SI.split(at_once):
+        s_S1I = s_SI.unsqueeze(1)
+        scaled_OI = (rows_OI * s_S1I).flatten(0, 1)  # of every scale all rows, one scale's below the other's
+        rounded_SOI = numerics.round_to_nearest(scaled_OI, scheme).unflatten(0, (len(s_SI), -1))
+        delta_SOI = (rounded_SOI / s_S1I).sub_(rows_OI)
+        errors = row_errors(delta_SOI.flatten(0, 1), gram_II).reshape(len(s_SI), -1)
+        found.append(errors.sum(dim=1, dtype=torch.float64))
+    return torch.cat(found).tolist()
 
 
 def sampled_rows(w_OI: Tensor, most: int = SEARCH_ROWS) -> Tensor:
@@ -91,21 +107,21 @@ def sampled_rows(w_OI: Tensor, most: int = SEARCH_ROWS) -> Tensor:
     return w_OI[:: -(-len(w_OI) // most)]
 
 
-def scale_of(x_I: Tensor, w_I: Tensor | None, ratio: float) -> Tensor:
-    """`x**r`, or `x**r / w**(1 - r)` with the weight's magnitude; normalised so that max(s) * min(s) = 1.
+def scales_of(x_I: Tensor, w_I: Tensor, candidates: Sequence[tuple[float, bool]]) -> Tensor:
+    """For each candidate `(r, duo)` the scale `x**r`, or with duo `x**r / w**(1 - r)`; so that max(s) * min(s) = 1.
 
-    Channels that never fire (x = 0) or are never read keep the scale of the smallest positive magnitude.
+    Channels that never fire (x = 0) or are never read keep the scale of the smallest positive magnitude. `[S, I]`
     """
-    s = _floored(x_I).pow(ratio)
-    if w_I is not None:
-        s = s / _floored(w_I).pow(1 - ratio)
-    s = s / (s.max() * s.min()).sqrt()
+    x_I, w_I = _floored(x_I), _floored(w_I)
+    s_SI = torch.stack([x_I.pow(r) / w_I.pow(1 - r) if duo else x_I.pow(r) for r, duo in candidates])
+    s_SI = s_SI / (s_SI.amax(dim=1, keepdim=True) * s_SI.amin(dim=1, keepdim=True)).sqrt()
     # float16 holds norm / s and W * s only within reason; the paper's own clamp is 1e-4.
-    return s.clamp(1e-4, 1e4)
+    return s_SI.clamp(1e-4, 1e4)
 
 
 def _floored(x_I: Tensor) -> Tensor:
-    return x_I.clamp(min=max(1e-4 * float(x_I.mean()), 1e-12))
+    least = x_I.mean().double().mul(1e-4).clamp(min=1e-12)  # stays where it is: to read it would be to wait for it
+    return torch.maximum(x_I, least.to(x_I.dtype))
 
 
 def output_error(delta_OI: Tensor, gram_II: Tensor) -> float:

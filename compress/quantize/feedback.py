@@ -122,7 +122,7 @@ class Prepared:
 
     order: groups in the order of processing. columns_I: int64 `[I]`, the columns in that order. upper_II: the factor U,
     in that order. importance_I: float32 `[I]`, diag(H), in the columns' own order. scale_I: what the inputs were
-    divided by after that, in the columns' own order, or None. off_diagonal: how many times H holds the off-diagonal
+    divided by after that, in the order of processing, or None. off_diagonal: how many times H holds the off-diagonal
     part that was measured.
     """
 
@@ -139,20 +139,19 @@ class Prepared:
         U itself is shared, and multiplied where it is read: it is gigabytes for a wide layer.
         """
         assert self.scale_I is None
-        return replace(self, scale_I=s_I, importance_I=self.importance_I / s_I.square())
+        return replace(self, scale_I=s_I[self.columns_I], importance_I=self.importance_I / s_I.square())
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows `first` to `last` of the factor, from column `first` on."""
         upper = self.upper_II[first:last, first:]
-        return upper if self.scale_I is None else upper * self.scale_I[self.columns_I[first:]]
+        return upper if self.scale_I is None else upper * self.scale_I[first:]
 
     def times_inverse(self, x_OI: Tensor) -> Tensor:
         """`x H^-1 = x U^T U`, the columns of x and of the result in processing order."""
         if self.scale_I is None:
             found: Tensor = x_OI @ self.upper_II.t() @ self.upper_II
             return found
-        s_I = self.scale_I[self.columns_I]
-        return ((x_OI * s_I) @ self.upper_II.t() @ self.upper_II).mul_(s_I)
+        return ((x_OI * self.scale_I) @ self.upper_II.t() @ self.upper_II).mul_(self.scale_I)
 
 
 def prepare(hessian_II: Tensor, scheme: Scheme, off_diagonal: float = 1.0) -> Prepared:
@@ -188,31 +187,31 @@ def round_with_feedback(w_OI: Tensor, inputs: Prepared, scheme: Scheme, *, wante
 
     Rows do not depend on each other, so linears that share an input may be stacked.
     """
-    num_rows, num_columns = w_OI.shape
     num_groups = len(inputs.order)
-    size = num_columns // num_groups
+    size = w_OI.shape[1] // num_groups
     left_OI = w_OI[:, inputs.columns_I]  # a copy, in processing order
-    out = Rounded(
-        codes_OI=torch.empty(w_OI.shape, dtype=torch.uint8, device=w_OI.device),
-        scale_OG=torch.empty(num_rows, num_groups, device=w_OI.device),
-        zero_point_OG=torch.empty(num_rows, num_groups, device=w_OI.device),
-        factor_OG=torch.empty(num_rows, num_groups, device=w_OI.device),
-        wanted_OI=torch.empty_like(w_OI) if wanted else None,
-    )
+    wanted_OI = torch.empty_like(w_OI) if wanted else None
+    found: dict[int, tuple[Tensor, ...]] = {}  # codes, scale, zero point and factor of each group
     for turn, group in enumerate(inputs.order):
         first, last = turn * size, (turn + 1) * size
         there = slice(group * size, (group + 1) * size)
         w_Og, upper_gR = left_OI[:, first:last], inputs.rows(first, last)
-        upper_gg = upper_gR[:, :size].contiguous()
+        upper_gg = upper_gR[:, :size]
         scale, zero, factor = fit_range(w_Og, inputs.importance_I[there], scheme)
         codes, error = round_group(w_Og, upper_gg, scale, zero, scheme.max_code)
         left_OI[:, last:].addmm_(error, upper_gR[:, size:], alpha=-1)
-        out.codes_OI[:, there] = codes
-        out.scale_OG[:, group], out.zero_point_OG[:, group], out.factor_OG[:, group] = scale, zero, factor
-        if out.wanted_OI is not None:
+        found[group] = codes, scale, zero, factor
+        if wanted_OI is not None:
             value = numerics.dequantize(codes.float(), scale, zero)
-            out.wanted_OI[:, there] = value + error * upper_gg.diagonal()
-    return out
+            wanted_OI[:, there] = value + error * upper_gg.diagonal()
+    all_codes, scales, zeros, factors = zip(*(found[group] for group in range(num_groups)), strict=True)
+    return Rounded(
+        codes_OI=torch.cat(all_codes, dim=1),
+        scale_OG=torch.stack(scales, dim=1),
+        zero_point_OG=torch.stack(zeros, dim=1),
+        factor_OG=torch.stack(factors, dim=1),
+        wanted_OI=wanted_OI,
+    )
 
 
 def warm(scheme: Scheme, device: torch.device) -> None:

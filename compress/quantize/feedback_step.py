@@ -47,6 +47,7 @@ def round_group(
     if w_Og.is_cuda:
         found: tuple[Tensor, Tensor] = kernels().round_group(w_Og, upper_gg, scale_O, zero_point_O, max_code)
         return found
+    upper_gg = upper_gg.contiguous()
     codes_Og = torch.empty(w_Og.shape, dtype=torch.uint8)
     error_Og = torch.empty_like(w_Og, memory_format=torch.contiguous_format)
     for start in range(0, w_Og.shape[0], CHUNK_ROWS):

@@ -169,7 +169,7 @@ def _range(  # type: ignore[no-untyped-def]
 
 def fit_range(w_Og: Tensor, importance_g: Tensor, factors_C: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     """`feedback.fit_range` on CUDA tensors, for these candidates (float32)."""
-    scale_O, zero_O, factor_O = (torch.empty(len(w_Og), device=w_Og.device) for _ in range(3))
+    scale_O, zero_O, factor_O = torch.empty(3, len(w_Og), device=w_Og.device).unbind()
     w_Og = _rows_together(w_Og)
     with torch.cuda.device(w_Og.device):
         grid, sizes = tiles(w_Og)

@@ -113,7 +113,7 @@ def measure(model: StreamedModel, ids_NT: Tensor, plan: LayerPlan, menu: Menu, t
             "more text, or a smaller --seq-len"
         )
     rows_NT = ids_NT[: len(ids_NT) - held][:GRAM_ROWS]
-    entering = model.embed_batches(ids_NT[len(ids_NT) - held :], batch_rows(model, ids_NT.shape[1]))
+    entering = model.embed_batches(ids_NT[len(ids_NT) - held :].split(batch_rows(model, ids_NT.shape[1])))
     paths = _Paths(original=entering, rounded=list(entering))
     probed = probed_blocks(model.num_blocks)
     found = _Found()

@@ -44,7 +44,7 @@ def slow_divergence(folder: Path, kept: Sequence[int]) -> float:
 
 def test_a_sweep_runs_every_candidate_as_if_it_were_the_model(folder: Path) -> None:
     model = StreamedModel.open(folder)
-    entering = model.embed_batches(ids(), 2)
+    entering = model.embed_batches(ids().split(2))
     whole = sweep(model, entering, range(BLOCKS), [])
     candidates = [(0,), (2,), (4,), (1, 2), (2, 3, 4)]
     swept = sweep(model, entering, range(BLOCKS), candidates)
@@ -90,7 +90,7 @@ def test_few_candidates_are_the_least_influential(folder: Path) -> None:
 
 def test_influence_is_one_minus_the_cosine(folder: Path) -> None:
     model = StreamedModel.open(folder)
-    entering = model.embed_batches(ids(), 3)
+    entering = model.embed_batches(ids().split(3))
     swept = sweep(model, entering, range(BLOCKS), [])
     states = [entering[0]]
     with torch.no_grad():

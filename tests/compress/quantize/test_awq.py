@@ -1,5 +1,6 @@
 """The Gram-matrix algorithms against the activations they stand for."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,10 +78,24 @@ def test_search_finds_the_best_of_its_grid() -> None:
     choice = awq.search_scale([w_OI], statistics.gram_II, statistics.magnitude_I, SCHEME)
     weight_I = (w_OI.reshape(16, 2, 32).abs() / w_OI.reshape(16, 2, 32).abs().amax(-1, keepdim=True)).mean(0).flatten()
     for ratio in (0.2, 0.4, 0.6, 0.8, 1.0):
-        for w_I in (None, weight_I):
-            s_I = awq.scale_of(statistics.magnitude_I, w_I, ratio)
+        for s_I in awq.scales_of(statistics.magnitude_I, weight_I, [(ratio, False), (ratio, True)]):
             delta = numerics.round_to_nearest(w_OI * s_I, SCHEME) / s_I - w_OI
             assert choice.error <= awq.output_error(delta, statistics.gram_II) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_candidates_tried_at_once_lose_what_they_lose_one_by_one(at_once: int) -> None:
+    """At Gemma-3-270M's width, whose groups of 64 are ten."""
+    generator = torch.Generator().manual_seed(11)
+    w_OI, scheme = torch.randn(96, 640, generator=generator) * 0.02, Scheme(group_size=64)
+    x = torch.randn(2000, 640, generator=generator) * torch.rand(640, generator=generator).mul(3).exp()
+    gram_II = statistics_of(x).gram_II
+    scales_SI = awq.scales_of(x.abs().mean(0), w_OI.abs().mean(0), [(r / 6, bool(r % 2)) for r in range(7)])
+    found = awq.rounding_errors(w_OI, scales_SI, gram_II, scheme, at_once=at_once)
+    for s_I, error in zip(scales_SI, found, strict=True):
+        delta = (numerics.round_to_nearest(w_OI * s_I, scheme) / s_I - w_OI).double()
+        expected = float(((delta @ gram_II.double()) * delta).sum())
+        assert abs(error - expected) < 1e-5 * expected
 
 
 def test_channels_of_one_row_share_a_scale() -> None:
