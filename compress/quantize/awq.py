@@ -31,7 +31,7 @@ COARSE_RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 FINE_STEPS = (-0.15, -0.10, -0.05, 0.05, 0.10, 0.15)
 # Weights that a GPU tries scales on at once: for small layers a launch costs more than its work. A CPU tries one scale
 # after the other, whose rows stay in its cache.
-_AT_ONCE = 2**26
+_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
