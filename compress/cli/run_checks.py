@@ -283,8 +283,10 @@ def _evaluate(params: Params, source: Source, folder: Path) -> Foreseen:
     from compress.devices import pick_device
     from compress.positions import refuse_longer
     from evaluators import tasks
+    from evaluators.request import check_limit
 
     pick_device(params["device"])
+    check_limit(params["limit"], [*params["tasks"], *params["lm_eval"]])
     original = original_of(source, params["reference"])
     _check_text(text_for(original, params["data"]))
     refuse_longer(source.path, params["context"], "--context")

@@ -99,6 +99,12 @@ def test_calibration_text_is_refused(pair: tuple[Path, Path], calib_text: Path) 
         evaluate.evaluate(ask(pair[1], pair[0], calib_text))
 
 
+def test_a_limit_without_a_task_is_refused(tmp_path: Path) -> None:
+    """It would be left aside in silence: it counts no windows of text."""
+    with pytest.raises(ConfigError, match="--limit 2 counts items of tasks, and neither .* --max-tokens"):
+        ask(tmp_path, tmp_path, tmp_path, limit=2)
+
+
 def test_other_tokenizer_and_other_vocabulary_are_refused(build_model: Any, other_text: Path) -> None:
     a, b = build_model(name="a"), build_model(name="b", vocab_size=4100)
     with pytest.raises(ConfigError, match="vocabulary of 4100 and .* one of 4096"):

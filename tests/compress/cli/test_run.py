@@ -138,6 +138,7 @@ FEW = ("--set", "awq.samples=2", "--set", "awq.seq-len=64", "--set", "awq.effort
         ("[distill]\ncache = '@teach'", "r.toml line 2: @teach is no step before [distill]"),
         ("[prune]\nheads = 2\nkv-heads = 1\n[prune2]\nstage = 'prune'\ndepth = 1", "is pruned already"),
         ("[awq]\n[evaluate]\ncontext = 4096", "--context 4096 is more than"),
+        ("[awq]\n[evaluate]\nlimit = 9", "[evaluate] would be refused: --limit 9 counts items of tasks"),
         ("[awq]\n[evaluate]\ndata = 'gone.jsonl'", "gone.jsonl does not exist"),
         ("model = 'nowhere'\n[awq]", "r.toml line 1: nowhere: no such folder"),
     ],
