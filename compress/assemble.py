@@ -5,7 +5,7 @@ Everything is made inside the scratch folder, read back and compared; `compress.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.artifact import Manifest, carried_files, file_hashes, names_in, write_manifest
 from compress.background import meanwhile
 from compress.errors import ArtifactError
-from compress.files import file_sha256, fsync_file, json_bytes, write_bytes_atomically
+from compress.files import file_sha256, fsync_path, json_bytes, write_bytes_atomically
 from compress.journal import Journal, read_record, write_record
 from compress.model import StreamedModel
 from compress.shards import link_shards, merge_shards, save_atomically, save_in_parts, tensor_sha256
@@ -116,10 +116,11 @@ def assemble(
     to since, are not read again. Returns how many tensors were read back and compared. Raises ArtifactError when one
     differs.
     """
+    merged: set[str] = set()
     if is_linked(sum(part.stat().st_size for part in parts)):
         link_shards(parts, staged)
     else:
-        merge_shards(parts, staged, max_shard_bytes=MAX_SHARD_BYTES, durable=False)
+        merged.update(merge_shards(parts, staged, max_shard_bytes=MAX_SHARD_BYTES, durable=False).values())
     write_bytes_atomically(staged / "config.json", json_bytes(config))
     for path in carried_files(model.checkpoint.path):
         write_bytes_atomically(staged / path.name, path.read_bytes())
@@ -135,13 +136,13 @@ def assemble(
     new = [name for name in names if name not in known]
     # The manifest's hashes and the comparison read the same bytes side by side, so that the disk gives them once; and
     # it takes what was merged meanwhile.
-    with meanwhile(partial(_to_disk, staged, new)) as kept, meanwhile(partial(file_hashes, staged, new)) as hashed:
+    with meanwhile(partial(_to_disk, staged, merged)) as kept, meanwhile(partial(file_hashes, staged, new)) as hashed:
         compared = verify_written(staged, meant, known)
     kept.result()
     write_manifest(staged, manifest, {**hashed.result(), **{name: one.sha256 for name, one in known.items()}})
     return compared
 
 
-def _to_disk(folder: Path, names: Sequence[str]) -> None:
-    for name in names:
-        fsync_file(folder / name)
+def _to_disk(folder: Path, names: Collection[str]) -> None:
+    for name in sorted(names):
+        fsync_path(folder / name)

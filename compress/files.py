@@ -113,14 +113,8 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fsync_file(path: Path) -> None:
-    """Return once the file's bytes are on the disk, whoever wrote them."""
-    with open(path, "rb+") as f:
-        os.fsync(f.fileno())
-
-
-def fsync_dir(path: Path) -> None:
-    """Make a rename inside `path` durable."""
+def fsync_path(path: Path) -> None:
+    """Return once a file's bytes, or the names in a folder, are on the disk, whoever wrote them."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -136,7 +130,7 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -32,7 +32,7 @@ from typing import Any
 from compress.artifact import MANIFEST, read_manifest
 from compress.disk import disk_errors
 from compress.errors import CompressError, ConfigError
-from compress.files import IO_THREADS, file_sha256, fsync_dir, json_bytes, read_json, write_bytes_atomically
+from compress.files import IO_THREADS, file_sha256, fsync_path, json_bytes, read_json, write_bytes_atomically
 from compress.lock import locked
 
 RUN = "run.json"
@@ -246,7 +246,7 @@ class Place:
         if not run.resumed:
             run.folder.mkdir(exist_ok=True)
             write_bytes_atomically(run.folder / RUN, json_bytes({"id": run.id, **stated}))
-            fsync_dir(run.folder.parent)
+            fsync_path(run.folder.parent)
         self.notes += [_left_alone(s, stated) for s in _scratches(self.real) if s != run.folder and _run_file(s)]
         return run
 
@@ -303,11 +303,11 @@ class Run:
         facts = {**(_run_file(self.folder) or {}), _PUBLISHED: _manifest_sha256(self.staged)}
         write_bytes_atomically(self.folder / RUN, json_bytes(facts))
         for folder, _, _ in os.walk(self.staged):
-            fsync_dir(Path(folder))
+            fsync_path(Path(folder))
         os.utime(self.staged / MANIFEST)  # the time of publishing, by which the newest artifact is known
         if not os.path.lexists(real):
             os.rename(self.staged, real)
-            fsync_dir(real.parent)
+            fsync_path(real.parent)
         else:
             self._replace(real)
         self._clean_up(self.place.old)
@@ -323,7 +323,7 @@ class Run:
             os.rename(real, aside)
             os.rename(self.staged, real)
             self.place.notes += _remove_artifact(aside, self.place.old)
-        fsync_dir(real.parent)
+        fsync_path(real.parent)
 
     def _free_aside(self) -> Path:
         names = (hashlib.sha256(f"{self.id} {n}".encode()).hexdigest()[:8] for n in itertools.count())
@@ -416,7 +416,7 @@ def _recover(real: Path) -> list[str]:
             notes += _remove_artifact(aside)
         else:
             os.rename(aside, real)
-            fsync_dir(real.parent)
+            fsync_path(real.parent)
             notes.append(f"{real} was put back: a run had been killed while it replaced it")
     return notes
 

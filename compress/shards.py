@@ -22,8 +22,7 @@ from compress.files import (
     IO_THREADS,
     copy_durably,
     copy_piece,
-    fsync_dir,
-    fsync_file,
+    fsync_path,
     json_bytes,
     write_bytes_atomically,
 )
@@ -33,9 +32,9 @@ def save_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that appears whole or not at all."""
     tmp = path.with_name(f".{path.name}.tmp")
     save_file({k: v.contiguous() for k, v in sorted(tensors.items())}, tmp, metadata={"format": "pt"})
-    fsync_file(tmp)
+    fsync_path(tmp)
     os.replace(tmp, path)
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
 
 
 def merge_shards(parts: list[Path], out: Path, *, max_shard_bytes: int, durable: bool = True) -> dict[str, str]:
@@ -43,7 +42,7 @@ def merge_shards(parts: list[Path], out: Path, *, max_shard_bytes: int, durable:
 
     Bytes are streamed, so memory does not depend on the shard's size. One shard is called
     `model.safetensors`; several get an index. Tensors keep the order of `parts`, then of name. durable: wait until they
-    are on the disk; else the caller does, with `fsync_file`, before anyone relies on them.
+    are on the disk; else the caller does, with `fsync_path`, before anyone relies on them.
     """
     sources = [(part, name, info) for part in parts for name, info in sorted(read_header(part).items())]
     shards: list[list[tuple[Path, str, TensorInfo]]] = [[]]
@@ -81,7 +80,7 @@ def link_shards(parts: list[Path], out: Path) -> dict[str, str]:
         except OSError:
             copy_durably(part, out / file)
     _write_index(out, weight_map, total)
-    fsync_dir(out)
+    fsync_path(out)
     return weight_map
 
 
@@ -109,7 +108,7 @@ def _stream_shard(path: Path, members: list[tuple[Path, str, TensorInfo]], durab
         if durable:
             os.fsync(f.fileno())
     os.replace(tmp, path)
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
 
 
 def save_in_parts(
@@ -137,7 +136,7 @@ def save_in_parts(
         assert f.tell() == len(head) + size, f"{name}: parts do not add up to {shape}"
         os.fsync(f.fileno())
     os.replace(tmp, path)
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
     return file.hexdigest(), content.hexdigest()
 
 

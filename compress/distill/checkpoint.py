@@ -10,7 +10,6 @@ JSON are read: nothing is unpickled.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from compress import distributed
 from compress.errors import ArtifactError, CompressError, ConfigError
-from compress.files import file_sha256, fsync_dir, json_bytes, read_json, write_bytes_atomically
+from compress.files import file_sha256, fsync_path, json_bytes, read_json, write_bytes_atomically
 
 FACTS = "checkpoint.json"
 KEPT = 2
@@ -64,7 +63,7 @@ class Checkpoints:
             _sync(working)
             shutil.rmtree(self.path(step), ignore_errors=True)
             working.rename(self.path(step))
-            fsync_dir(self.folder)
+            fsync_path(self.folder)
             for old in self.steps()[:-KEPT]:
                 shutil.rmtree(self.path(old))
         distributed.wait_for_all()
@@ -132,9 +131,8 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _sync(folder: Path) -> None:
     for path in folder.iterdir():
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
-    fsync_dir(folder)
+        fsync_path(path)
+    fsync_path(folder)
 
 
 # ---- what is in a part -------------------------------------------------------------------------------

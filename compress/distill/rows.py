@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import ArtifactError
-from compress.files import file_sha256, fsync_dir, json_bytes, read_json, write_bytes_atomically
+from compress.files import file_sha256, fsync_path, json_bytes, read_json, write_bytes_atomically
 from compress.losses.in_blocks import IGNORED
 
 ROWS, STARTS, FACTS = "rows.bin", "starts.bin", "rows.json"
@@ -151,7 +151,7 @@ class RowsWriter:
         hashes = {name: file_sha256(self.folder / name) for name in (ROWS, STARTS)}
         facts = {"schema": SCHEMA, "num_rows": self.num_rows, "seq_len": self.seq_len, "files": hashes}
         write_bytes_atomically(self.folder / FACTS, json_bytes({**facts, "sources": sources}))
-        fsync_dir(self.folder)
+        fsync_path(self.folder)
         return read_rows(self.folder)
 
 

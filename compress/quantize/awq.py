@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -77,14 +78,11 @@ def search_scale(
     (identity_error,) = errors_of(ones.unsqueeze(0))
     identity = ScaleChoice(s_I=ones, ratio=0.0, duo=False, error=identity_error, identity_error=identity_error)
     coarse = [(ratio, duo) for duo in (False, True) for ratio in COARSE_RATIOS if duo or ratio]
-    best = min([identity, *tried(coarse)], key=_error)  # of equals the first
+    by_error = attrgetter("error")
+    best = min([identity, *tried(coarse)], key=by_error)  # of equals the first
     around = [(round(best.ratio + step, 2), best.duo) for step in FINE_STEPS]
     fine = [(ratio, duo) for ratio, duo in around if 0 <= ratio <= 1 and (duo or ratio)]
-    return min([best, *tried(fine)], key=_error)
-
-
-def _error(choice: ScaleChoice) -> float:
-    return choice.error
+    return min([best, *tried(fine)], key=by_error)
 
 
 def rounding_errors(

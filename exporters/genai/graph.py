@@ -27,7 +27,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from compress.errors import ArtifactError
-from compress.files import fsync_dir, write_bytes_atomically
+from compress.files import fsync_path, write_bytes_atomically
 
 DATA = "model.onnx.data"
 PAGE = 4096  # large tensors start on a page, so that they can be mapped into memory
@@ -111,7 +111,7 @@ class Graph:
                 for key, value in place.items():
                     tensor.external_data.add(key=key, value=value)
         write_bytes_atomically(folder / "model.onnx", self.model.SerializeToString(deterministic=True))
-        fsync_dir(folder)
+        fsync_path(folder)
         self.folder, self._replaced = folder, {}
 
 
